@@ -1,0 +1,54 @@
+# Two commands to know: `make demo` (the whole pipeline, small) and `make test`.
+# Each makes .venv and installs what it needs the first time.
+
+PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+SEED ?= 0
+
+# The demo and the tests are CPU runs that reach no network and track nothing.
+export HF_HUB_OFFLINE ?= 1
+export WANDB_MODE ?= disabled
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup demo test lint format lock clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo [SEED=n]  train and evaluate a tiny reasoning reranker, write outputs/demo/report.html"
+	@echo "make test           run the tests"
+	@echo "make lint           ruff (lint, format) and mypy"
+	@echo "make format         let ruff rewrite what it can"
+	@echo "make setup          make .venv and install (the other targets do it too)"
+	@echo "make lock           write constraints.txt anew from pyproject.toml"
+	@echo "make clean          remove .venv, outputs and caches"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, found " + sys.version.split()[0] + "; say which with: make PYTHON=python3.12 …")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m mmr5_train.demo seed=$(SEED)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock:
+	$(BIN)/uv pip compile --quiet --universal --no-header --no-annotate --python-version 3.11 --extra dev --upgrade -o constraints.txt pyproject.toml
+
+clean:
+	rm -rf $(VENV) outputs .mypy_cache .ruff_cache .pytest_cache *.egg-info

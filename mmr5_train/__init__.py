@@ -1,0 +1,1 @@
+"""Reasoning rerankers for visual documents: train, evaluate, use."""

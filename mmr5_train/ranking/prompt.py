@@ -64,11 +64,11 @@ def build_messages(prompt: Prompt, query: str, n_pages: int) -> list[dict[str, A
     """
     if n_pages < 1:
         raise ValueError(f"a prompt needs at least one page, got {n_pages}")
-    question = _fill(prompt.question, n=n_pages, query=neutral(query))
+    question = fill(prompt.question, n=n_pages, query=neutral(query))
     pages: list[dict[str, Any]] = []
     for i in range(1, n_pages + 1):
         if prompt.image_label:
-            pages.append({"type": "text", "text": _fill(prompt.image_label, n=n_pages, i=i)})
+            pages.append({"type": "text", "text": fill(prompt.image_label, n=n_pages, i=i)})
         pages.append({"type": "image"})
     asked = [{"type": "text", "text": question}]
     return [
@@ -95,6 +95,6 @@ def render_completion(think: str | None, answer: Sequence[LocalId]) -> str:
     return listed if think is None else f"{THINK_OPEN}{think}{THINK_CLOSE}{listed}"
 
 
-def _fill(template: str, **values: object) -> str:
+def fill(template: str, **values: object) -> str:
     """Replaces {name} by its value, in one pass: braces in a question stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)

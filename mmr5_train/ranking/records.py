@@ -11,9 +11,11 @@ Two kinds of page id, never mixed:
 from __future__ import annotations
 
 import hashlib
+import os
 import random
-from collections.abc import Sequence
-from typing import Literal, NewType, Self
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NewType, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -175,3 +177,46 @@ class Ranking(Record):
     def pages(self, answered: Answered) -> tuple[PageId, ...]:
         """The ranked pages of one of this ranking's answers."""
         return tuple(self.shown[i - 1].id for i in answered.order)
+
+
+class SplitDocument(Record):
+    """Which split a document went to: a line of documents.jsonl."""
+
+    doc_name: str
+    domain: str
+    split: Literal["train", "select", "heldout"]
+    pages: int = Field(ge=0)
+    sha256: str = Field(description="of the PDF file or of the page images: equal for equal documents")
+
+
+class Skipped(Record):
+    """What a stage left out: a line of skipped.jsonl. Says which question, or which file, page or line of one."""
+
+    query_id: str | None = None
+    file: str | None = None
+    reason: str = Field(min_length=1, description="short, the same for all of a kind: it is counted")
+    detail: str = ""
+
+
+ImagesT = TypeVar("ImagesT", Page, RankingTask, Trace, Ranking)
+
+
+def rebase_images(records: Iterable[ImagesT], from_dir: Path, to_dir: Path) -> Iterator[ImagesT]:
+    """The same records for a file in another folder: image paths relative to `to_dir`, not `from_dir`.
+
+    An absolute image path becomes a relative one. Links in folder names are followed, since ".." is taken
+    after that.
+    """
+    target = os.path.realpath(to_dir)
+
+    def rebased(image: str) -> str:
+        folder, name = os.path.split(os.path.join(from_dir, image))
+        return Path(os.path.relpath(os.path.join(os.path.realpath(folder), name), target)).as_posix()
+
+    for record in records:
+        if isinstance(record, Page):
+            yield record.model_copy(update={"image": rebased(record.image)})
+            continue
+        field = "candidates" if isinstance(record, RankingTask) else "shown"
+        pages = tuple(c.model_copy(update={"image": rebased(c.image)}) for c in getattr(record, field))
+        yield record.model_copy(update={field: pages})

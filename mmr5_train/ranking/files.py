@@ -52,6 +52,8 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                         f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}); "
                         "the file may have been cut off: write it again or remove the line"
                     ) from None
+                except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+                    raise InputError(f"{path}, line {number}: not readable as JSON ({error})") from None
                 if not isinstance(value, dict):
                     raise InputError(
                         f"{path}, line {number}: expected a JSON object, found {type(value).__name__}"
@@ -126,11 +128,11 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def open_output(path: Path, overwrite: bool = False) -> Path:
+def open_output(path: Path, overwrite: bool = False, inputs: Iterable[Path] = ()) -> Path:
     """Makes the output folder of a stage.
 
     A folder that already holds something is refused unless `overwrite` is set, and even then only a
-    folder which carries this project's manifest is emptied.
+    folder which carries this project's manifest, and none of the stage's `inputs`, is emptied.
 
     Raises `InputError` for a folder that can't be made, written or emptied.
     """
@@ -143,6 +145,9 @@ def open_output(path: Path, overwrite: bool = False) -> Path:
                     f"{path}: holds files but no {MANIFEST}, so it was not written by this project and is not "
                     "emptied; choose another folder with out=…"
                 )
+            for source in inputs:
+                if source.resolve().is_relative_to(path.resolve()):
+                    raise InputError(f"{path}: holds {source}, which this stage reads; choose another out=…")
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
@@ -190,6 +195,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file; run the stage that writes {folder} first") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: can't be read ({error})") from None
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(manifest).__name__}")
     if not manifest.get("finished"):
         raise InputError(f"{folder}: the stage that writes it did not end; run it again")
     return manifest

@@ -1,0 +1,142 @@
+"""Reinforcement learning with ranking rewards, with TRL's GRPOTrainer.
+
+    python -m mmr5_train.grpo data=outputs/select/questions.jsonl model.path=outputs/sft/model out=outputs/grpo
+    accelerate launch --config_file configs/accelerate/cpu.yaml -m mmr5_train.grpo …
+
+Reads ranking tasks and the SFT checkpoint, writes `model/`, `adapter/` with LoRA, `log_history.json` (each
+reward, each answer defect, entropy, KL, completion length), `completions/` (what was sampled) and a manifest.
+MM-R5, section 3.3; the rewards are in mmr5_train/ranking/rewards.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from trl import GRPOConfig, GRPOTrainer
+
+from mmr5_train.config import StageConfig, run_stage
+from mmr5_train.models.finetune import (
+    MODEL,
+    lora_config,
+    open_training_output,
+    prompt_dataset,
+    save_result,
+    train,
+    trained_parameters,
+    trainer_arguments,
+)
+from mmr5_train.models.loading import ModelConfig, load_model, load_processor, vision_token_ids
+from mmr5_train.ranking.answer import Defect, parse_answer
+from mmr5_train.ranking.files import read_records, write_manifest
+from mmr5_train.ranking.prompt import Prompt
+from mmr5_train.ranking.records import Order, RankingTask
+from mmr5_train.ranking.rewards import REWARDS, RewardConfig
+
+
+class GrpoStage(StageConfig):
+    """`python -m mmr5_train.grpo` (configs/grpo.yaml)."""
+
+    data: Path = Field(description="ranking tasks, e.g. questions.jsonl of mmr5_train.select")
+    limit: int | None = Field(default=None, gt=0, description="use the first so many tasks")
+    think: bool = Field(default=True, description="whether the model was taught a think block")
+    order: Order = Field(default="shuffled", description="how a prompt shows its candidates")
+    model: ModelConfig
+    prompt: Prompt
+    reward: RewardConfig
+    trainer: dict[str, Any] = Field(description="fields of trl.GRPOConfig")
+
+
+def reward_function(name: str, think: bool) -> Callable[..., list[float]]:
+    """A ranking reward in the form that TRL calls: one value a completion."""
+    score = REWARDS[name]
+
+    def reward(completions: list[Any], pages: list[int], positives: list[list[int]], **_: Any) -> list[float]:
+        texts = [completion[0]["content"] for completion in completions]
+        rows = zip(texts, pages, positives, strict=True)
+        return [score(text, n, relevant, expect_think=think) for text, n, relevant in rows]
+
+    reward.__name__ = name  # TRL logs a reward under its function's name
+    return reward
+
+
+def defect_logger(think: bool, end_ids: set[int]) -> Callable[..., list[float]]:
+    """A reward of weight 0 that logs the share of completions with each answer defect."""
+
+    def defects(
+        completions: list[Any], completion_ids: list[list[int]], pages: list[int], log_metric: Any, **_: Any
+    ) -> list[float]:
+        counts: Counter[Defect] = Counter()
+        clean = []
+        for completion, ids, n in zip(completions, completion_ids, pages, strict=True):
+            cut_off = not ids or ids[-1] not in end_ids
+            parsed = parse_answer(completion[0]["content"], n, cut_off=cut_off, expect_think=think)
+            counts.update(parsed.defects)
+            clean.append(float(not parsed.defects))
+        for defect in Defect:
+            log_metric(f"defects/{defect.value}", counts[defect] / len(completions))
+        return clean
+
+    defects.__name__ = "no_defect"
+    return defects
+
+
+def main(config: GrpoStage) -> None:
+    tasks = read_records(config.data, RankingTask)[: config.limit]
+    open_training_output(config.out, config.overwrite)
+    processor = load_processor(config.model)
+    model = load_model(config.model)
+    prompted = [task.prompted(config.order, config.seed) for task in tasks]
+    dataset = prompt_dataset(
+        [
+            {"query_id": p.task.query_id, "pages": len(p.shown), "positives": list(p.local_positives)}
+            for p in prompted
+        ],
+        [task.query for task in tasks],
+        [p.shown for p in prompted],
+        config.data.parent,
+        config.prompt,
+        processor,
+    )
+    arguments = {
+        **config.trainer,
+        "reward_weights": [*config.reward.weights.values(), 0.0],
+        "generation_kwargs": {
+            **(config.trainer.get("generation_kwargs") or {}),
+            # A sampled vision token would promise a picture that is not there and break the next forward.
+            "suppress_tokens": vision_token_ids(processor),
+        },
+    }
+    end_ids = {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id}
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=[
+            *(reward_function(name, config.think) for name in config.reward.weights),
+            defect_logger(config.think, end_ids),
+        ],
+        args=trainer_arguments(GRPOConfig, arguments, out=config.out, seed=config.seed, model=config.model),
+        train_dataset=dataset,
+        processing_class=processor,
+        peft_config=lora_config(config.model),
+    )
+    trained = trained_parameters(trainer.model)
+    train(trainer, "grpo", {"reward": "reward", "kl": "kl", "entropy": "entropy"})
+    save_result(trainer, processor, config.out)
+    if trainer.accelerator.is_main_process:
+        rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+        learned = f"reward {rewards[0]:.3f} → {rewards[-1]:.3f}, " if rewards else ""
+        counts = {"tasks": len(tasks), "steps": trainer.state.global_step, "trained_parameters": trained}
+        write_manifest(
+            config.out, stage="grpo", config=config.model_dump(mode="json"), inputs=[config.data], counts=counts
+        )
+        print(
+            f"grpo: {len(tasks)} questions, {trainer.state.global_step} steps, {trained:,} parameters, "
+            f"{learned}in {config.out / MODEL}"
+        )
+
+
+if __name__ == "__main__":
+    run_stage(main, GrpoStage, "grpo")

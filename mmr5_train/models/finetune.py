@@ -1,0 +1,147 @@
+"""What SFT and GRPO share: data sets of prompts, trainer settings, adapters, and what they leave behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import LoraConfig
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+
+from mmr5_train.models.inputs import load_pages
+from mmr5_train.models.loading import ModelConfig
+from mmr5_train.ranking.files import InputError, open_output, write_json
+from mmr5_train.ranking.prompt import Prompt, build_messages
+from mmr5_train.ranking.records import Candidate
+
+MODEL = "model"  # the folder of a stage's output that holds the merged checkpoint
+ADAPTER = "adapter"  # beside it, where LoRA was used: the adapter alone
+LOG_HISTORY = "log_history.json"
+
+
+def open_training_output(out: Path, overwrite: bool) -> None:
+    """`open_output`, by one process; the others wait until the folder is there."""
+    state = PartialState()
+    if state.is_main_process:
+        open_output(out, overwrite)
+    state.wait_for_everyone()
+
+
+def prompt_dataset(
+    rows: Sequence[dict[str, Any]],
+    queries: Sequence[str],
+    shown: Sequence[Sequence[Candidate]],
+    folder: Path,
+    prompt: Prompt,
+    processor: Any,
+) -> Dataset:
+    """A data set in TRL's prompt format: `rows` with "prompt" (messages) and "images" added as they are read.
+
+    Pages are opened when a row is used, so that a corpus larger than memory can be trained on.
+    """
+
+    def read(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        indices = batch.pop("index")
+        batch["prompt"] = [build_messages(prompt, queries[i], len(shown[i])) for i in indices]
+        batch["images"] = [load_pages(shown[i], folder, processor) for i in indices]
+        return batch
+
+    return Dataset.from_list([{**row, "index": i} for i, row in enumerate(rows)]).with_transform(read)
+
+
+def trainer_arguments(
+    kind: type[TrainingArguments], values: dict[str, Any], *, out: Path, seed: int, model: ModelConfig
+) -> Any:
+    """TRL's own config object from the `trainer` part of a stage's config, which may set any of its fields.
+
+    Raises `InputError` for a name that TRL does not know (with the nearest it does) or a value it refuses.
+    """
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise InputError(f"trainer.{name}: {kind.__name__} has no such field{hint}")
+    # Columns are read by the data set's transform and by the rewards: the trainer must not drop them.
+    fixed = {"output_dir": str(out), "seed": seed, "data_seed": seed, "remove_unused_columns": False}
+    precision = {"bf16": model.dtype == "bfloat16", "fp16": model.dtype == "float16"}
+    taken = sorted(set(values) & {*fixed, *precision})
+    if taken:
+        raise InputError(f"trainer.{taken[0]}: is set from the stage's out, seed and model.dtype; set it there")
+    try:
+        return kind(**fixed, **precision, **values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"trainer: {kind.__name__} refuses these settings: {error}") from None
+
+
+class Progress(TrainerCallback):
+    """One line for a whole training: steps, time left, and the last values of what matters."""
+
+    def __init__(self, name: str, shown: dict[str, str]) -> None:
+        self.name, self.shown = name, shown  # shown: log key → its name in the line
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, unit="step")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if self.bar is not None and logs:
+            values = {name: logs[key] for key, name in self.shown.items() if logs.get(key) is not None}
+            if values:
+                self.bar.set_postfix({name: f"{float(value):.3f}" for name, value in values.items()})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def train(trainer: Trainer, name: str, shown: dict[str, str]) -> None:
+    """Trains, with `Progress` in the place of the trainer's own printing."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress(name, shown))
+    trainer.train()
+
+
+def lora_config(model: ModelConfig) -> LoraConfig | None:
+    """PEFT's config for the model's adapters, None for full fine-tuning."""
+    if model.lora is None:
+        return None
+    return LoraConfig(
+        r=model.lora.r,
+        lora_alpha=model.lora.alpha,
+        lora_dropout=model.lora.dropout,
+        target_modules=model.lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def save_result(trainer: Trainer, processor: Any, out: Path) -> None:
+    """Writes the merged checkpoint (loads with `from_pretrained` alone), the adapter, and the log history."""
+    state = trainer.accelerator.get_state_dict(trainer.model)  # on all ranks: parameters may be partitioned
+    if trainer.accelerator.is_main_process:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if hasattr(model, "merge_and_unload"):
+            model.save_pretrained(out / ADAPTER, state_dict=state)
+            model = model.merge_and_unload()
+            state = None
+        model.save_pretrained(out / MODEL, state_dict=state)
+        processor.save_pretrained(out / MODEL)
+        write_json(out / LOG_HISTORY, trainer.state.log_history)
+    trainer.accelerator.wait_for_everyone()
+
+
+def trained_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

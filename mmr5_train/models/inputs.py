@@ -1,0 +1,54 @@
+"""A question and its pages as model inputs: the one way from a `PromptedTask` to messages, images and tensors."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mmr5_train.models.loading import load_page
+from mmr5_train.ranking.prompt import Prompt, build_messages, with_images
+from mmr5_train.ranking.records import Candidate
+
+
+def load_pages(shown: Sequence[Candidate], folder: Path, processor: Any) -> list[Image.Image]:
+    """The prepared page images of `shown`, whose paths are relative to `folder`."""
+    return [load_page(folder / candidate.image, processor) for candidate in shown]
+
+
+def encode(
+    processor: Any, prompt: Prompt, queries: Sequence[str], pages: Sequence[Sequence[Image.Image]]
+) -> dict[str, Any]:
+    """Left-padded inputs of a batch of prompts, ready for `generate`.
+
+    `input_ids` and `attention_mask` are (batch, longest prompt); `pixel_values` is (all patches of all pages,
+    patch values); `image_grid_thw` is (all pages, 3).
+    """
+    conversations = []
+    for query, images in zip(queries, pages, strict=True):
+        messages = build_messages(prompt, query, len(images))
+        conversations.append(with_images(messages, [{"type": "image", "image": image} for image in images]))
+    return processor.apply_chat_template(
+        conversations,
+        tokenize=True,
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
+
+
+def openai_messages(prompt: Prompt, query: str, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+    """The same prompt for an OpenAI-compatible server: prepared pages as lossless data URLs."""
+    parts = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
+    return with_images(build_messages(prompt, query, len(images)), parts)
+
+
+def _data_url(image: Image.Image) -> str:
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()

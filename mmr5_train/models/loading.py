@@ -1,0 +1,176 @@
+"""Checkpoints, processors and page images, loaded the same way by every stage."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import is_flash_attn_2_available
+
+from mmr5_train.ranking.files import InputError
+
+TINY = Path(__file__).parent / "tiny"
+
+# A page of at most this many pixels is kept in memory once it is prepared; larger ones are read again.
+SMALL_PAGE = 64_000
+LARGEST_PAGE = 120_000_000  # pixels; a picture that claims more is refused before it is decoded
+
+
+class LoraChoice(BaseModel):
+    """Low-rank adapters on the language model (PEFT)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    r: int = Field(gt=0)
+    alpha: int = Field(gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: str | list[str] = Field(
+        default=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
+        description="a regular expression or a list of module names",
+    )
+
+
+class ModelConfig(BaseModel):
+    """Config group `model`: what is loaded, and how large its page images are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str = Field(description='a checkpoint folder, a hub id, or "tiny" for the shipped model')
+    min_pixels: int = Field(gt=0, description="pixels a page image has at least")
+    max_pixels: int = Field(gt=0, description="pixels a page image has at most")
+    dtype: Literal["float32", "bfloat16", "float16"]
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    freeze_vision: bool = True
+    lora: LoraChoice | None = None
+
+
+def resolve_checkpoint(path: str | Path) -> str:
+    """The folder or hub id behind `path`. Raises `InputError` for a folder that is no checkpoint."""
+    if str(path) == "tiny":
+        return str(TINY)
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{folder}: holds no config.json, so it is no checkpoint")
+    elif str(path).startswith((".", "/", "outputs/")):
+        raise InputError(f"{folder}: no such checkpoint folder; run the stage that writes it first")
+    return str(path)
+
+
+def load_processor(config: ModelConfig, path: str | Path | None = None) -> Any:
+    """The checkpoint's processor with the config's page size; prompts are padded on the left."""
+    source = resolve_checkpoint(path or config.path)
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except OSError as error:
+        raise InputError(f"{source}: the processor can't be loaded ({_first_line(error)})") from None
+    if not hasattr(processor, "image_processor"):
+        raise InputError(f"{source}: has no image processor; a vision-language checkpoint is needed")
+    processor.image_processor.size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def load_model(config: ModelConfig, path: str | Path | None = None) -> Any:
+    """The checkpoint's model in the config's dtype, with its vision tower frozen where asked for."""
+    source = resolve_checkpoint(path or config.path)
+    try:
+        kind = AutoConfig.from_pretrained(source).model_type
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=getattr(torch, config.dtype), attn_implementation=choose_attention(config)
+        )
+    except OSError as error:
+        raise InputError(f"{source}: the model can't be loaded ({_first_line(error)})") from None
+    except ValueError as error:
+        raise InputError(f"{source}: not a vision-language model ({_first_line(error)})") from None
+    if config.freeze_vision:
+        if not hasattr(model, "model") or not hasattr(model.model, "visual"):
+            raise InputError(f"{source}: model type {kind} has no vision tower at model.visual to freeze")
+        model.model.visual.requires_grad_(False)
+    return model
+
+
+def choose_attention(config: ModelConfig) -> str:
+    """Flash attention where it is installed and the dtype allows it, else PyTorch's own."""
+    if config.attention != "auto":
+        return config.attention
+    usable = torch.cuda.is_available() and is_flash_attn_2_available() and config.dtype != "float32"
+    return "flash_attention_2" if usable else "sdpa"
+
+
+def vision_token_ids(processor: Any) -> list[int]:
+    """Ids of the tokens that stand for pictures: a sampled one would break the next forward pass."""
+    tokenizer = processor.tokenizer
+    names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+    known = tokenizer.get_vocab()
+    ids = {known[name] for name in names if name in known}
+    ids.update(i for i in (processor.image_token_id, getattr(processor, "video_token_id", None)) if i is not None)
+    return sorted(ids)
+
+
+def page_size(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """(width, height) a page is shown in: multiples of `factor`, the area within the limits, the aspect kept.
+
+    The rule of Qwen2-VL's image processor (arXiv 2409.12191, section 2.1), which leaves such a picture as it
+    is: a page is resized once, here.
+    """
+    if max(width, height) > 200 * min(width, height):
+        raise InputError(f"a page of {width} × {height} pixels is too long for its width (200 : 1 at most)")
+    sized = [max(factor, round(side / factor) * factor) for side in (width, height)]
+    if sized[0] * sized[1] > max_pixels:
+        scale = math.sqrt(width * height / max_pixels)
+        sized = [max(factor, math.floor(side / scale / factor) * factor) for side in (width, height)]
+    elif sized[0] * sized[1] < min_pixels:
+        scale = math.sqrt(min_pixels / (width * height))
+        sized = [math.ceil(side * scale / factor) * factor for side in (width, height)]
+    return sized[0], sized[1]
+
+
+def prepare_page(image: Image.Image, processor: Any) -> Image.Image:
+    """The picture as the model sees it: RGB, at its final size."""
+    processing = processor.image_processor
+    factor = processing.patch_size * processing.merge_size
+    limits = processing.size["shortest_edge"], processing.size["longest_edge"]
+    size = page_size(image.width, image.height, factor, *limits)
+    image = image.convert("RGB")
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def load_page(path: str | Path, processor: Any) -> Image.Image:
+    """A page image file, prepared for the processor. Raises `InputError` naming a file that can't be read."""
+    processing = processor.image_processor
+    limits = processing.size["shortest_edge"], processing.size["longest_edge"]
+    if limits[1] <= SMALL_PAGE:
+        return _small_page(str(path), processing.patch_size * processing.merge_size, *limits, processor)
+    return prepare_page(_open(path), processor)
+
+
+@lru_cache(maxsize=8192)
+def _small_page(path: str, factor: int, min_pixels: int, max_pixels: int, processor: Any) -> Image.Image:
+    return prepare_page(_open(path), processor)
+
+
+def _open(path: str | Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > LARGEST_PAGE:
+                raise InputError(
+                    f"{path}: claims {image.width} × {image.height} pixels, more than {LARGEST_PAGE:,}; "
+                    "render the page smaller"
+                )
+            image.load()
+            return image.copy()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such page image; build the data again, or mend the path") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable page image ({_first_line(error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,39 @@
+"""The notes of a think block: one line a page, written by the teacher, learned by the model, checked afterwards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_LINE = re.compile(r"^Image (\d{1,4}): (.*)$")
+
+
+def described_note(description: str, helps: bool) -> str:
+    """The note on a page whose content is known, e.g. "a red bar chart, so it does not help."."""
+    return f"{description}, so it {'helps' if helps else 'does not help'}."
+
+
+def join_notes(notes: Sequence[str]) -> str:
+    """A think block: "Image i: note", a line a page, in prompt order."""
+    return "\n".join(f"Image {i}: {note}" for i, note in enumerate(notes, 1))
+
+
+def split_notes(think: str) -> dict[int, str]:
+    """The first note on each page of a think block, by local id; other lines are passed over."""
+    notes: dict[int, str] = {}
+    for line in think.splitlines():
+        if match := _LINE.match(line.strip()):
+            notes.setdefault(int(match[1]), match[2].strip())
+    return notes
+
+
+def states(note: str, description: str) -> bool:
+    """Whether a note says that its page shows exactly `description`."""
+    return note.startswith((f"{description},", f"{description}."))
+
+
+def verdict(note: str) -> bool | None:
+    """Whether a note says that its page helps; None where it does not say."""
+    if note.endswith("so it does not help."):
+        return False
+    return True if note.endswith("so it helps.") else None

@@ -1,0 +1,119 @@
+"""The reranker: a checkpoint, its processor and a prompt; questions with pages in, complete orders out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mmr5_train.models.inputs import encode, load_pages
+from mmr5_train.models.loading import (
+    ModelConfig,
+    load_model,
+    load_page,
+    load_processor,
+    prepare_page,
+    vision_token_ids,
+)
+from mmr5_train.ranking.answer import read_answer
+from mmr5_train.ranking.files import InputError
+from mmr5_train.ranking.prompt import Prompt
+from mmr5_train.ranking.records import Answered, PromptedTask
+
+
+class Reranker:
+    """Ranks page images for a question with a reasoning model.
+
+    Greedy by default, so that the same pages give the same order.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        model: ModelConfig,
+        prompt: Prompt,
+        *,
+        think: bool = True,
+        max_new_tokens: int = 2048,
+        device: str | None = None,
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.processor = load_processor(model, checkpoint)
+        self.model = load_model(model, checkpoint).to(self.device).eval()
+        self.prompt, self.think, self.max_new_tokens = prompt, think, max_new_tokens
+        self.end_ids = {self.processor.tokenizer.eos_token_id, self.processor.tokenizer.pad_token_id}
+
+    def rank(self, query: str, pages: Sequence[str | Path | Image.Image]) -> Answered:
+        """The order of `pages` (local ids from 1, best first), with the reasoning and any defects.
+
+        Raises `InputError` for no pages, and for a file that is no readable page image.
+        """
+        if not pages:
+            raise InputError("there are no pages to rank: give at least one page image")
+        shown = [load_page_or_image(page, self.processor) for page in pages]
+        return self._generate([query], [shown])[0][0]
+
+    def answer(
+        self,
+        tasks: Sequence[PromptedTask],
+        folder: Path,
+        *,
+        batch_size: int,
+        samples: int = 0,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[list[Answered]]:
+        """The answers to each task, in order: one greedy, or `samples` sampled at `temperature`.
+
+        Page paths are relative to `folder`. The same seed and batch size give the same samples.
+        """
+        for start in range(0, len(tasks), batch_size):
+            batch = tasks[start : start + batch_size]
+            pages = [load_pages(prompted.shown, folder, self.processor) for prompted in batch]
+            torch.manual_seed(seed * 1_000_003 + start)
+            queries = [prompted.task.query for prompted in batch]
+            yield from self._generate(queries, pages, samples=samples, temperature=temperature)
+
+    @torch.inference_mode()
+    def _generate(
+        self,
+        queries: Sequence[str],
+        pages: Sequence[Sequence[Image.Image]],
+        *,
+        samples: int = 0,
+        temperature: float = 1.0,
+    ) -> list[list[Answered]]:
+        inputs = encode(self.processor, self.prompt, queries, pages).to(self.device)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if samples:
+            sampling = {
+                "do_sample": True,
+                "temperature": temperature,
+                "top_k": 0,
+                "top_p": 1.0,
+                "num_return_sequences": samples,
+            }
+        generated = self.model.generate(
+            **inputs,
+            **sampling,
+            max_new_tokens=self.max_new_tokens,
+            suppress_tokens=vision_token_ids(self.processor),
+        )
+        completions = generated[:, inputs["input_ids"].shape[1] :].tolist()
+        count = max(samples, 1)
+        answers = [self._read(ids, len(pages[row // count])) for row, ids in enumerate(completions)]
+        return [answers[i : i + count] for i in range(0, len(answers), count)]
+
+    def _read(self, ids: list[int], n_pages: int) -> Answered:
+        end = next((i for i, token in enumerate(ids) if token in self.end_ids), None)
+        text = self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        tokens = len(ids) if end is None else end + 1
+        return read_answer(text, n_pages, cut_off=end is None, expect_think=self.think, tokens=tokens)
+
+
+def load_page_or_image(page: str | Path | Image.Image, processor: Any) -> Image.Image:
+    """A prepared page from a file or an open picture."""
+    return prepare_page(page, processor) if isinstance(page, Image.Image) else load_page(page, processor)

@@ -1,0 +1,147 @@
+"""Fixtures that tests of several modules share: the tiny model's parts, a few pages, and real HTTP servers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, settings
+from PIL import Image
+from scripted import ScriptedServer
+
+from mmr5_train.models.loading import TINY, ModelConfig, load_processor
+from mmr5_train.ranking.prompt import Prompt
+from mmr5_train.ranking.records import Candidate, PageId, RankingTask
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Property-based tests give the same examples each time, and no machine is too slow for them.
+settings.register_profile("project", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("project")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModelConfig:
+    return ModelConfig.model_validate(yaml.safe_load((ROOT / "configs/model/tiny.yaml").read_text()))
+
+
+@pytest.fixture(scope="session")
+def prompt() -> Prompt:
+    return Prompt.model_validate(yaml.safe_load((ROOT / "configs/prompt/default.yaml").read_text()))
+
+
+@pytest.fixture(scope="session")
+def processor(tiny: ModelConfig) -> Any:
+    return load_processor(tiny)
+
+
+@pytest.fixture(scope="session")
+def page_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six plain pages of different colours: page-0.png … page-5.png."""
+    folder = tmp_path_factory.mktemp("pages")
+    for i, color in enumerate(("red", "green", "blue", "orange", "purple", "grey")):
+        Image.new("RGB", (600, 800), color).save(folder / f"page-{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tasks() -> list[RankingTask]:
+    """Four questions with three candidates each, whose images are in `page_folder`."""
+    made = []
+    for k, shown in enumerate(("red bar chart", "green table", "blue pie chart", "grey line chart")):
+        pages = [(k + i) % 6 for i in range(3)]
+        candidates = [
+            Candidate(doc_name="doc", page=p, image=f"page-{p}.png", score=-i) for i, p in enumerate(pages)
+        ]
+        made.append(
+            RankingTask(
+                query_id=f"doc/{k}",
+                query=f"Which page shows a {shown} about water use?",
+                domain="Guidebook",
+                candidates=tuple(candidates),
+                positives=(PageId(doc_name="doc", page=k),),
+            )
+        )
+    return made
+
+
+class OpenAIServer(NamedTuple):
+    """A running `transformers serve`: its base URL, and the model to ask for.
+
+    It loads whatever checkpoint folder a request names as its model, so tests can serve their own too.
+    """
+
+    base_url: str
+    model: str
+
+
+@pytest.fixture(scope="session")
+def openai_server(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[OpenAIServer]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--device", "cpu"]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with log.open("w") as stream:
+        server = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+    failed_before = request.session.testsfailed
+    try:
+        wait_until_ready(server, f"http://127.0.0.1:{port}/health", log)
+        yield OpenAIServer(f"http://127.0.0.1:{port}/v1", str(TINY))
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+        if request.session.testsfailed > failed_before:
+            print(f"\nthe end of the log of transformers serve:\n{log.read_text()[-4000:]}")
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, timeout: float = 120) -> None:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if server.poll() is not None:
+            break
+        try:
+            with direct.open(url, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    pytest.fail(f"transformers serve is not ready (exit code {server.poll()}):\n{log.read_text()[-4000:]}")
+
+
+@pytest.fixture
+def scripted_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedServer]:
+    """A faulty OpenAI-compatible server; the environment points to it."""
+    server = ScriptedServer()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()

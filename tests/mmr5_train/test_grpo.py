@@ -1,0 +1,99 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from mmr5_train import grpo
+from mmr5_train.config import compose_stage
+from mmr5_train.models.loading import TINY, vision_token_ids
+from mmr5_train.ranking.answer import Defect
+from mmr5_train.ranking.files import write_records
+from mmr5_train.ranking.rewards import REWARDS
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = [
+    "trainer.per_device_train_batch_size=8",
+    "trainer.num_generations=4",
+    "trainer.max_steps=2",
+    "trainer.max_completion_length=16",
+]
+
+
+@pytest.fixture
+def questions(tasks, page_folder):
+    write_records(page_folder / "questions.jsonl", tasks)
+    return page_folder / "questions.jsonl"
+
+
+def run(questions, out, *overrides):
+    config = compose_stage(grpo.GrpoStage, "grpo", [f"data={questions}", f"out={out}", *SHORT, *overrides])
+    grpo.main(config)
+    return json.loads((out / "log_history.json").read_text())
+
+
+def test_logs_each_reward_and_each_defect(questions, tmp_path):
+    history = run(questions, tmp_path / "out", "trainer.log_completions=true")
+    steps = [entry for entry in history if "reward" in entry]
+    assert len(steps) == 2
+    for entry in steps:
+        for name in ("reranking", "permutation"):
+            assert 0 <= entry[f"rewards/{name}/mean"] <= 1
+        assert entry["reward"] == pytest.approx(
+            entry["rewards/reranking/mean"] + entry["rewards/permutation/mean"], abs=1e-4
+        )
+        # 16 tokens do not hold an answer: every completion is cut off and has none.
+        assert entry[f"defects/{Defect.CUT_OFF.value}"] == 1
+        assert entry[f"defects/{Defect.NO_ANSWER.value}"] == 1
+        assert {"entropy", "kl", "completions/mean_length", "frac_reward_zero_std"} <= set(entry)
+    assert list((tmp_path / "out/completions").glob("*.parquet"))
+
+
+def test_vision_tokens_cannot_be_sampled(questions, tmp_path, processor):
+    """A head that wants nothing but image tokens still can't sample one."""
+    model = AutoModelForImageTextToText.from_pretrained(TINY)
+    model.config.tie_word_embeddings = False
+    model.config.text_config.tie_word_embeddings = False
+    head = torch.zeros_like(model.lm_head.weight)
+    head[vision_token_ids(processor)] = 50 * model.model.language_model.norm.weight.sign()
+    model.lm_head.weight = torch.nn.Parameter(head)
+    model.save_pretrained(tmp_path / "broken")
+    processor.save_pretrained(tmp_path / "broken")
+    history = run(questions, tmp_path / "out", f"model.path={tmp_path}/broken", "trainer.log_completions=true")
+    assert any("reward" in entry for entry in history)
+    import pandas as pd
+
+    tables = [pd.read_parquet(path) for path in (tmp_path / "out/completions").glob("*.parquet")]
+    texts = "".join(str(text) for table in tables for text in table["completion"])
+    assert "<|image_pad|>" not in texts
+
+
+def test_same_seed_same_rewards_and_a_frozen_tower(questions, tmp_path):
+    keys = ("reward", "loss", "entropy", "kl")
+    first, second = run(questions, tmp_path / "a"), run(questions, tmp_path / "b")
+    assert [[e.get(k) for k in keys] for e in first] == [[e.get(k) for k in keys] for e in second]
+    before = AutoModelForImageTextToText.from_pretrained(TINY).model.visual.state_dict()
+    after = AutoModelForImageTextToText.from_pretrained(tmp_path / "a/model").model.visual.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_rewards_reach_trl_as_they_are(tasks):
+    texts = ["<think>a</think><answer>[2, 1, 3]</answer>", "<answer>[1, 1, 9]</answer>", "nothing"]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    for name, score in REWARDS.items():
+        reward = grpo.reward_function(name, think=True)
+        assert reward.__name__ == name
+        values = reward(completions, pages=[3] * 3, positives=[[2], [1, 3], [1]], query_id=["a", "b", "c"])
+        assert values == [score(texts[0], 3, [2]), score(texts[1], 3, [1, 3]), score(texts[2], 3, [1])]
+
+
+def test_two_processes_from_the_command_line(questions, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    command += ["-m", "mmr5_train.grpo", f"data={questions}", f"out={tmp_path}/out", *SHORT]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.count("grpo: 4 questions, 2 steps") == 1
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "out/model")

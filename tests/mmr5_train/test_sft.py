@@ -1,0 +1,114 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mmr5_train import sft
+from mmr5_train.config import compose_stage
+from mmr5_train.models.loading import TINY
+from mmr5_train.ranking.files import InputError, write_records
+from mmr5_train.ranking.notes import described_note, join_notes
+from mmr5_train.ranking.records import Trace
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = ["trainer.per_device_train_batch_size=4", "trainer.logging_steps=1", "trainer.warmup_steps=0"]
+
+
+@pytest.fixture
+def traces(tasks, page_folder):
+    """traces.jsonl beside the pages, one a task."""
+    records = []
+    for task in tasks:
+        shown = task.prompted("shuffled").shown
+        relevant = next(i for i, page in enumerate(shown, 1) if page.id in task.positives)
+        notes = [described_note("a page", i == relevant) for i in range(1, 4)]
+        answer = [relevant, *(i for i in (1, 2, 3) if i != relevant)]
+        records.append(
+            Trace(
+                query_id=task.query_id,
+                query=task.query,
+                domain=task.domain,
+                shown=shown,
+                notes=notes,
+                think=join_notes(notes),
+                answer=answer,
+                positive_ids=[relevant],
+            )
+        )
+    write_records(page_folder / "traces.jsonl", records)
+    return page_folder / "traces.jsonl"
+
+
+def run(traces, out, *overrides):
+    config = compose_stage(sft.SftStage, "sft", [f"data={traces}", f"out={out}", *SHORT, *overrides])
+    sft.main(config)
+    return json.loads((out / "log_history.json").read_text())
+
+
+def test_learns_and_leaves_a_whole_checkpoint(traces, tmp_path, capsys):
+    history = run(traces, tmp_path / "out", "trainer.max_steps=12", "trainer.learning_rate=2e-3")
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(losses) == 12
+    assert losses[-1] < 0.7 * losses[0]
+    before = AutoModelForImageTextToText.from_pretrained(TINY)
+    after = AutoModelForImageTextToText.from_pretrained(tmp_path / "out/model")
+    pairs = zip(before.named_parameters(), after.parameters(), strict=True)
+    moved = {name for (name, old), new in pairs if not torch.equal(old, new)}
+    assert moved
+    assert not [name for name in moved if "visual" in name], "the vision tower must stay frozen"
+    assert AutoProcessor.from_pretrained(tmp_path / "out/model").tokenizer.chat_template
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["finished"]
+    assert manifest["counts"]["steps"] == 12
+    assert str(traces) in manifest["inputs"]
+    assert "sft: 4 traces, 12 steps" in capsys.readouterr().out
+
+
+def test_same_seed_same_losses(traces, tmp_path):
+    steps = "trainer.max_steps=2"
+    first, second = run(traces, tmp_path / "a", steps), run(traces, tmp_path / "b", steps)
+    other = run(traces, tmp_path / "c", steps, "seed=7", "trainer.per_device_train_batch_size=2")
+    assert [entry.get("loss") for entry in first] == [entry.get("loss") for entry in second]
+    assert first[0]["loss"] != other[0]["loss"]
+
+
+def test_lora_leaves_an_adapter_and_a_merged_model(traces, tmp_path):
+    run(traces, tmp_path / "out", "trainer.max_steps=2", "model.lora={r: 4, alpha: 8}")
+    assert (tmp_path / "out/adapter/adapter_model.safetensors").is_file()
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out/model")
+    base = AutoModelForImageTextToText.from_pretrained(TINY)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(merged.get_parameter(name), base.get_parameter(name))
+    assert torch.equal(merged.get_input_embeddings().weight, base.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["+trainer.learning_rat=1"],
+            r"trainer\.learning_rat: SFTConfig has no such field; did you mean learning_rate",
+        ),
+        (["+trainer.seed=1"], r"trainer\.seed: is set from the stage"),
+        (["+trainer.optim=adamn"], "refuses these settings"),
+        (["model.path=./nowhere"], "no such checkpoint folder"),
+    ],
+)
+def test_wrong_settings_are_named(traces, tmp_path, overrides, message):
+    with pytest.raises(InputError, match=message):
+        run(traces, tmp_path / "out", *overrides)
+
+
+def test_two_processes_from_the_command_line(traces, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    command += ["-m", "mmr5_train.sft", f"data={traces}", f"out={tmp_path}/out", "trainer.max_steps=2"]
+    command += ["trainer.per_device_train_batch_size=2", "trainer.logging_steps=1"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.count("sft: 4 traces, 2 steps") == 1
+    AutoModelForImageTextToText.from_pretrained(tmp_path / "out/model")

@@ -79,13 +79,14 @@ def build_messages(prompt: Prompt, query: str, n_pages: int) -> list[dict[str, A
 
 def with_images(messages: Sequence[dict[str, Any]], image_parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same messages with the k-th image placeholder replaced by `image_parts[k]`."""
+    places = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if places != len(image_parts):
+        raise ValueError(f"the messages hold {places} images, and {len(image_parts)} were given")
     parts = iter(image_parts)
     filled = []
     for message in messages:
         content = [next(parts) if part["type"] == "image" else part for part in message["content"]]
         filled.append({**message, "content": content})
-    if next(parts, None) is not None:
-        raise ValueError(f"the messages hold fewer images than the {len(image_parts)} given")
     return filled
 
 

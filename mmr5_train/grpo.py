@@ -33,8 +33,11 @@ from mmr5_train.models.loading import ModelConfig, load_model, load_processor, v
 from mmr5_train.ranking.answer import Defect, parse_answer
 from mmr5_train.ranking.files import read_records, write_manifest
 from mmr5_train.ranking.prompt import Prompt
-from mmr5_train.ranking.records import Order, RankingTask
+from mmr5_train.ranking.records import LocalId, Order, RankingTask
 from mmr5_train.ranking.rewards import REWARDS, RewardConfig
+
+RewardFunction = Callable[..., list[float | None]]
+"""What TRL calls: completions and the data set's columns in, one value a completion out."""
 
 
 class GrpoStage(StageConfig):
@@ -50,11 +53,13 @@ class GrpoStage(StageConfig):
     trainer: dict[str, Any] = Field(description="fields of trl.GRPOConfig")
 
 
-def reward_function(name: str, think: bool) -> Callable[..., list[float]]:
+def reward_function(name: str, think: bool) -> RewardFunction:
     """A ranking reward in the form that TRL calls: one value a completion."""
     score = REWARDS[name]
 
-    def reward(completions: list[Any], pages: list[int], positives: list[list[int]], **_: Any) -> list[float]:
+    def reward(
+        completions: list[Any], pages: list[int], positives: list[list[LocalId]], **_: Any
+    ) -> list[float | None]:
         texts = [completion[0]["content"] for completion in completions]
         rows = zip(texts, pages, positives, strict=True)
         return [score(text, n, relevant, expect_think=think) for text, n, relevant in rows]
@@ -63,14 +68,14 @@ def reward_function(name: str, think: bool) -> Callable[..., list[float]]:
     return reward
 
 
-def defect_logger(think: bool, end_ids: set[int]) -> Callable[..., list[float]]:
+def defect_logger(think: bool, end_ids: set[int]) -> RewardFunction:
     """A reward of weight 0 that logs the share of completions with each answer defect."""
 
     def defects(
         completions: list[Any], completion_ids: list[list[int]], pages: list[int], log_metric: Any, **_: Any
-    ) -> list[float]:
+    ) -> list[float | None]:
         counts: Counter[Defect] = Counter()
-        clean = []
+        clean: list[float | None] = []
         for completion, ids, n in zip(completions, completion_ids, pages, strict=True):
             cut_off = not ids or ids[-1] not in end_ids
             parsed = parse_answer(completion[0]["content"], n, cut_off=cut_off, expect_think=think)
@@ -86,7 +91,7 @@ def defect_logger(think: bool, end_ids: set[int]) -> Callable[..., list[float]]:
 
 def main(config: GrpoStage) -> None:
     tasks = read_records(config.data, RankingTask)[: config.limit]
-    open_training_output(config.out, config.overwrite)
+    open_training_output(config.out, config.overwrite, [config.data, Path(config.model.path)])
     processor = load_processor(config.model)
     model = load_model(config.model)
     prompted = [task.prompted(config.order, config.seed) for task in tasks]
@@ -111,23 +116,21 @@ def main(config: GrpoStage) -> None:
         },
     }
     end_ids = {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id}
+    rewards = [reward_function(name, config.think) for name in config.reward.weights]
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=[
-            *(reward_function(name, config.think) for name in config.reward.weights),
-            defect_logger(config.think, end_ids),
-        ],
+        reward_funcs=[*rewards, defect_logger(config.think, end_ids)],
         args=trainer_arguments(GRPOConfig, arguments, out=config.out, seed=config.seed, model=config.model),
         train_dataset=dataset,
         processing_class=processor,
         peft_config=lora_config(config.model),
     )
-    trained = trained_parameters(trainer.model)
+    trained = trained_parameters(trainer)
     train(trainer, "grpo", {"reward": "reward", "kl": "kl", "entropy": "entropy"})
     save_result(trainer, processor, config.out)
     if trainer.accelerator.is_main_process:
-        rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-        learned = f"reward {rewards[0]:.3f} → {rewards[-1]:.3f}, " if rewards else ""
+        paid = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+        learned = f"reward {paid[0]:.3f} → {paid[-1]:.3f}, " if paid else ""
         counts = {"tasks": len(tasks), "steps": trainer.state.global_step, "trained_parameters": trained}
         write_manifest(
             config.out, stage="grpo", config=config.model_dump(mode="json"), inputs=[config.data], counts=counts

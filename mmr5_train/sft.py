@@ -45,7 +45,7 @@ class SftStage(StageConfig):
 
 def main(config: SftStage) -> None:
     traces = read_records(config.data, Trace)[: config.limit]
-    open_training_output(config.out, config.overwrite)
+    open_training_output(config.out, config.overwrite, [config.data, Path(config.model.path)])
     processor = load_processor(config.model)
     model = load_model(config.model)
     completions = [render_completion(trace.think if config.think else None, trace.answer) for trace in traces]
@@ -64,7 +64,7 @@ def main(config: SftStage) -> None:
         processing_class=processor,
         peft_config=lora_config(config.model),
     )
-    trained = trained_parameters(trainer.model)
+    trained = trained_parameters(trainer)
     train(trainer, "sft", {"loss": "loss", "mean_token_accuracy": "token accuracy"})
     save_result(trainer, processor, config.out)
     if trainer.accelerator.is_main_process:

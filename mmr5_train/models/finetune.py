@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
@@ -26,11 +25,11 @@ ADAPTER = "adapter"  # beside it, where LoRA was used: the adapter alone
 LOG_HISTORY = "log_history.json"
 
 
-def open_training_output(out: Path, overwrite: bool) -> None:
+def open_training_output(out: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     """`open_output`, by one process; the others wait until the folder is there."""
     state = PartialState()
     if state.is_main_process:
-        open_output(out, overwrite)
+        open_output(out, overwrite, inputs=inputs)
     state.wait_for_everyone()
 
 
@@ -70,13 +69,18 @@ def trainer_arguments(
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise InputError(f"trainer.{name}: {kind.__name__} has no such field{hint}")
     # Columns are read by the data set's transform and by the rewards: the trainer must not drop them.
-    fixed = {"output_dir": str(out), "seed": seed, "data_seed": seed, "remove_unused_columns": False}
-    precision = {"bf16": model.dtype == "bfloat16", "fp16": model.dtype == "float16"}
-    taken = sorted(set(values) & {*fixed, *precision})
+    fixed: dict[str, Any] = {
+        "output_dir": str(out),
+        "seed": seed,
+        "data_seed": seed,
+        "remove_unused_columns": False,
+    }
+    fixed |= {"bf16": model.dtype == "bfloat16", "fp16": model.dtype == "float16"}
+    taken = sorted(set(values) & set(fixed))
     if taken:
         raise InputError(f"trainer.{taken[0]}: is set from the stage's out, seed and model.dtype; set it there")
     try:
-        return kind(**fixed, **precision, **values)
+        return kind(**fixed, **values)
     except (TypeError, ValueError) as error:
         raise InputError(f"trainer: {kind.__name__} refuses these settings: {error}") from None
 
@@ -143,5 +147,7 @@ def save_result(trainer: Trainer, processor: Any, out: Path) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def trained_parameters(model: torch.nn.Module) -> int:
+def trained_parameters(trainer: Trainer) -> int:
+    """How many numbers the training moves."""
+    model: Any = trainer.model
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from transformers import BatchFeature
 
 from mmr5_train.models.loading import load_page
 from mmr5_train.ranking.prompt import Prompt, build_messages, with_images
@@ -22,7 +23,7 @@ def load_pages(shown: Sequence[Candidate], folder: Path, processor: Any) -> list
 
 def encode(
     processor: Any, prompt: Prompt, queries: Sequence[str], pages: Sequence[Sequence[Image.Image]]
-) -> dict[str, Any]:
+) -> BatchFeature:
     """Left-padded inputs of a batch of prompts, ready for `generate`.
 
     `input_ids` and `attention_mask` are (batch, longest prompt); `pixel_values` is (all patches of all pages,

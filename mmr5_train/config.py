@@ -11,12 +11,12 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -47,16 +47,34 @@ def run_stage(main: Callable[[StageT], None], model: type[StageT], config_name: 
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     def task(config: DictConfig) -> None:
-        main(validate(model, OmegaConf.to_container(config, resolve=True)))
+        try:
+            main(validate(model, _resolved(config)))
+        except InputError as error:
+            _stop(f"error: {error}")  # here already: Hydra would put a line of its own in front
 
     try:
         task()
-    except InputError as error:
-        sys.exit(f"error: {error}")
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {_explain(error, config_name)}")
+        _stop(f"error: {_explain(error, config_name, sys.argv[1:])}")
     except KeyboardInterrupt:
-        sys.exit("stopped")
+        _stop("stopped")
+
+
+def _stop(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+def _resolved(config: DictConfig) -> Any:
+    """The config as plain values. A field that is still "???" has no value yet, and is an error."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        values = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key}: {str(error).partition(chr(10))[0]}") from None
+    if missing:
+        raise InputError(f"no value for {', '.join(missing)}; add {' '.join(f'{key}=…' for key in missing)}")
+    return values
 
 
 def validate(model: type[StageT], values: Any) -> StageT:
@@ -68,6 +86,21 @@ def validate(model: type[StageT], values: Any) -> StageT:
         for problem in error.errors():
             lines.append("  " + _problem(model, values, problem))
         raise InputError("the config does not fit:\n" + "\n".join(lines)) from None
+
+
+def compose_stage(model: type[StageT], config_name: str, overrides: Sequence[str]) -> StageT:
+    """The config that the command line `config_name` with these overrides gives."""
+    try:
+        return validate(model, _resolved(_compose(config_name, overrides)))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(_explain(error, config_name, overrides)) from None
+
+
+def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
+    if GlobalHydra.instance().is_initialized():  # inside another stage
+        return hydra.compose(config_name, list(overrides))
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
+        return hydra.compose(config_name, list(overrides))
 
 
 def _problem(model: type[BaseModel], values: Any, problem: Any) -> str:
@@ -98,7 +131,7 @@ def _nearest(name: str, choices: list[str]) -> str:
     return f"{hint} (choices: {', '.join(sorted(choices))})"
 
 
-def _explain(error: Exception, config_name: str) -> str:
+def _explain(error: Exception, config_name: str, overrides: Sequence[str]) -> str:
     """One message for an override that Hydra can't apply: its reason, and the fields there are."""
     causes: list[BaseException] = [error]
     while causes[-1].__cause__ is not None:
@@ -108,14 +141,10 @@ def _explain(error: Exception, config_name: str) -> str:
     first = "\n".join(line for line in str(error).splitlines() if line and "full_key" not in line)
     if key is None or "not in struct" not in text:
         return first
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-        here = hydra.compose(config_name)
+    # The same choices of groups, so that the fields are those of the option the user chose.
+    chosen = [o for o in overrides if "=" in o and (CONFIGS / o.lstrip("+").partition("=")[0]).is_dir()]
+    here = _compose(config_name, chosen)
     parent, _, last = key.rpartition(".")
     node = OmegaConf.select(here, parent) if parent else here
     names = [str(k) for k in node] if isinstance(node, DictConfig) else []
     return f"{key}: no such field{_nearest(last, names)}"
-
-
-def choice(group: str) -> str:
-    """Which option of a config group the running stage was given, e.g. `choice("model")` → "tiny"."""
-    return str(HydraConfig.get().runtime.choices.get(group))

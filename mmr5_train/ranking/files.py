@@ -140,10 +140,10 @@ def open_output(path: Path, overwrite: bool = False, inputs: Iterable[Path] = ()
         if path.exists() and any(path.iterdir()):
             if not overwrite:
                 raise InputError(f"{path}: is not empty; choose another folder with out=…, or set overwrite=true")
-            if not (path / MANIFEST).is_file():
+            if not _is_ours(path):
                 raise InputError(
-                    f"{path}: holds files but no {MANIFEST}, so it was not written by this project and is not "
-                    "emptied; choose another folder with out=…"
+                    f"{path}: holds files but no {MANIFEST} of this project, so it was not written by it and is "
+                    "not emptied; choose another folder with out=…"
                 )
             for source in inputs:
                 if source.resolve().is_relative_to(path.resolve()):
@@ -157,6 +157,15 @@ def open_output(path: Path, overwrite: bool = False, inputs: Iterable[Path] = ()
     # Marks the folder as ours from the start: a run that was stopped can be overwritten.
     write_json(path / MANIFEST, {"finished": False})
     return path
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a stage wrote the folder. The file name alone says little: web projects have such a file too."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(manifest, dict) and isinstance(manifest.get("finished"), bool)
 
 
 def write_manifest(

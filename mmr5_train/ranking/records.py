@@ -29,9 +29,9 @@ SPLITS = ("train", "select", "heldout")
 
 
 class Record(BaseModel):
-    """A line of a JSON Lines file: immutable, and no field that is not declared."""
+    """A line of a JSON Lines file: immutable, no field that is not declared, and every number finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PageId(Record):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -13,13 +14,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, settings
 from PIL import Image
-from scripted import ScriptedServer
+from servers import RECITED, THOUGHT, OpenAIServer, ScriptedServer
 
 from mmr5_train.models.loading import TINY, ModelConfig, load_processor
 from mmr5_train.ranking.prompt import Prompt
@@ -77,16 +78,6 @@ def tasks() -> list[RankingTask]:
     return made
 
 
-class OpenAIServer(NamedTuple):
-    """A running `transformers serve`: its base URL, and the model to ask for.
-
-    It loads whatever checkpoint folder a request names as its model, so tests can serve their own too.
-    """
-
-    base_url: str
-    model: str
-
-
 @pytest.fixture(scope="session")
 def openai_server(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
@@ -130,6 +121,41 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, timeo
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     pytest.fail(f"transformers serve is not ready (exit code {server.poll()}):\n{log.read_text()[-4000:]}")
+
+
+@pytest.fixture(scope="session")
+def reciting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that replies "<think>THOUGHT</think>RECITED" to whatever it is asked.
+
+    The tiny model's architecture, tokenizer and template with weights written by hand: the layers add
+    nothing, so the next token depends on the last one alone, and the reply is a chain of tokens.
+    """
+    import torch
+    from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+    processor = AutoProcessor.from_pretrained(TINY)
+    config = AutoConfig.from_pretrained(TINY)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": "?"}], add_generation_prompt=True, tokenize=False
+    )
+    chain = processor.tokenizer(f"{prompt}<think>{THOUGHT}</think>{RECITED}<|im_end|>")["input_ids"]
+    chain = chain[len(processor.tokenizer(prompt)["input_ids"]) - 1 :]
+    assert len(set(chain[:-1])) == len(chain) - 1, (
+        f"a token stands twice in {processor.tokenizer.tokenize(RECITED)}"
+    )
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        tokens, head = model.get_input_embeddings().weight.zero_(), model.get_output_embeddings().weight.zero_()
+        for k, (last, following) in enumerate(itertools.pairwise(chain)):
+            tokens[last, k], head[following, k] = 1, 50
+    folder = tmp_path_factory.mktemp("reciting")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

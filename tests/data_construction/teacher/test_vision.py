@@ -1,0 +1,374 @@
+from __future__ import annotations
+
+import asyncio
+import base64
+import email.utils
+import io
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from openai import OpenAI
+from PIL import Image
+from servers import RECITED, THOUGHT, OpenAIServer, Reply, ScriptedServer, completion
+
+from data_construction.teacher.vision import OpenAIConfig, OpenAITeacher, TeacherFailure, image_url
+from mmr5_train.config import CONFIGS, validate
+from mmr5_train.ranking.files import InputError
+from mmr5_train.ranking.prompt import fill
+from mmr5_train.ranking.records import LocalId, Page
+
+KEY = "sk-secret-0123456789"
+PAGE = Page(doc_name="d", page=0, domain="x", image="page.jpg", width=1, height=1)
+GARBAGE = [
+    Reply(body="{ not json"),
+    Reply(body="<html>Welcome</html>", headers={"Content-Type": "text/html"}),
+    Reply(body={"id": "1"}),
+    Reply(body={"choices": []}),
+    Reply(body={"choices": "none"}),
+    Reply(body={"choices": [{"message": None}]}),
+    Reply(body=[1, 2]),
+    completion(5),
+]
+
+
+def make_config(**fields: Any) -> OpenAIConfig:
+    values = yaml.safe_load((CONFIGS / "teacher" / "openai.yaml").read_text(encoding="utf-8"))
+    return OpenAIConfig(**{**values, "model": "m", "attempts": 3, "timeout": 20, "max_wait": 5, **fields})
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "page.jpg"
+    Image.new("RGB", (300, 400), "red").save(path)
+    return path
+
+
+def explain(image: Path, helps: bool = True, words: int = 40, **fields: Any) -> tuple[str, dict[str, int]]:
+    """The answer and the counts of one request."""
+
+    async def ask() -> tuple[str, dict[str, int]]:
+        teacher = OpenAITeacher(make_config(**fields))
+        try:
+            return await teacher.explain("What is red?", PAGE, image, helps, words), dict(teacher.counts)
+        finally:
+            await teacher.close()
+
+    return asyncio.run(ask())
+
+
+def failure(image: Path, **fields: Any) -> tuple[TeacherFailure, dict[str, int]]:
+    async def ask() -> tuple[TeacherFailure, dict[str, int]]:
+        teacher = OpenAITeacher(make_config(**fields))
+        with pytest.raises(TeacherFailure) as caught:
+            await teacher.explain("What is red?", PAGE, image, True, 40)
+        await teacher.close()
+        return caught.value, dict(teacher.counts)
+
+    return asyncio.run(ask())
+
+
+# --- a real server: transformers serve with a tiny Qwen2.5-VL
+
+
+def ask_server(server: OpenAIServer, model: str, request: Callable[[OpenAITeacher], Any], **fields: Any) -> Any:
+    async def ask() -> Any:
+        teacher = OpenAITeacher(make_config(model=model, temperature=0, **fields))
+        try:
+            return await request(teacher)
+        finally:
+            await teacher.close()
+
+    return asyncio.run(ask())
+
+
+@pytest.fixture
+def served(openai_server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> OpenAIServer:
+    monkeypatch.setenv("OPENAI_BASE_URL", openai_server.base_url)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return openai_server
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_pages_are_explained_by_a_real_server(
+    helps: bool, served: OpenAIServer, reciting_model: Path, image: Path
+):
+    ask = lambda teacher: teacher.explain("What is red?", PAGE, image, helps, 40)  # noqa: E731
+    assert ask_server(served, str(reciting_model), ask) == RECITED
+
+
+def test_the_server_returns_the_think_block_apart_and_the_teacher_passes_over_it(
+    served: OpenAIServer, reciting_model: Path, image: Path
+):
+    config = make_config()
+    text = fill(config.can_help, query="What is red?", words=40)
+    client = OpenAI(base_url=served.base_url, api_key=KEY, max_retries=0)
+    content = [
+        {"type": "image_url", "image_url": {"url": image_url(image, config.max_pixels)}},
+        {"type": "text", "text": text},
+    ]
+    answer = client.chat.completions.create(
+        model=str(reciting_model),
+        messages=[{"role": "system", "content": config.system}, {"role": "user", "content": content}],
+        temperature=0,
+    )
+    client.close()
+    message = answer.choices[0].message
+    assert message.content == RECITED
+    assert message.reasoning_content == THOUGHT
+
+
+def test_a_second_step_without_images_is_answered(served: OpenAIServer, reciting_model: Path):
+    notes = ["a red bar chart, so it helps.", "text, so it does not help."]
+    ask = lambda teacher: teacher.refine("What is red?", notes, [LocalId(1)], 80)  # noqa: E731
+    assert ask_server(served, str(reciting_model), ask) == RECITED
+
+
+def test_a_real_answer_that_is_cut_off_fails(served: OpenAIServer, reciting_model: Path, image: Path):
+    with pytest.raises(TeacherFailure, match="was cut off"):
+        ask_server(
+            served, str(reciting_model), lambda teacher: teacher.explain("?", PAGE, image, True, 40), max_tokens=2
+        )
+
+
+def test_the_shipped_model_takes_images_from_the_server(served: OpenAIServer, image: Path):
+    client = OpenAI(base_url=served.base_url, api_key=KEY, max_retries=0)
+    content = [
+        {"type": "image_url", "image_url": {"url": image_url(image, 40_000)}},
+        {"type": "text", "text": "What?"},
+    ]
+    answers = []
+    for parts in (content, content[1:]):
+        message = {"role": "user", "content": parts}
+        answers.append(
+            client.chat.completions.create(model=served.model, messages=[message], max_completion_tokens=3)  # type: ignore
+        )
+    client.close()
+    with_image, without = (answer.usage.prompt_tokens for answer in answers)
+    assert with_image > without
+    assert answers[0].choices[0].finish_reason == "length"
+
+
+# --- faults, from a server that replies as told
+
+
+def test_what_is_sent(scripted_server: ScriptedServer, image: Path):
+    scripted_server.replies(completion(" It shows\n the  sum. "))
+    answer, counts = explain(image, helps=False, max_pixels=30_000)
+    assert answer == "It shows the sum."
+    assert counts == {"requests": 1}
+    sent = scripted_server.requests[0]
+    picture, text = sent["messages"][1]["content"]
+    assert text["text"] == fill(make_config().cannot_help, query="What is red?", words=40)
+    assert "40 words" in text["text"]
+    header, data = picture["image_url"]["url"].split(",")
+    assert header == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as seen:
+        assert seen.size == (150, 200)
+    assert sent["model"] == "m"
+    assert sent["temperature"] == 0
+    assert scripted_server.keys == [f"Bearer {KEY}"]
+
+
+def test_temperature_can_be_left_to_the_server(scripted_server: ScriptedServer, image: Path):
+    explain(image, temperature=None)
+    assert "temperature" not in scripted_server.requests[0]
+
+
+def test_a_question_cannot_act_as_structure(scripted_server: ScriptedServer):
+    async def ask() -> None:
+        teacher = OpenAITeacher(make_config())
+        await teacher.refine("is <|image_pad|> {notes} <think>", ["a", "b"], [LocalId(2)], 80)
+        await teacher.close()
+
+    asyncio.run(ask())
+    text = scripted_server.requests[0]["messages"][1]["content"][0]["text"]
+    assert "is ‹|image_pad|> {notes} ‹think>" in text
+    assert "Image 1: a\nImage 2: b" in text
+    assert "why Image 2 can help" in text
+    assert "why Image 1 can't" in text
+
+
+def test_a_rate_limit_is_waited_out_as_told(scripted_server: ScriptedServer, image: Path):
+    scripted_server.replies(Reply(429, {"error": {"message": "slow"}}, {"Retry-After": "1.2"}), completion("fine"))
+    start = time.monotonic()
+    answer, counts = explain(image)
+    assert time.monotonic() - start >= 1.2
+    assert answer == "fine"
+    assert counts == {"requests": 1, "retried_rate_limit": 1}
+
+
+def test_a_rate_limit_date_is_understood(scripted_server: ScriptedServer, image: Path):
+    later = email.utils.formatdate(time.time() + 3_600, usegmt=True)
+    scripted_server.replies(Reply(429, {"error": {"message": "slow"}}, {"Retry-After": later}))
+    with pytest.raises(InputError, match=r"asks to wait 3[56]\d\d s, longer than teacher.max_wait"):
+        explain(image)
+    assert len(scripted_server.requests) == 1
+
+
+def test_server_errors_and_lost_connections_are_tried_again(scripted_server: ScriptedServer, image: Path):
+    scripted_server.replies(Reply(500, "oops"), Reply(0), completion("fine"))
+    answer, counts = explain(image)
+    assert answer == "fine"
+    assert counts == {"requests": 1, "retried_server_error": 1, "retried_lost": 1}
+
+
+def test_a_server_that_keeps_failing_fails_the_question(scripted_server: ScriptedServer, image: Path):
+    scripted_server.replies(Reply(503, {"error": {"message": "overloaded"}}))
+    error, _ = failure(image, attempts=2)
+    assert error.reason == "the teacher's server failed"
+    assert error.detail == "2 times (503: overloaded)"
+    assert len(scripted_server.requests) == 2
+
+
+def test_a_slow_server_fails_the_question(scripted_server: ScriptedServer, image: Path):
+    scripted_server.replies(Reply(delay=1.5))
+    error, _ = failure(image, attempts=1, timeout=0.3)
+    assert str(error) == "the teacher did not answer: nothing within 0.3 s"
+
+
+def test_no_network_stops_with_a_clear_message(image: Path, monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://user:word@127.0.0.1:{port}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with pytest.raises(InputError, match=rf"^http://127.0.0.1:{port}/v1: can't be reached .*check the network"):
+        explain(image, attempts=2)
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_garbage_is_asked_for_once_more_and_fails_the_question(
+    garbage: Reply, scripted_server: ScriptedServer, image: Path
+):
+    scripted_server.replies(garbage)
+    error, counts = failure(image)
+    assert error.reason == "the teacher's answer was not a chat completion"
+    assert counts == {"requests": 2, "garbage": 2}
+
+
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        (completion(""), "empty"),
+        (completion(None, reasoning_content="thoughts only"), "empty"),
+        (completion("<think>never ends"), "empty"),
+        (completion("The page sh", "length"), "cut_off"),
+        (completion("so " * 41), "too_long"),
+    ],
+)
+def test_a_useless_answer_is_asked_for_once_more(
+    bad: Reply, problem: str, scripted_server: ScriptedServer, image: Path
+):
+    scripted_server.replies(bad, completion("fine"))
+    answer, counts = explain(image)
+    assert answer == "fine"
+    assert counts == {"requests": 2, problem: 1}
+    first, second = scripted_server.requests
+    assert second["messages"][1]["content"][1]["text"].startswith(first["messages"][1]["content"][1]["text"])
+    assert "Your last reply was" in second["messages"][1]["content"][1]["text"]
+    assert second["max_completion_tokens"] == 2 * first["max_completion_tokens"]
+
+
+def test_a_useless_answer_given_twice_fails_the_question(scripted_server: ScriptedServer, image: Path):
+    scripted_server.replies(completion(""), completion("so " * 41))
+    error, counts = failure(image)
+    assert error.reason == "the teacher's answer was too long"
+    assert counts == {"requests": 2, "empty": 1, "too_long": 1}
+
+
+def test_reasoning_left_in_the_answer_is_passed_over(scripted_server: ScriptedServer, image: Path):
+    scripted_server.replies(completion("<think>It is red.\nYes.</think>\n\nIt is red, so it helps."))
+    assert explain(image)[0] == "It is red, so it helps."
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "match"),
+    [
+        (401, {"message": f"Incorrect key: {KEY}"}, "refuses the key in OPENAI_API_KEY"),
+        (403, {"message": "no"}, "refuses the key in OPENAI_API_KEY"),
+        (404, {"message": "The model m does not exist"}, "The model m does not exist.*teacher.model=m"),
+        (400, {"message": "unknown model"}, "400: unknown model.*teacher.model=m"),
+        (422, {"message": "image_url is not supported"}, "takes images"),
+        (429, {"message": "pay first", "code": "insufficient_quota"}, "quota of this key is used up"),
+    ],
+)
+def test_what_no_retry_can_mend_stops_at_once(
+    status: int, error: dict[str, str], match: str, scripted_server: ScriptedServer, image: Path
+):
+    scripted_server.replies(Reply(status, {"error": error}))
+    with pytest.raises(InputError, match=match) as caught:
+        explain(image)
+    assert KEY not in str(caught.value)
+    assert len(scripted_server.requests) == 1
+
+
+def test_no_more_requests_at_once_than_asked_for(scripted_server: ScriptedServer, image: Path):
+    scripted_server.script = lambda number, body: completion("fine")._replace(delay=0.05)
+
+    async def ask() -> None:
+        teacher = OpenAITeacher(make_config(concurrency=3))
+        await asyncio.gather(*(teacher.explain("?", PAGE, image, True, 40) for _ in range(12)))
+        await teacher.close()
+
+    asyncio.run(ask())
+    assert scripted_server.most_at_once == 3
+
+
+# --- settings and images
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("OPENAI_API_KEY", None, "OPENAI_API_KEY is not set"),
+        ("OPENAI_API_KEY", "sk-\x07bell", "holds characters that no key has"),
+        ("OPENAI_BASE_URL", "localhost:8000/v1", "expected one like http://localhost:8000/v1"),
+    ],
+)
+def test_wrong_environment_is_named(name: str, value: str | None, match: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=match):
+        OpenAITeacher(make_config())
+
+
+def test_no_model_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(InputError, match=r"teacher.model is not set: give teacher.model=… or export OPENAI_MODEL"):
+        OpenAITeacher(make_config(model=None))
+
+
+def test_a_template_without_the_question_is_refused():
+    with pytest.raises(InputError, match=r"can_help must hold \{query\}"):
+        validate(OpenAIConfig, {**make_config().model_dump(), "can_help": "Why?"})
+
+
+def test_images_are_made_small_enough_and_white_behind(tmp_path: Path):
+    path = tmp_path / "page.png"
+    Image.new("RGBA", (400, 100), (0, 0, 0, 0)).save(path)
+    with Image.open(io.BytesIO(base64.b64decode(image_url(path, 10_000).split(",")[1]))) as seen:
+        assert seen.size == (200, 50)
+        assert seen.format == "JPEG"
+        assert seen.getpixel((9, 9)) == (255, 255, 255)
+    with Image.open(io.BytesIO(base64.b64decode(image_url(path, 50_000).split(",")[1]))) as seen:
+        assert seen.size == (400, 100)
+
+
+def test_missing_and_broken_images_are_named(tmp_path: Path, image: Path):
+    with pytest.raises(InputError, match=r"no\.jpg: no such image"):
+        image_url(tmp_path / "no.jpg", 1_000)
+    for content in (b"not a picture", image.read_bytes()[:200], b""):
+        (tmp_path / "broken.jpg").write_bytes(content)
+        with pytest.raises(InputError, match=r"broken\.jpg: not an image that can be read"):
+            image_url(tmp_path / "broken.jpg", 1_000)

@@ -1,0 +1,186 @@
+"""Stage 5, the report: what training changed, on one page that anyone can open.
+
+    python -m mmr5_train.report evaluation=outputs/evaluate sft=outputs/sft grpo=outputs/grpo out=outputs/report
+
+Reads the folder of the evaluate stage (results.json, rankings/, pages.jsonl) and, where given, those of the
+trainers (log_history.json) and of the data stages (manifest.json). Writes `report.html`: one file that holds
+its pictures and needs no network. The same inputs and seed give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import Field
+
+from mmr5_train.config import StageConfig, run_stage
+from mmr5_train.ranking.files import (
+    InputError,
+    open_output,
+    read_manifest,
+    read_records,
+    whole_file,
+    write_manifest,
+)
+from mmr5_train.ranking.records import Page, PageId, Ranking
+from mmr5_train.reporting.cases import OUTCOMES, Case, choose, make_case, outcome
+from mmr5_train.reporting.pictures import Picture, inline_pictures
+from mmr5_train.reporting.views import (
+    FILTERS,
+    breakdowns,
+    check_results,
+    headline,
+    label,
+    overview,
+    page_name,
+    provenance,
+    stage_view,
+    training_view,
+)
+
+TEMPLATES = Path(__file__).parent / "templates"
+PICTURE_BUDGET = 6_500_000  # characters of page pictures; with the rest the file stays below 8 MB
+
+
+class ReportStage(StageConfig):
+    """`python -m mmr5_train.report` (configs/report.yaml)."""
+
+    evaluation: Path = Field(description="folder of the evaluate stage")
+    sft: Path | None = Field(default=None, description="folder of the SFT stage, for its curves")
+    grpo: Path | None = Field(default=None, description="folder of the GRPO stage, for its curves")
+    data: list[Path] = Field(default=[], description="folders of the data stages, in order, for their counts")
+    questions: int = Field(default=12, ge=0, description="held-out questions shown with their pages")
+
+
+def main(config: ReportStage) -> None:
+    results, rankings, pages = read_evaluation(config.evaluation)
+    html, unseen = render(config, results, rankings, pages)
+    out = open_output(config.out, config.overwrite)
+    with whole_file(out / "report.html") as stream:
+        stream.write(html)
+    inputs = [config.evaluation / "results.json", config.evaluation / "pages.jsonl"]
+    inputs += [config.evaluation / "rankings" / f"{system}.jsonl" for system in rankings]
+    write_manifest(
+        out,
+        stage="report",
+        config=config.model_dump(mode="json"),
+        inputs=inputs,
+        counts={"questions": results["questions"], "systems": len(rankings), "pictures_not_shown": unseen},
+    )
+    problem = f"; {unseen} page pictures could not be shown" if unseen else ""
+    print(f"report: {len(rankings)} systems on {results['questions']} questions in {out / 'report.html'}{problem}")
+
+
+def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, list[Ranking]], list[Page]]:
+    """What the evaluate stage wrote: results, rankings by system in the order of the results, pages."""
+    read_manifest(folder)
+    path = folder / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: can't be read ({error}); run the evaluate stage again") from None
+    check_results(results, path)
+    systems = [row["system"] for row in results["rows"]]
+    rankings = {system: read_records(folder / "rankings" / f"{system}.jsonl", Ranking) for system in systems}
+    questions = {ranking.query_id for ranking in rankings[systems[0]]}
+    for system, ranked in rankings.items():
+        if {ranking.query_id for ranking in ranked} != questions:
+            raise InputError(
+                f"{folder}/rankings: {system} and {systems[0]} did not rank the same questions; evaluate again"
+            )
+    return results, rankings, read_records(folder / "pages.jsonl", Page, unique=None)
+
+
+def render(
+    config: ReportStage,
+    results: Mapping[str, Any],
+    rankings: Mapping[str, Sequence[Ranking]],
+    pages: Sequence[Page],
+) -> tuple[str, int]:
+    """The page as HTML, and how many page pictures could not be shown."""
+    known = {page.id: page for page in pages}
+    cases, tally = choose_cases(config, rankings, known)
+    images = {c.id: c.image for ranked in rankings.values() for ranking in ranked for c in ranking.shown}
+    files = {page: config.evaluation / "rankings" / images[page] for case in cases for page in case.numbers}
+    pictures = inline_pictures(files, PICTURE_BUDGET)
+    folders = [*config.data, config.sft, config.grpo, config.evaluation]
+    groups = breakdowns(results)
+    training = [view for view in (training_view(config.sft, "sft"), training_view(config.grpo, "grpo")) if view]
+    evaluated = read_manifest(config.evaluation)
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= FILTERS
+    html = environment.get_template("report.html.j2").render(
+        **headline(results),
+        **overview(results),
+        **provenance(evaluated),
+        temperature=evaluated["config"].get("temperature"),
+        breakdowns=groups,
+        training=training,
+        cases=[_case_view(i, case, known, pictures) for i, case in enumerate(cases, 1)],
+        tally=tally,
+        label_last=label(list(rankings)[-1]),
+        pictures={page: _picture_view(i, picture) for i, (page, picture) in enumerate(pictures.items())},
+        stages=[stage_view(folder) for folder in folders if folder],
+        seed=config.seed,
+        sections=_sections(groups, bool(training), bool(cases)),
+    )
+    return html, sum(not picture.url for picture in pictures.values())
+
+
+def choose_cases(
+    config: ReportStage, rankings: Mapping[str, Sequence[Ranking]], pages: Mapping[PageId, Page]
+) -> tuple[list[Case], dict[str, int]]:
+    """The questions to show, and how many of all improved, stayed and worsened (last system against first)."""
+    by_question: dict[str, list[Ranking]] = {}
+    for ranked in rankings.values():
+        for ranking in ranked:
+            by_question.setdefault(ranking.query_id, []).append(ranking)
+    outcomes = {query_id: outcome(ranked[0], ranked[-1]) for query_id, ranked in by_question.items()}
+    descriptions = {page: record.description for page, record in pages.items()}
+    chosen = choose(outcomes, config.questions, config.seed)
+    tally = Counter(outcomes.values())
+    return [make_case(by_question[query_id], descriptions) for query_id in chosen], {k: tally[k] for k in OUTCOMES}
+
+
+def _case_view(
+    index: int, case: Case, pages: Mapping[PageId, Page], pictures: Mapping[PageId, Picture]
+) -> dict[str, Any]:
+    """A case with what the template needs beside it: an anchor, the shape of its pages, one sheet a page."""
+    relevant = {place.page for place in (*case.first, *case.last) if place.relevant}
+    sheets = []
+    for page, number in case.numbers.items():
+        record = pages.get(page)
+        shows = record.description if record else ""
+        said = shows or (record.text[:200] if record else "")
+        alt = f"{page_name(page)}{': ' if said else ''}{' '.join(said.split())}"
+        sheets.append({"page": page, "number": number, "relevant": page in relevant, "shows": shows, "alt": alt})
+    ratios = sorted(pictures[page].width / pictures[page].height for page in case.numbers)
+    fields = {name: getattr(case, name) for name in case.__dataclass_fields__}
+    return fields | {"anchor": f"q{index}", "sheets": sheets, "aspect": f"{ratios[len(ratios) // 2]:.3f}"}
+
+
+def _picture_view(index: int, picture: Picture) -> dict[str, Any]:
+    return {
+        "id": f"page-{index}",
+        "url": picture.url,
+        "width": picture.width,
+        "height": picture.height,
+        "problem": picture.problem,
+    }
+
+
+def _sections(groups: Sequence[Mapping[str, Any]], training: bool, cases: bool) -> list[tuple[str, str]]:
+    """(anchor, name) of the sections there are."""
+    sections = [("results", "Results"), *((str(g["anchor"]), str(g["title"])) for g in groups)]
+    sections += [("training", "Training")] if training else []
+    sections += [("cases", "Questions")] if cases else []
+    return [*sections, ("answers", "Answers"), ("made", "How it was made")]
+
+
+if __name__ == "__main__":
+    run_stage(main, ReportStage, "report")

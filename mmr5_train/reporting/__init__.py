@@ -1,0 +1,1 @@
+"""Parts of the report: training curves, held-out cases, page pictures."""

@@ -1,0 +1,167 @@
+"""Held-out questions for the report: which are shown, and what every system made of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mmr5_train.ranking.answer import parse_answer
+from mmr5_train.ranking.notes import split_notes, states, verdict
+from mmr5_train.ranking.records import PageId, Ranking
+
+Outcome = Literal["improved", "unchanged", "worsened"]
+OUTCOMES: tuple[Outcome, ...] = ("improved", "unchanged", "worsened")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A page at one position of a ranking. `number` is what the page is called in this case."""
+
+    page: PageId
+    number: int
+    relevant: bool
+    moved: int  # places gained (positive) or lost against the first stage
+
+
+@dataclass(frozen=True)
+class NoteLine:
+    """A line of reasoning. `number` is 0 for a line on no single page; truth is None where unknown."""
+
+    number: int
+    text: str
+    relevant: bool = False
+    description_true: bool | None = None
+    verdict_true: bool | None = None
+    shows: str = ""  # what the page really shows
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """What one system wrote and answered."""
+
+    system: str
+    lines: tuple[NoteLine, ...]
+    places: tuple[Place, ...]
+    defects: tuple[str, ...]
+    completion: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question as the report shows it: before, after, and the reasoning of each system.
+
+    `numbers` is what its pages are called here: the image number in the last system's prompt.
+    """
+
+    query_id: str
+    query: str
+    domain: str
+    question_types: tuple[str, ...]
+    outcome: Outcome
+    before: int | None  # position of the first relevant page; None where no candidate is relevant
+    after: int | None
+    beyond: int  # relevant pages that are not among the candidates
+    numbers: dict[PageId, int]
+    first: tuple[Place, ...]
+    last: tuple[Place, ...]
+    reasonings: tuple[Reasoning, ...]
+
+
+def first_relevant(ranking: Ranking) -> int | None:
+    """1-based position of the first relevant page of the greedy order, None where there is none."""
+    relevant = set(ranking.positives)
+    pages = ranking.pages(ranking.greedy)
+    return next((i for i, page in enumerate(pages, 1) if page in relevant), None)
+
+
+def outcome(before: Ranking, after: Ranking) -> Outcome:
+    """Whether the first relevant page stands higher, as high, or lower than before."""
+    a, b = first_relevant(before), first_relevant(after)
+    if a is None or b is None or a == b:
+        return "unchanged"
+    return "improved" if b < a else "worsened"
+
+
+def choose(outcomes: Mapping[str, Outcome], count: int, seed: int) -> list[str]:
+    """`count` query ids, an equal number of each outcome as far as there are any, drawn by `seed`."""
+    groups = {kind: sorted(q for q, o in outcomes.items() if o == kind) for kind in OUTCOMES}
+    for kind, group in groups.items():
+        random.Random(f"{seed}/{kind}").shuffle(group)
+    taken: dict[Outcome, list[str]] = {kind: [] for kind in OUTCOMES}
+    while sum(map(len, taken.values())) < count and any(groups.values()):
+        for kind in OUTCOMES:
+            if groups[kind] and sum(map(len, taken.values())) < count:
+                taken[kind].append(groups[kind].pop())
+    return [query_id for kind in OUTCOMES for query_id in taken[kind]]
+
+
+def make_case(rankings: Sequence[Ranking], descriptions: Mapping[PageId, str]) -> Case:
+    """One question's case from its rankings: the baseline first, the system of interest last."""
+    first, last = rankings[0], rankings[-1]
+    start = {page: i for i, page in enumerate(first.pages(first.greedy), 1)}
+    # Systems of other origins may have had other candidates: those are numbered on.
+    pages = dict.fromkeys(page.id for ranking in reversed(rankings) for page in ranking.shown)
+    numbers = {page: i for i, page in enumerate(pages, 1)}
+    return Case(
+        query_id=last.query_id,
+        query=last.query,
+        domain=last.domain,
+        question_types=last.question_types,
+        outcome=outcome(first, last),
+        before=first_relevant(first),
+        after=first_relevant(last),
+        beyond=len(set(last.positives) - {page.id for page in last.shown}),
+        numbers=numbers,
+        first=_places(first, start, numbers),
+        last=_places(last, start, numbers),
+        reasonings=tuple(
+            Reasoning(
+                system=ranking.system,
+                lines=tuple(note_lines(ranking, numbers, descriptions)),
+                places=_places(ranking, start, numbers),
+                defects=ranking.greedy.defects,
+                completion=ranking.greedy.completion,
+            )
+            for ranking in rankings
+            if ranking.greedy.completion or ranking.greedy.defects
+        ),
+    )
+
+
+def _places(ranking: Ranking, start: Mapping[PageId, int], numbers: Mapping[PageId, int]) -> tuple[Place, ...]:
+    relevant = set(ranking.positives)
+    return tuple(
+        Place(page=page, number=numbers[page], relevant=page in relevant, moved=start.get(page, i) - i)
+        for i, page in enumerate(ranking.pages(ranking.greedy), 1)
+    )
+
+
+def note_lines(
+    ranking: Ranking, numbers: Mapping[PageId, int], descriptions: Mapping[PageId, str]
+) -> list[NoteLine]:
+    """The lines of the greedy think block, each with its page, and checked where the truth is known."""
+    relevant = set(ranking.positives)
+    think = parse_answer(ranking.greedy.completion, len(ranking.shown)).think or ""
+    lines: list[NoteLine] = []
+    for text in filter(None, (line.strip() for line in think.splitlines())):
+        image, note = next(iter(split_notes(text).items()), (0, text))
+        if 1 <= image <= len(ranking.shown):
+            page = ranking.shown[image - 1].id
+            lines.append(_checked(note, numbers[page], page in relevant, descriptions.get(page, "")))
+        else:
+            lines.append(NoteLine(0, text))
+    return lines
+
+
+def _checked(note: str, number: int, relevant: bool, description: str) -> NoteLine:
+    said = verdict(note)
+    return NoteLine(
+        number=number,
+        text=note,
+        relevant=relevant,
+        description_true=states(note, description) if description else None,
+        verdict_true=None if said is None else said == relevant,
+        shows=description,
+    )

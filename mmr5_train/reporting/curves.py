@@ -1,0 +1,205 @@
+"""Training curves as small inline SVG charts.
+
+Matplotlib draws them with placeholder colours, which become CSS variables afterwards: a chart follows the
+light or dark scheme of the page it stands on. The same history gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mmr5_train.ranking.files import InputError
+
+SIZE = (3.5, 1.75)  # inches at 72 points: about the width of a phone, so that text keeps its size
+SERIES = ("var(--s1)", "var(--s2)", "var(--s3)", "var(--s4)", "var(--s5)", "var(--s6)")
+INK, RULE = "#010203", "#010204"
+PLACEHOLDERS = {INK: "var(--muted)", RULE: "var(--rule)"} | {
+    f"#0a0b0{i}": variable for i, variable in enumerate(SERIES)
+}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mmr5-train",
+    "font.family": "DejaVu Sans",  # ships with matplotlib: the layout is the same on every machine
+    "font.size": 8.5,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+}
+
+# (keys of the log, title, what a reader should know); a key that ends in "*" stands for all with that start.
+SFT_CHARTS = (
+    (("loss", "eval_loss"), "Loss", "cross-entropy on the answer's tokens"),
+    (("mean_token_accuracy",), "Token accuracy", "share of answer tokens predicted right"),
+    (("entropy",), "Entropy", "of the next token, in nats"),
+)
+GRPO_CHARTS = (
+    (("reward",), "Reward", "weighted sum, mean over completions"),
+    (("rewards/*",), "", "mean over completions"),
+    (("frac_reward_zero_std",), "Groups without spread", "share whose completions all earn the same"),
+    (("entropy",), "Entropy", "of the next token, in nats"),
+    (("kl",), "KL", "to the model GRPO started from"),
+    (("completions/mean_length",), "Completion length", "tokens, mean"),
+    (("defects/*",), "Defects", "share of sampled completions"),
+    (("loss",), "Loss", "GRPO's objective; near 0 by construction"),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series: its name and its (step, value) points."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    color: int
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    note: str
+    lines: tuple[Line, ...]
+    svg: str
+
+    @property
+    def summary(self) -> str:
+        """The chart in words, for who can't see it."""
+        ends = [
+            f"{line.name} {show(line.points[0][1])} at step {line.points[0][0]:g}, "
+            f"{show(line.points[-1][1])} at step {line.points[-1][0]:g}"
+            for line in self.lines
+        ]
+        return f"{self.title}: {'; '.join(ends)}."
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """A trainer's `log_history.json`: a list of objects, one a logged step."""
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: can't be read as a training log ({error}); train again") from None
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise InputError(f"{path}: expected a list of objects, one a logged step; train again")
+    return history
+
+
+def training_charts(history: Sequence[dict[str, Any]], stage: str) -> list[Chart]:
+    """The charts of one stage ("sft" or "grpo"); those without a logged value are left out."""
+    charts = []
+    color = 1 if stage == "sft" else 2
+    for keys, title, note in SFT_CHARTS if stage == "sft" else GRPO_CHARTS:
+        lines = [line for key in keys for line in _lines(history, key, color)]
+        if keys == ("rewards/*",):  # each reward has a scale of its own
+            charts += [draw(*_reward_title(line.name, note), [line]) for line in lines]
+        elif lines:
+            if len(lines) > 1:
+                lines = [Line(line.name, line.points, i) for i, line in enumerate(lines)]
+            charts.append(draw(title, note, lines))
+    return charts
+
+
+def _reward_title(name: str, note: str) -> tuple[str, str]:
+    if name == "no defect":  # logged as a reward of weight 0
+        return "Answers without defect", "share of sampled completions"
+    return f"{name.capitalize()} reward", note
+
+
+def _lines(history: Sequence[dict[str, Any]], key: str, color: int) -> list[Line]:
+    if key.endswith("*"):
+        start = key[:-1]
+        keys = {k for entry in history for k in entry if k.startswith(start) and not k.endswith("/std")}
+    else:
+        start, keys = "", {key}
+    lines = []
+    for name in sorted(keys):
+        points = _points(history, name)
+        if points and not (start == "defects/" and not any(value for _, value in points)):
+            shown = name.removesuffix("/mean").rpartition("/")[2].replace("_", " ")
+            lines.append(Line(shown, points, color))
+    return lines
+
+
+def _points(history: Sequence[dict[str, Any]], key: str) -> tuple[tuple[float, float], ...]:
+    points = []
+    for index, entry in enumerate(history, 1):
+        value = entry.get(key)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            points.append((float(entry.get("step", index)), float(value)))
+    return tuple(points)
+
+
+def draw(title: str, note: str, lines: Sequence[Line]) -> Chart:
+    """A chart: each series thin as logged, and bold as its running mean."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=SIZE)
+        axes = figure.add_axes((0.14, 0.135, 0.84, 0.835))
+        for line in lines:
+            _plot(axes, line)
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        axes.margins(x=0.02, y=0.08)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    names = re.sub(r"\W+", "-", f"{title} {'/'.join(line.name for line in lines)}").lower()
+    return Chart(title, note, tuple(lines), _inline(stream.getvalue(), f"{names}-{lines[0].color}"))
+
+
+def _plot(axes: Axes, line: Line) -> None:
+    steps, values = zip(*line.points, strict=True)
+    color = list(PLACEHOLDERS)[2 + line.color % len(SERIES)]
+    smooth = running_mean(values, max(1, len(values) // 25))
+    if len(values) > 20:
+        axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
+    axes.plot(steps, smooth, color=color, linewidth=1.8, marker="o" if len(values) == 1 else None)
+
+
+def running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Mean of each value and those within `width` places on both sides of it."""
+    windows = (values[max(0, i - width) : i + width + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def show(value: float) -> str:
+    """A figure with three significant digits, without an exponent."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else str(value)
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{min(digits, 5)}f}"
+
+
+def _inline(svg: str, prefix: str) -> str:
+    """The picture as it can stand inside a page: no prolog, no namespace, no rule or id that meets another's."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r'\1 aria-hidden="true"', svg, count=1)
+    svg = re.sub(r'\sid="(?:figure|axes|patch|matplotlib|line2d|text|xtick|ytick)[\w.]*"', "", svg)
+    svg = re.sub(r'(\sid="|"#|url\(#)(?=[mp][0-9a-f]{8,}\b)', rf"\1{prefix}-", svg)
+    for placeholder, variable in PLACEHOLDERS.items():
+        svg = svg.replace(placeholder, variable)
+    return svg.replace("'DejaVu Sans'", "var(--sans)").strip()

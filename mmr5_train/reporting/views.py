@@ -1,0 +1,289 @@
+"""What the report's template shows, made from results, manifests and logs: plain dicts and text filters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mmr5_train.ranking.files import InputError, read_manifest
+from mmr5_train.ranking.records import PageId
+from mmr5_train.ranking.scoring import find_difference
+from mmr5_train.reporting.curves import read_history, show, training_charts
+
+Results = Mapping[str, Any]
+
+LABELS = {
+    "first_stage": "First stage",
+    "base": "Base model",
+    "sft": "SFT",
+    "grpo": "GRPO",
+    "sft+grpo": "SFT + GRPO",
+}
+NAMES = {
+    "recall@1_sampled": "Recall@1, sampled",
+    "complete_permutations": "Complete orders",
+    "true_descriptions": "True descriptions",
+    "tokens": "Tokens",
+    "mrr": "MRR",
+}
+SHARES = ("complete_permutations", "without_defect", "true_descriptions")
+EXTRAS = ("recall@1_sampled", "complete_permutations", "true_descriptions", "tokens")
+COMPARED = (
+    "recall@1",
+    "recall@1_sampled",
+    "recall@3",
+    "ndcg@5",
+    "mrr",
+    "complete_permutations",
+    "true_descriptions",
+)
+TABLE = ("recall@1", "recall@3", "recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
+STAGES = {
+    "synthetic": "Corpus",
+    "candidates": "Candidates",
+    "traces": "Reasoning traces",
+    "select": "Selected questions",
+    "sft": "SFT",
+    "grpo": "GRPO",
+    "evaluate": "Evaluation",
+}
+
+
+def label(system: str) -> str:
+    return LABELS.get(system, system)
+
+
+def metric_name(metric: str) -> str:
+    return NAMES.get(
+        metric, metric.replace("recall", "Recall").replace("ndcg", "nDCG").replace("_sampled", ", sampled")
+    )
+
+
+def figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def value_text(value: float | None, metric: str) -> str:
+    """A value in the unit of its metric: a share in percent, a length in tokens, else three decimals."""
+    if value is None:
+        return "–"
+    if metric in SHARES:
+        return f"{100 * value:.1f} %"
+    return f"{value:.0f}" if metric == "tokens" else figure(value)
+
+
+def signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def ordinal(number: int) -> str:
+    ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
+def page_name(page: PageId) -> str:
+    """A page as people count: from 1."""
+    return f"{page.doc_name}, page {page.page + 1}"
+
+
+def movement(moved: int) -> str:
+    if not moved:
+        return "not moved"
+    return f"{'up' if moved > 0 else 'down'} {abs(moved)} {'place' if abs(moved) == 1 else 'places'}"
+
+
+def words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+FILTERS = {
+    "label": label,
+    "metric": metric_name,
+    "figure": figure,
+    "value": value_text,
+    "signed": signed,
+    "ordinal": ordinal,
+    "pagename": page_name,
+    "movement": movement,
+    "words": words,
+}
+
+
+def headline(results: Results) -> dict[str, str]:
+    """The result in one sentence, and what it rests on in a second; never more than the interval says."""
+    first, last = results["rows"][0], results["rows"][-1]
+    questions = f"{results['questions']:,} held-out questions"
+    before, after = figure(first["recall@1"]), figure(last["recall@1"])
+    if first is last:
+        text, rest = f"{label(first['system'])}: recall@1 {before} on {questions}", ""
+    else:
+        gain = find_difference(results, last["system"], first["system"])["recall@1"]
+        name, base = label(last["system"]), label(first["system"]).lower()
+        if gain["low"] <= 0 <= gain["high"]:
+            text = f"{name} and the {base} can’t be told apart on {questions}: recall@1 {after} and {before}"
+        else:
+            verb = "lifts" if gain["mean"] > 0 else "lowers"
+            text = f"{name} {verb} recall@1 from {before} to {after} on {questions}"
+        interval = f"95 % interval {signed(gain['low'])} to {signed(gain['high'])}"
+        rest = f"Paired difference {signed(gain['mean'])}, {interval}. "
+    ceiling = f"A perfect order of the same candidates would reach {figure(results['ceiling']['recall@1'])}."
+    return {"title": text, "headline": text, "lede": rest + ceiling}
+
+
+def overview(results: Results) -> dict[str, Any]:
+    """The results table, the score cards and the forest of differences."""
+    rows = results["rows"]
+    metrics = table_metrics(results)
+    return {
+        "rows": rows,
+        "metrics": metrics,
+        "extras": [key for key in EXTRAS if any(row[key] is not None for row in rows)],
+        "colors": {row["system"]: i % 6 + 1 for i, row in enumerate(rows)},
+        "best": {m: _best([row[m] for row in rows]) for m in metrics},
+        "ceiling": results["ceiling"],
+        "questions": results["questions"],
+        "sampled": results["samples"],
+        "candidates": f"{results['candidates']:.3g}",
+        "steps": {row["system"]: _step(results, i) for i, row in enumerate(rows)},
+        "written": [row for row in rows if row["without_defect"] is not None],
+        "defects": sorted({defect for row in rows for defect in row["defects"]}),
+        **forest(results),
+    }
+
+
+def _best(values: list[float]) -> float | None:
+    """The value to stress, None where all are the same."""
+    return max(values) if len(set(values)) > 1 else None
+
+
+def table_metrics(results: Results) -> list[str]:
+    """The metrics worth a column: a cutoff beyond the candidates says nothing new."""
+    shown = []
+    for metric in (m for m in TABLE if m in results["metrics"]):
+        cutoff = int(metric.partition("@")[2] or 1)
+        if cutoff <= max(5, math.ceil(results["candidates"])):
+            shown.append(metric)
+    return shown
+
+
+def _step(results: Results, index: int) -> dict[str, Any] | None:
+    """What a system gains in recall@1 over the one before it."""
+    if index == 0:
+        return None
+    system, baseline = (results["rows"][i]["system"] for i in (index, index - 1))
+    return {"baseline": baseline, **find_difference(results, system, baseline)["recall@1"]}
+
+
+def forest(results: Results) -> dict[str, Any]:
+    """Every difference with its interval, placed on one axis that all share and that holds zero (0 to 1 here)."""
+    groups = []
+    for difference in results["differences"]:
+        items = [{"metric": m, **difference[m]} for m in COMPARED if m in difference]
+        groups.append({"system": difference["system"], "baseline": difference["baseline"], "items": items})
+    everything = [item for group in groups for item in group["items"]]
+    left = min(-0.05, *(math.floor(item["low"] * 20) / 20 for item in everything), 0)
+    right = max(0.05, *(math.ceil(item["high"] * 20) / 20 for item in everything), 0)
+    for item in everything:
+        for end, place in (("low", "left"), ("high", "right"), ("mean", "at")):
+            item[place] = round((item[end] - left) / (right - left), 4)
+    return {
+        "differences": groups,
+        "axis": {"left": left, "right": right, "zero": round(-left / (right - left), 4)},
+    }
+
+
+def breakdowns(results: Results) -> list[dict[str, Any]]:
+    """Recall@1 and the rest by domain and by question type; a group of one alone is left out."""
+    kinds = (
+        ("by_domain", "domains", "By domain", "Domain", True),
+        ("by_question_type", "types", "By question type", "Question type", False),
+    )
+    groups = []
+    for key, anchor, title, column, macro in kinds:
+        entries = [
+            {
+                "name": name,
+                "questions": first["questions"],
+                "values": [_group_value(row, key, name) for row in results["rows"]],
+            }
+            for name, first in results["rows"][0][key].items()
+        ]
+        if len(entries) > 1:
+            groups.append(
+                {"anchor": anchor, "title": title, "column": column, "macro": macro, "entries": entries}
+                | {"intro": "Recall@1 with its 95 % interval." + _macro_text(results, macro)}
+            )
+    return groups
+
+
+def _group_value(row: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
+    scores = row[key][name]
+    interval = scores["intervals"]["recall@1"]
+    return {"system": row["system"], "mean": scores["recall@1"], "interval": interval, "scores": scores}
+
+
+def _macro_text(results: Results, macro: bool) -> str:
+    if not macro:
+        return " A question of several types counts in each."
+    means = ", ".join(f"{label(row['system'])} {figure(row['macro']['recall@1'])}" for row in results["rows"])
+    return f" Mean over domains (macro): {means}."
+
+
+def training_view(folder: Path | None, stage: str) -> dict[str, Any] | None:
+    """A trainer's curves, or a message that says which log is missing."""
+    if folder is None:
+        return None
+    title = {"sft": "Supervised fine-tuning", "grpo": "Reinforcement learning (GRPO)"}[stage]
+    path = folder / "log_history.json"
+    if not path.is_file():
+        return {"title": title, "charts": [], "message": f"No curves: {path} is missing. The trainer writes it."}
+    history = read_history(path)
+    charts = training_charts(history, stage)
+    if not charts:
+        return {"title": title, "charts": [], "message": f"No curves: {path} holds no logged step."}
+    steps = max(point[0] for chart in charts for line in chart.lines for point in line.points)
+    intro = f"{steps:,.0f} steps. Thin: as logged; bold: running mean."
+    return {"title": title, "charts": charts, "intro": intro}
+
+
+def stage_view(folder: Path) -> dict[str, Any]:
+    """What a stage's manifest says: its name, seed and counts, and its whole configuration."""
+    manifest = read_manifest(folder)
+    config = manifest.get("config") or {}
+    counts = list(_flat(manifest.get("counts") or {}))
+    name = str(manifest.get("stage", folder.name))
+    facts = [(key, f"{value:,}" if isinstance(value, int) else str(value)) for key, value in counts]
+    if "seed" in config:
+        facts.append(("seed", str(config["seed"])))
+    return {"name": STAGES.get(name, name), "facts": facts, "config": OmegaConf.to_yaml(OmegaConf.create(config))}
+
+
+def _flat(counts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested counts as (name, value); floats shortened."""
+    facts: list[tuple[str, Any]] = []
+    for key, value in counts.items():
+        name = words(f"{prefix}{key}")
+        if isinstance(value, Mapping):
+            facts += _flat(value, f"{name}: ")
+        else:
+            facts.append((name, show(value) if isinstance(value, float) else value))
+    return facts
+
+
+def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Code and package versions of the evaluation."""
+    packages = manifest.get("packages") or {}
+    versions = ", ".join([f"Python {manifest.get('python', '?')}", *(f"{k} {v}" for k, v in packages.items())])
+    return {"versions": versions + ".", "code": str(manifest.get("code", ""))}
+
+
+def check_results(results: Any, path: Path) -> None:
+    """Raises `InputError` for results that the evaluate stage did not write."""
+    needed = ("questions", "samples", "candidates", "metrics", "ceiling", "rows", "differences")
+    missing = [key for key in needed if not isinstance(results, dict) or key not in results]
+    if missing:
+        raise InputError(f"{path}: field {missing[0]} is missing; run the evaluate stage again")

@@ -1,0 +1,247 @@
+"""The report on made-up evaluations: what it says, and what it must never hold."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from made_up import make_evaluation, make_training
+
+from mmr5_train.config import compose_stage
+from mmr5_train.ranking.files import InputError, read_records, write_json, write_records
+from mmr5_train.ranking.records import Page, Ranking
+from mmr5_train.ranking.scoring import score_rankings
+from mmr5_train.report import ReportStage, main
+from mmr5_train.reporting.views import signed
+
+QUESTIONS = 30
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Reader(HTMLParser):
+    """Collects what a browser would see: text, ids, links, attributes; checks that tags close in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def values(self, attribute: str) -> list[str]:
+        return [value for _, attrs in self.tags if (value := attrs.get(attribute)) is not None]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("report")
+    make_evaluation(root / "evaluate", QUESTIONS, draws=200)
+    make_training(root / "sft", "sft")
+    make_training(root / "grpo", "grpo", steps=40)
+    return root
+
+
+def write(root: Path, out: Path, *overrides: str) -> str:
+    wanted = [f"evaluation={root / 'evaluate'}", f"out={out}", *overrides]
+    main(compose_stage(ReportStage, "report", wanted))
+    return (out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def html(folders: Path) -> str:
+    return write(folders, folders / "out", f"sft={folders / 'sft'}", f"grpo={folders / 'grpo'}")
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Reader:
+    return Reader(html)
+
+
+@pytest.fixture
+def copy(folders: Path, tmp_path: Path) -> Path:
+    """An evaluation folder that a test may change."""
+    shutil.copytree(folders / "evaluate", tmp_path / "evaluate")
+    return tmp_path
+
+
+def test_it_holds_every_figure(page: Reader, folders: Path) -> None:
+    results = json.loads((folders / "evaluate/results.json").read_text())
+    for row in results["rows"]:
+        for metric in ("recall@1", "recall@3", "recall@5", "ndcg@5", "mrr", "recall@1_sampled"):
+            interval = row["intervals"][metric]
+            assert f"{row[metric]:.3f} {interval['low']:.3f} – {interval['high']:.3f}" in page.text
+        for group in ("by_domain", "by_question_type"):
+            for name, scores in row[group].items():
+                assert name in page.text
+                assert f"{scores['recall@1']:.3f}" in page.text
+    for difference in results["differences"]:
+        values = difference["recall@1"]
+        text = f"{signed(values['mean'])} {signed(values['low'])} to {signed(values['high'])}"
+        assert f"Recall@1 {text}" in page.text
+    last = results["rows"][-1]
+    assert f"from {results['rows'][0]['recall@1']:.3f} to {last['recall@1']:.3f} on 30 held-out" in page.text
+    for defect, count in last["defects"].items():
+        assert re.search(rf"{defect.replace('_', ' ')} \d+ {count}\b", page.text)
+
+
+def test_it_shows_both_trainings(page: Reader) -> None:
+    for title in (
+        "Token accuracy",
+        "Reranking reward",
+        "Permutation reward",
+        "KL",
+        "Completion length",
+        "Defects",
+    ):
+        assert title in page.text
+    charts = [label for label in page.values("aria-label") if label.startswith("Completion length:")]
+    assert re.fullmatch(r"Completion length: mean length \d\d\.\d at step 1, \d\d\.\d at step 40\.", charts[0])
+
+
+def test_it_shows_a_dozen_questions_of_each_outcome(page: Reader) -> None:
+    outcomes = [attrs["class"] for _, attrs in page.tags if (attrs.get("class") or "").startswith("outcome ")]
+    assert len(outcomes) == 12
+    assert {"outcome improved", "outcome unchanged"} <= set(outcomes)
+    assert outcomes == sorted(outcomes, key=str)  # improved, unchanged, worsened: the alphabet's order too
+    assert "shows" in page.text  # a wrong description is answered with the true one
+    names = [label for label in page.values("aria-label") if label.startswith("Page image: ")]
+    assert len(names) == 60
+    assert all(re.search(r"page \d+: an? \w+ (\w+ chart|table)$", name) for name in names)
+
+
+def test_nothing_comes_from_elsewhere(html: str, page: Reader) -> None:
+    assert not re.search(r"https?:|//[a-z]", re.sub(r"base64,[\w+/=]+", "", html))
+    assert "script" not in {tag for tag, _ in page.tags}
+    for name in ("src", "href", "xlink:href"):
+        assert all(value.startswith(("#", "data:image/jpeg;base64,")) for value in page.values(name))
+    assert len(html.encode()) < 8_000_000
+
+
+def test_links_and_buttons_lead_somewhere_once(page: Reader) -> None:
+    ids = page.values("id")
+    assert len(ids) == len(set(ids))
+    targets = [value[1:] for value in page.values("href") + page.values("xlink:href") if value.startswith("#")]
+    assert set(targets + page.values("popovertarget") + page.values("aria-labelledby")) <= set(ids)
+
+
+def test_the_same_inputs_give_the_same_bytes(folders: Path, tmp_path: Path, html: str) -> None:
+    wanted = (f"sft={folders / 'sft'}", f"grpo={folders / 'grpo'}")
+    assert write(folders, tmp_path / "again", *wanted) == html
+    assert write(folders, tmp_path / "other", *wanted, "seed=1") != html
+
+
+def test_hostile_text_stays_text(copy: Path) -> None:
+    hostile = "<script>alert(1)</script> \"><img src=x onerror=alert(2)> ' & {{ 7*7 }} {% raw %}"
+    for path in (copy / "evaluate/rankings").glob("*.jsonl"):
+        changed = []
+        for ranking in read_records(path, Ranking):
+            greedy = ranking.greedy
+            if greedy.completion:
+                text = f"<think>Image 1: {hostile}\n{hostile}</think><answer>[1]</answer>"
+                greedy = greedy.model_copy(update={"completion": text})
+            fields = {"query": hostile, "question_types": (hostile,), "greedy": greedy}
+            changed.append(ranking.model_copy(update=fields))
+        write_records(path, changed)
+    pages = read_records(copy / "evaluate/pages.jsonl", Page, unique=None)
+    write_records(
+        copy / "evaluate/pages.jsonl",
+        [p.model_copy(update={"description": hostile, "text": hostile}) for p in pages],
+    )
+    page = Reader(write(copy, copy / "out"))
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
+    assert " ".join(hostile.split()) in page.text
+
+
+def test_a_missing_log_is_said(copy: Path) -> None:
+    make_training(copy / "sft", "sft")
+    (copy / "sft/log_history.json").unlink()
+    make_training(copy / "grpo", "grpo")
+    write_json(copy / "grpo/log_history.json", [])
+    text = Reader(write(copy, copy / "out", f"sft={copy / 'sft'}", f"grpo={copy / 'grpo'}")).text
+    assert f"No curves: {copy / 'sft/log_history.json'} is missing" in text
+    assert f"No curves: {copy / 'grpo/log_history.json'} holds no logged step" in text
+
+
+def test_without_training_folders_there_is_no_training_section(folders: Path, tmp_path: Path) -> None:
+    page = Reader(write(folders, tmp_path / "out", "questions=0"))
+    assert "training" not in page.values("id")
+    assert "cases" not in page.values("id")
+
+
+def test_a_missing_or_broken_picture_leaves_a_placeholder(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = sorted((copy / "evaluate/images").iterdir())
+    for path in images[::2]:
+        path.unlink()
+    for path in images[1::2]:
+        path.write_bytes(b"no picture")
+    text = Reader(write(copy, copy / "out", "questions=2")).text
+    assert "page image not found" in text
+    assert "page image not readable" in text
+    assert re.search(r"\d+ page pictures could not be shown", capsys.readouterr().out)
+
+
+def test_one_system_alone(copy: Path) -> None:
+    first = read_records(copy / "evaluate/rankings/first_stage.jsonl", Ranking)
+    write_json(copy / "evaluate/results.json", score_rankings({"first_stage": first}, [], draws=50))
+    text = Reader(write(copy, copy / "out")).text
+    assert "First stage: recall@1" in text
+    assert "Differences" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "can't be read"),
+        ("[]", "field questions is missing"),
+        ('{"questions": 3}', "field samples is missing"),
+    ],
+)
+def test_broken_results_are_named(copy: Path, content: str, message: str) -> None:
+    (copy / "evaluate/results.json").write_text(content)
+    with pytest.raises(InputError, match=rf"results\.json: {message}"):
+        write(copy, copy / "out")
+    assert not (copy / "out").exists()
+
+
+def test_a_folder_without_an_evaluation_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere/evaluate/manifest\.json: no such file"):
+        write(tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_rankings_of_other_questions_are_refused(copy: Path) -> None:
+    path = copy / "evaluate/rankings/sft.jsonl"
+    write_records(path, read_records(path, Ranking)[1:])
+    with pytest.raises(InputError, match="sft and first_stage did not rank the same questions"):
+        write(copy, copy / "out")
+
+
+def test_a_broken_log_is_named(copy: Path) -> None:
+    make_training(copy / "sft", "sft")
+    (copy / "sft/log_history.json").write_text('{"loss": 1}')
+    with pytest.raises(InputError, match=r"log_history\.json: expected a list"):
+        write(copy, copy / "out", f"sft={copy / 'sft'}")

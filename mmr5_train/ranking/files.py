@@ -92,15 +92,20 @@ def read_records(path: Path, kind: type[RecordT], unique: str | None = "query_id
 
 
 @contextmanager
-def whole_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file that appears under its name only when the block ends without an error."""
+def whole_file(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO[Any]]:
+    """A file that appears under its name only when the block ends without an error.
+
+    Without `sync` it may be lost or cut off if the machine stops within seconds: for the many small files of a
+    cache, where waiting for the disk takes longer than making them.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as stream:
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
+            if sync:
+                os.fsync(stream.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,0 +1,35 @@
+"""Fixtures for tests that read corpora; what makes small ones is in made_corpus.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pypdfium2
+import pytest
+
+
+@pytest.fixture
+def slice_folder() -> Path:
+    """The real slice of MMDocIR."""
+    default = Path(__file__).resolve().parents[3] / "shared" / "mmdocir"
+    folder = Path(os.environ.get("MMDOCIR_SLICE", default))
+    if not (folder / "MMDocIR_annotations.jsonl").is_file():
+        pytest.skip(f"no slice of MMDocIR at {folder}; set MMDOCIR_SLICE to its folder")
+    return folder
+
+
+@pytest.fixture
+def no_render(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it, and from then on the test fails where a page is rendered or an image encoded."""
+
+    def forbid() -> None:
+        def fail(*_: Any, **__: Any) -> None:
+            pytest.fail("a page was rendered again")
+
+        monkeypatch.setattr(pypdfium2.PdfPage, "render", fail)
+        monkeypatch.setattr("data_construction.corpus.page_cache._jpeg", fail)
+
+    return forbid

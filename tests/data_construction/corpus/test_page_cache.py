@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pypdfium2
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_corpus import image_bytes, write_pdf
+from PIL import Image
+
+from data_construction.corpus.page_cache import PageCache, UnreadablePageError, folder_name, page_text
+from mmr5_train.ranking.files import InputError
+
+
+def cache_in(folder: Path, dpi: int = 72, max_side: int = 500) -> PageCache:
+    return PageCache(folder, dpi, max_side)
+
+
+def render(cache: PageCache, path: Path, number: int = 0, source: str = "hash") -> Path:
+    with pypdfium2.PdfDocument(path) as pdf:
+        return cache.from_pdf("a.pdf", number, pdf[number], source).path
+
+
+def test_image_bytes_that_fit_are_kept(tmp_path: Path) -> None:
+    for kind, suffix in (("JPEG", ".jpg"), ("PNG", ".png")):
+        data = image_bytes("red", kind=kind)
+        image = cache_in(tmp_path).from_bytes("a", 3, data)
+        assert image.path.read_bytes() == data
+        assert image.path.suffix == suffix
+        assert (image.width, image.height) == (60, 80)
+
+
+def test_large_and_unusual_images_become_jpeg(tmp_path: Path) -> None:
+    large = cache_in(tmp_path, max_side=40).from_bytes("a", 0, image_bytes("red"))
+    assert (large.width, large.height, large.path.suffix) == (30, 40, ".jpg")
+    stream = io.BytesIO()
+    Image.new("RGBA", (20, 10), (255, 0, 0, 0)).save(stream, "PNG")
+    clear = cache_in(tmp_path).from_bytes("a", 1, stream.getvalue())
+    with Image.open(clear.path) as image:
+        assert image.mode == "RGB"
+        assert image.getpixel((5, 5)) == (255, 255, 255)  # transparent shows paper, not red
+
+
+def test_bytes_that_are_no_whole_image(tmp_path: Path) -> None:
+    cache = cache_in(tmp_path)
+    with pytest.raises(UnreadablePageError, match="no image"):
+        cache.from_bytes("a", 0, b"nothing like it")
+    with pytest.raises(UnreadablePageError, match="no image"):
+        cache.from_bytes("a", 0, b"")
+    noise = Image.effect_noise((80, 80), 90).convert("RGB")
+    for kind in ("JPEG", "PNG"):
+        stream = io.BytesIO()
+        noise.save(stream, kind)
+        with pytest.raises(UnreadablePageError, match="can't be decoded"):
+            cache.from_bytes("a", 0, stream.getvalue()[:-2000])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_rendering_respects_both_limits(tmp_path: Path) -> None:
+    write_pdf(tmp_path / "a.pdf", ["one"], size=(300, 400))
+    with pypdfium2.PdfDocument(tmp_path / "a.pdf") as pdf:
+        small = cache_in(tmp_path / "c", dpi=72, max_side=500).from_pdf("a", 0, pdf[0], "h")
+        capped = cache_in(tmp_path / "c", dpi=600, max_side=128).from_pdf("a", 0, pdf[0], "h")
+    assert (small.width, small.height) == (300, 400)
+    assert (capped.width, capped.height) == (96, 128)
+
+
+def test_a_page_is_rendered_once(tmp_path: Path, no_render: Callable[[], None]) -> None:
+    write_pdf(tmp_path / "a.pdf", ["one", "two"])
+    first = [render(cache_in(tmp_path / "c"), tmp_path / "a.pdf", number) for number in (0, 1)]
+    no_render()
+    assert [render(cache_in(tmp_path / "c"), tmp_path / "a.pdf", number) for number in (0, 1)] == first
+
+
+def test_what_changes_the_picture_changes_the_name(tmp_path: Path) -> None:
+    write_pdf(tmp_path / "a.pdf", ["one", "two"])
+    names = {
+        render(cache_in(tmp_path / "c"), tmp_path / "a.pdf"),
+        render(cache_in(tmp_path / "c"), tmp_path / "a.pdf", number=1),
+        render(cache_in(tmp_path / "c"), tmp_path / "a.pdf", source="another file"),
+        render(cache_in(tmp_path / "c", dpi=80), tmp_path / "a.pdf"),
+        render(cache_in(tmp_path / "c", max_side=300), tmp_path / "a.pdf"),
+    }
+    assert len(names) == 5
+
+
+def test_the_same_page_gives_the_same_bytes(tmp_path: Path) -> None:
+    write_pdf(tmp_path / "a.pdf", ["some words on a page"])
+    paths = [render(cache_in(tmp_path / name), tmp_path / "a.pdf") for name in ("c", "d")]
+    assert len({hashlib.sha256(path.read_bytes()).digest() for path in paths}) == 1
+    assert paths[0].relative_to(tmp_path / "c") == paths[1].relative_to(tmp_path / "d")
+
+
+def test_a_damaged_cache_file_is_written_again(tmp_path: Path) -> None:
+    write_pdf(tmp_path / "a.pdf", ["one"])
+    path = render(cache_in(tmp_path / "c"), tmp_path / "a.pdf")
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    assert render(cache_in(tmp_path / "c"), tmp_path / "a.pdf").read_bytes() == whole
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"page images can't be written .*corpus.page_cache="):
+        cache_in(tmp_path / "file").from_bytes("a", 0, image_bytes())
+
+
+def test_text_layer(tmp_path: Path) -> None:
+    write_pdf(tmp_path / "a.pdf", ["First line\nsecond line", ""])
+    with pypdfium2.PdfDocument(tmp_path / "a.pdf") as pdf:
+        assert page_text(pdf[0]) == "First line\nsecond line"
+        assert page_text(pdf[1]) == ""
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_folder_names_are_safe_and_distinct(one: str, other: str) -> None:
+    assert Path(folder_name(one)).name == folder_name(one)
+    assert not folder_name(one).startswith(".")
+    assert (folder_name(one) == folder_name(other)) == (one == other)

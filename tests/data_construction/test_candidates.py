@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_corpus import line, page_row, question, write_lines, write_parquet, write_pdf
+
+from data_construction.candidates import CandidatesStage, Split, main, split_documents
+from data_construction.corpus.annotations import Corpus
+from mmr5_train.config import compose_stage, validate
+from mmr5_train.ranking.files import InputError, read_manifest, read_records
+from mmr5_train.ranking.records import SPLITS, Page, RankingTask, Skipped, SplitDocument
+
+ALL_HELDOUT = {"train": 0, "select": 0, "heldout": 1}
+ALL_TRAIN = {"train": 1, "select": 0, "heldout": 0}
+WORDS = ("apples", "pears", "plums", "grapes", "figs", "dates", "limes")
+
+
+def run(folder: Path, name: str = "data", pages: str = "documents", **more: Any) -> Path:
+    corpus = {
+        "folder": folder,
+        "pages": pages,
+        "descriptions": False,
+        "page_cache": folder / "cache",
+        "max_side": 64,
+    }
+    settings = {"retriever": {"name": "bm25"}, "candidates": 3, "split": ALL_HELDOUT, "corpus": corpus} | more
+    out = folder / name
+    main(validate(CandidatesStage, {"out": out, **settings}))
+    return out
+
+
+def read_all(path: Path, kind: type[Any]) -> list[Any]:
+    return read_records(path, kind, unique=None) if path.read_text() else []
+
+
+@pytest.fixture
+def orchard(tmp_path: Path) -> Path:
+    """Two PDFs: one of seven pages, each about its own fruit; one of two pages."""
+    folder = tmp_path / "orchard"
+    write_lines(
+        folder,
+        line("fruit.pdf", 7, *(question(f"Where are the {word}?", [i]) for i, word in enumerate(WORDS))),
+        line("small.pdf", 2, question("Where are the pears?", [0, 1]), question("Where are the nuts?", [1])),
+    )
+    write_pdf(folder / "documents/fruit.pdf", [f"A page about {word}" for word in WORDS])
+    write_pdf(folder / "documents/small.pdf", ["pears", "walnuts"])
+    return folder
+
+
+def test_heldout_keeps_every_question_and_all_gold_pages(orchard: Path) -> None:
+    out = run(orchard)
+    tasks = {task.query_id: task for task in read_records(out / "heldout.jsonl", RankingTask)}
+    assert len(tasks) == 9
+    assert [len(task.candidates) for task in tasks.values()] == [3] * 7 + [2] * 2
+    assert tasks["fruit.pdf/4"].candidates[0].page == 4
+    assert len(tasks["small.pdf/0"].positives) == 2
+    assert tasks["fruit.pdf/0"].question_types == ("Table",)
+    assert (out / "train.jsonl").read_text() == (out / "select.jsonl").read_text() == ""
+
+
+def test_image_paths_lead_from_the_file_to_the_picture(orchard: Path) -> None:
+    out = run(orchard, "deep/er/data")
+    pages = read_records(out / "pages.jsonl", Page, unique="id")
+    assert len(pages) == 9
+    (task, *_) = read_records(out / "heldout.jsonl", RankingTask)
+    for image in [page.image for page in pages] + [candidate.image for candidate in task.candidates]:
+        assert not Path(image).is_absolute()
+        assert (out / image).is_file()
+
+
+def test_train_keeps_only_what_can_be_learned_from(orchard: Path) -> None:
+    out = run(orchard, split=ALL_TRAIN)
+    tasks = read_records(out / "train.jsonl", RankingTask)
+    assert [task.query_id for task in tasks] == [f"fruit.pdf/{k}" for k in range(7)]
+    assert [(s.query_id, s.reason, s.detail) for s in read_all(out / "skipped.jsonl", Skipped)] == [
+        ("small.pdf/0", "fewer candidates than asked for", "2 of 3"),
+        ("small.pdf/1", "fewer candidates than asked for", "2 of 3"),
+    ]
+    one = run(orchard, "one", split=ALL_TRAIN, candidates=1)
+    skipped = read_all(one / "skipped.jsonl", Skipped)
+    assert [(s.query_id, s.reason, s.detail) for s in skipped] == [
+        ("small.pdf/1", "no relevant page among the candidates", "relevant: 1")
+    ]
+    assert read_manifest(one)["counts"]["skipped"] == {"no relevant page among the candidates": 1}
+
+
+def test_heldout_may_have_more_candidates(orchard: Path) -> None:
+    tasks = read_records(run(orchard, n_heldout=6) / "heldout.jsonl", RankingTask)
+    assert [len(task.candidates) for task in tasks] == [6] * 7 + [2] * 2
+
+
+def test_scores_of_another_retriever(orchard: Path) -> None:
+    sizes = {"fruit.pdf": (7, 7), "small.pdf": (2, 2)}  # pages, questions
+    with (orchard / "scores.jsonl").open("w") as stream:
+        for name, (n_pages, n_questions) in sizes.items():
+            for k in range(n_questions):
+                for page in range(n_pages):
+                    row = {"query_id": f"{name}/{k}", "doc_name": name, "page": page, "score": float(page)}
+                    stream.write(json.dumps(row) + "\n")
+    out = run(orchard, retriever={"name": "scores", "file": orchard / "scores.jsonl"})
+    tasks = read_records(out / "heldout.jsonl", RankingTask)
+    assert [candidate.page for candidate in tasks[0].candidates] == [6, 5, 4]
+    assert str(orchard / "scores.jsonl") in read_manifest(out)["inputs"]
+
+
+def test_first_stage_results(orchard: Path) -> None:
+    results = json.loads((run(orchard) / "first_stage.json").read_text())
+    # Every fruit is found; of the small document, half of two gold pages, and page 1 behind page 0.
+    assert results["questions"] == 9
+    assert results["eligible"] == 9
+    assert results["micro"]["recall@1"] == pytest.approx(7.5 / 9)
+    assert results["macro"]["recall@3"] == 1
+
+
+def test_the_same_seed_gives_the_same_bytes(orchard: Path) -> None:
+    split = {"train": 0.5, "select": 0, "heldout": 0.5}
+    once, again = run(orchard, split=split), run(orchard, "again", split=split)
+    for name in ("pages", "train", "select", "heldout", "documents", "skipped"):
+        assert (once / f"{name}.jsonl").read_bytes() == (again / f"{name}.jsonl").read_bytes()
+
+
+def test_pages_are_rendered_once(orchard: Path, no_render: Callable[[], None]) -> None:
+    run(orchard)
+    assert len(list((orchard / "cache").rglob("*.jpg"))) == 9
+    no_render()
+    again = run(orchard, "again", candidates=2)
+    assert len(read_records(again / "pages.jsonl", Page, unique="id")) == 9
+
+
+def test_documents_record_their_split_and_hash(tmp_path: Path) -> None:
+    names = [f"d{i}" for i in range(8)]
+    write_lines(tmp_path, *(line(f"{name}.pdf", None, question("Where are the figs?", [0])) for name in names))
+    for i, name in enumerate(names):
+        write_pdf(tmp_path / f"documents/{name}.pdf", [f"figs {i}", "one", "two"])
+    for name in ("d1", "d2", "d3"):  # the same file under other names
+        shutil.copy(tmp_path / "documents/d0.pdf", tmp_path / f"documents/{name}.pdf")
+    out = run(tmp_path, split={"train": 0.5, "select": 0.25, "heldout": 0.25})
+    documents = read_records(out / "documents.jsonl", SplitDocument, unique="doc_name")
+    assert [document.doc_name for document in documents] == [f"{name}.pdf" for name in names]
+    twins = [document for document in documents if document.doc_name[:2] in ("d0", "d1", "d2", "d3")]
+    assert len({document.sha256 for document in twins}) == len({document.split for document in twins}) == 1
+    assert read_manifest(out)["counts"]["documents_equal_to_another"] == 3
+    for split in SPLITS:
+        in_split = {document.doc_name for document in documents if document.split == split}
+        asked = {task.query_id.rpartition("/")[0] for task in read_all(out / f"{split}.jsonl", RankingTask)}
+        assert asked <= in_split
+
+
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=5), st.sampled_from("uvwxyz"), min_size=1, max_size=30),
+    st.sampled_from([(0.5, 0.25, 0.25), (0, 0, 1), (1, 0, 0), (0.7, 0.2, 0.1)]),
+    st.integers(0, 5),
+)
+def test_equal_documents_share_a_split(hashes: dict[str, str], shares: tuple[float, ...], seed: int) -> None:
+    split = Split(train=shares[0], select=shares[1], heldout=shares[2])
+    placed = split_documents(hashes, split, seed)
+    assert placed.keys() == hashes.keys()
+    for content in set(hashes.values()):
+        assert len({placed[name] for name in hashes if hashes[name] == content}) == 1
+    for name, share in zip(SPLITS, shares, strict=True):
+        assert share > 0 or name not in placed.values()
+
+
+def test_shares_are_met_where_documents_differ() -> None:
+    hashes = {f"d{i}": str(i) for i in range(100)}
+    split = Split(train=0.7, select=0.2, heldout=0.1)
+    counts = Counter(split_documents(hashes, split, 1).values())
+    assert counts == {"train": 70, "select": 20, "heldout": 10}
+    assert split_documents(hashes, split, 1) != split_documents(hashes, split, 2)
+
+
+@pytest.mark.parametrize(
+    "split",
+    [{"train": 0.5}, {"train": 0.8, "select": 0.3, "heldout": 0.3}, {"train": -1, "select": 1, "heldout": 1}],
+)
+def test_wrong_shares(tmp_path: Path, split: dict[str, float]) -> None:
+    with pytest.raises(
+        InputError, match=r"split(: .*must be 1, found 1.4|\.train: .*greater|\.select: Field required)"
+    ):
+        run(tmp_path, split=split)
+
+
+def test_nothing_to_use(tmp_path: Path) -> None:
+    write_lines(tmp_path, line("a.pdf", 3, question("Q?", [0]), question("", [0])), line("b.pdf", 3))
+    (tmp_path / "documents").mkdir()
+    with pytest.raises(
+        InputError, match=r"not one question can be used: document can't be read \(3\); question can't"
+    ):
+        run(tmp_path)
+    assert not json.loads((tmp_path / "data/manifest.json").read_text())["finished"]
+    write_lines(tmp_path, line("b.pdf", 1))
+    write_pdf(tmp_path / "documents/b.pdf", ["figs"])
+    with pytest.raises(InputError, match=r"not one question can be used: there is none"):
+        run(tmp_path, "other")
+
+
+def test_output_folders(orchard: Path) -> None:
+    run(orchard)
+    with pytest.raises(InputError, match=r"data: is not empty; choose another folder with out="):
+        run(orchard)
+    run(orchard, overwrite=True)
+    with pytest.raises(InputError, match=r"orchard: holds .*orchard.*choose another folder|no manifest.json"):
+        run(orchard, ".", overwrite=True)
+    shutil.copy(orchard / "data/manifest.json", orchard / "manifest.json")
+    with pytest.raises(InputError, match=r"orchard, which this stage reads; choose another out="):
+        run(orchard, ".", overwrite=True)
+    assert (orchard / "documents/fruit.pdf").is_file()
+    with pytest.raises(InputError, match="can't be used as an output folder"):
+        run(orchard, "documents/fruit.pdf/data")
+
+
+def test_mistakes_in_the_input_come_before_an_output_folder(orchard: Path) -> None:
+    for more in (
+        {"pages": "nothing"},
+        {"retriever": {"name": "scores", "file": orchard / "absent.jsonl"}},
+    ):
+        with pytest.raises(InputError, match="no such file"):
+            run(orchard, **more)
+    assert not (orchard / "data").exists()
+
+
+def test_a_page_parquet(tmp_path: Path) -> None:
+    write_lines(tmp_path, line("a.pdf", 4, question("Where are the figs?", [2])))
+    rows = [page_row("a", i, text) for i, text in enumerate(["dates", "", "figs", "limes"])]
+    write_parquet(tmp_path / "pages.parquet", rows)
+    out = run(tmp_path, pages="pages.parquet")
+    (task,) = read_records(out / "heldout.jsonl", RankingTask)
+    assert [candidate.page for candidate in task.candidates] == [2, 0, 3]
+    assert str(tmp_path / "pages.parquet") in read_manifest(out)["inputs"]
+
+
+def test_the_command_line(orchard: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "data_construction.candidates",
+        "corpus=mmdocir_pdf",
+        f"corpus.folder={orchard}",
+    ]
+    command += [f"corpus.page_cache={orchard}/cache", f"out={orchard}/data", "candidates=3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("\n") == 1  # one summary line; the progress bar goes to stderr
+    assert done.stdout.startswith("candidates: train ")
+
+
+def test_the_configured_choices_compose() -> None:
+    for name in ("synthetic", "mmdocir", "mmdocir_pdf"):
+        config = compose_stage(CandidatesStage, "candidates", [f"corpus={name}"])
+        assert isinstance(config.corpus, Corpus)
+        assert config.corpus.max_side == 1024
+    scores = compose_stage(CandidatesStage, "candidates", ["retriever=scores", "retriever.file=a.trec"])
+    assert scores.retriever.file == Path("a.trec")
+
+
+# Micro and macro recall of BM25 that the benchmark's own metric code gives on the slice.
+SLICE_MICRO = {1: 0.2825, 3: 0.4684, 5: 0.5669, 10: 0.6813, 20: 0.9218}
+SLICE_MACRO = {1: 0.2842, 3: 0.4425, 5: 0.5266, 10: 0.6407, 20: 0.9195}
+
+
+def test_bm25_on_the_real_slice(slice_folder: Path, tmp_path: Path) -> None:
+    corpus = {
+        "folder": slice_folder,
+        "pages": "documents",
+        "descriptions": False,
+        "page_cache": tmp_path / "cache",
+    }
+    out = run(tmp_path, corpus={**corpus, "max_side": 32}, candidates=5)
+    results = json.loads((out / "first_stage.json").read_text())
+    assert results["questions"] == 178
+    assert results["eligible"] >= 117
+    for k, value in SLICE_MICRO.items():
+        assert results["micro"][f"recall@{k}"] > value - 0.01
+    for k, value in SLICE_MACRO.items():
+        assert results["macro"][f"recall@{k}"] > value - 0.01
+    assert len(read_records(out / "pages.jsonl", Page, unique="id")) == 729
+    assert len(read_records(out / "heldout.jsonl", RankingTask)) == 178
+    assert (out / "skipped.jsonl").read_text() == ""
+    assert len(os.listdir(tmp_path / "cache")) == 25

@@ -108,7 +108,7 @@ def openai_server(
             print(f"\nthe end of the log of transformers serve:\n{log.read_text()[-4000:]}")
 
 
-def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, timeout: float = 120) -> None:
+def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, timeout: float = 300) -> None:
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     end = time.monotonic() + timeout
     while time.monotonic() < end:

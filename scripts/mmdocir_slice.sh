@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Real documents, end to end, in minutes on two cores: PDFs and questions in MMDocIR's format → candidates →
+# traces → a few steps of SFT and of GRPO on the tiny model → evaluation → a report.
+#
+#     scripts/mmdocir_slice.sh FOLDER [OUT]
+#
+# FOLDER holds MMDocIR_annotations.jsonl and documents/*.pdf. The tiny model can't read real pages: this shows
+# that every stage takes real input, and how a run on your own documents goes (docs/own_documents.md).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+FOLDER=${1:?usage: scripts/mmdocir_slice.sh FOLDER [OUT]}
+OUT=${2:-outputs/slice}
+PYTHON=${PYTHON:-.venv/bin/python}
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} WANDB_MODE=${WANDB_MODE:-disabled}
+
+run() { echo; echo "> $*"; "$PYTHON" -m "$@"; }
+
+run data_construction.candidates corpus=mmdocir_pdf corpus.folder="$FOLDER" corpus.page_cache="$OUT/pages" \
+    out="$OUT/data" 'split={train:0.5,select:0.2,heldout:0.3}' overwrite=true
+run data_construction.traces data="$OUT/data/train.jsonl" out="$OUT/traces" overwrite=true
+run mmr5_train.sft data="$OUT/traces/traces.jsonl" out="$OUT/sft" overwrite=true \
+    trainer.max_steps=10 trainer.per_device_train_batch_size=4 trainer.warmup_steps=2
+run mmr5_train.select questions="$OUT/data/select.jsonl" out="$OUT/select" overwrite=true
+run mmr5_train.grpo data="$OUT/select/questions.jsonl" model.path="$OUT/sft/model" out="$OUT/grpo" overwrite=true \
+    trainer.max_steps=3 trainer.per_device_train_batch_size=16 trainer.max_completion_length=96
+run mmr5_train.evaluate data="$OUT/data/heldout.jsonl" \
+    "systems={sft:$OUT/sft/model,sft+grpo:$OUT/grpo/model}" out="$OUT/evaluation" overwrite=true
+run mmr5_train.report evaluation="$OUT/evaluation" sft="$OUT/sft" grpo="$OUT/grpo" \
+    "data=[$OUT/data,$OUT/traces,$OUT/select]" out="$OUT/report" overwrite=true
+echo; echo "open $OUT/report/report.html"

@@ -310,7 +310,13 @@ def test_what_no_retry_can_mend_stops_at_once(
 
 
 def test_no_more_requests_at_once_than_asked_for(scripted_server: ScriptedServer, image: Path):
-    scripted_server.script = lambda number, body: completion("fine")._replace(delay=0.05)
+    def wait_for_others(number: int, body: dict[str, Any]) -> Reply:
+        end = time.monotonic() + 20
+        while scripted_server.most_at_once < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+        return completion("fine")._replace(delay=0.02)
+
+    scripted_server.script = wait_for_others
 
     async def ask() -> None:
         teacher = OpenAITeacher(make_config(concurrency=3))

@@ -102,7 +102,7 @@ def main(config: EvaluateStage) -> None:
         counts={"questions": len(tasks), "systems": len(rankings), "samples": config.samples},
     )
     print(results_table(results))
-    print(f"evaluate: {len(rankings)} systems on {len(tasks)} questions in {out}")
+    print(f"evaluate: {', '.join(rankings)} on {len(tasks)} questions in {out}")
 
 
 def used_pages(tasks: Iterable[RankingTask], pages: Iterable[Page]) -> list[Page]:

@@ -40,6 +40,7 @@ from mmr5_train.reporting.views import (
     page_name,
     provenance,
     stage_view,
+    trained_text,
     training_view,
 )
 
@@ -73,7 +74,7 @@ def main(config: ReportStage) -> None:
         counts={"questions": results["questions"], "systems": len(rankings), "pictures_not_shown": unseen},
     )
     problem = f"; {unseen} page pictures could not be shown" if unseen else ""
-    print(f"report: {len(rankings)} systems on {results['questions']} questions in {out / 'report.html'}{problem}")
+    print(f"report: {', '.join(rankings)} on {results['questions']} questions in {out / 'report.html'}{problem}")
 
 
 def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, list[Ranking]], list[Page]]:
@@ -117,8 +118,9 @@ def render(
     html = environment.get_template("report.html.j2").render(
         **headline(results),
         **overview(results),
+        trained=trained_text(config.sft, config.grpo),
         **provenance(evaluated),
-        temperature=evaluated["config"].get("temperature"),
+        temperature=(evaluated.get("config") or {}).get("temperature", "?"),
         breakdowns=groups,
         training=training,
         cases=[_case_view(i, case, known, pictures) for i, case in enumerate(cases, 1)],

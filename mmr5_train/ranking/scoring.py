@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mmr5_train.ranking.answer import parse_answer
@@ -242,10 +243,9 @@ def find_difference(results: Mapping[str, Any], system: str, baseline: str) -> d
 
 # name of the figure, heading, how it is printed
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("recall@1", "recall@1", "{:.3f}".format),
-    ("recall@3", "recall@3", "{:.3f}".format),
-    ("recall@5", "recall@5", "{:.3f}".format),
-    ("ndcg@5", "nDCG@5", "{:.3f}".format),
+    ("recall@1", "recall\n@1", "{:.3f}".format),
+    ("recall@3", "recall\n@3", "{:.3f}".format),
+    ("recall@5", "recall\n@5", "{:.3f}".format),
     ("mrr", "MRR", "{:.3f}".format),
     ("recall@1_sampled", "sampled\nrecall@1", "{:.3f}".format),
     ("complete_permutations", "complete\norders", "{:.1%}".format),
@@ -253,16 +253,16 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 
 
-def results_table(results: Mapping[str, Any], width: int = 110) -> str:
-    """The results as text: a row a system with 95 % intervals for recall@1, then each difference."""
+def results_table(results: Mapping[str, Any], width: int = 100) -> str:
+    """The results as text: a row a system, then each difference in recall@1 with its 95 % interval."""
     columns = [column for column in _COLUMNS if any(row[column[0]] is not None for row in results["rows"])]
-    table = Table(box=SIMPLE, pad_edge=False)
+    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("system")
     for _, heading, _ in columns:
         table.add_column(heading, justify="right")
     for row in results["rows"]:
         cells = ["–" if row[name] is None else form(row[name]) for name, _, form in columns]
-        table.add_row(row["system"], *cells)
+        table.add_row(escape(row["system"]), *cells)
     table.add_row(
         "ceiling", *(f"{results['ceiling'][n]:.3f}" if n in results["ceiling"] else "" for n, _, _ in columns)
     )
@@ -271,9 +271,10 @@ def results_table(results: Mapping[str, Any], width: int = 110) -> str:
     lines = [line.rstrip() for line in stream.getvalue().splitlines() if line.strip()]
     lines.append("")
     for difference in results["differences"]:
-        shown = [name for name in ("recall@1", "recall@1_sampled") if name in difference]
-        parts = [f"{name} {_signed(difference[name])}" for name in shown]
-        lines.append(f"{difference['system']} − {difference['baseline']}: {'; '.join(parts)}")
+        pair = f"{difference['system']} − {difference['baseline']}"
+        for name in ("recall@1", "recall@1_sampled"):
+            if name in difference:
+                lines.append(f" {pair:<24} {name:<17} {_signed(difference[name])}")
     return "\n".join(lines)
 
 

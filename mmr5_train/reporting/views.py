@@ -42,6 +42,7 @@ COMPARED = (
     "true_descriptions",
 )
 TABLE = ("recall@1", "recall@3", "recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
+TRAINED_ON = (("traces", "reasoning traces"), ("tasks", "questions"))
 STAGES = {
     "synthetic": "Corpus",
     "candidates": "Candidates",
@@ -129,9 +130,24 @@ def headline(results: Results) -> dict[str, str]:
             verb = "lifts" if gain["mean"] > 0 else "lowers"
             text = f"{name} {verb} recall@1 from {before} to {after} on {questions}"
         interval = f"95 % interval {signed(gain['low'])} to {signed(gain['high'])}"
-        rest = f"Paired difference {signed(gain['mean'])}, {interval}. "
+        rest = f"Paired difference to the {base} {signed(gain['mean'])}, {interval}. "
     ceiling = f"A perfect order of the same candidates would reach {figure(results['ceiling']['recall@1'])}."
     return {"title": text, "headline": text, "lede": rest + ceiling}
+
+
+def trained_text(sft: Path | None, grpo: Path | None) -> str:
+    """What was trained, on how much, in a sentence; empty where no trainer's folder is given."""
+    manifests = [(stage, read_manifest(folder)) for stage, folder in (("SFT", sft), ("GRPO", grpo)) if folder]
+    if not manifests:
+        return ""
+    steps = []
+    for stage, manifest in manifests:
+        counts = manifest.get("counts") or {}
+        used = [f"{counts[key]:,} {name}" for key, name in TRAINED_ON if key in counts]
+        steps.append(f"{stage} on {used[0]}" if used else stage)
+    start = (manifests[0][1].get("config") or {}).get("model", {}).get("path")
+    start = "the shipped tiny model" if start == "tiny" else start
+    return f"Trained{f' from {start}' if start else ''} by {' and '.join(steps)}. "
 
 
 def overview(results: Results) -> dict[str, Any]:

@@ -150,5 +150,6 @@ def make_training(folder: Path, stage: str, steps: int = 120, seed: int = 0) -> 
     history.append({"train_runtime": 12.0, "train_loss": 0.3, "epoch": 1.0, "step": steps})
     folder.mkdir(parents=True)
     write_json(folder / "log_history.json", history)
-    config = {"out": str(folder), "seed": 42, "model": {"name": "tiny"}, "learning_rate": 1e-4}
-    write_manifest(folder, stage=stage, config=config, counts={"examples": 3000, "steps": steps})
+    config = {"out": str(folder), "seed": 42, "model": {"path": "tiny"}, "learning_rate": 1e-4}
+    counts = {"traces" if stage == "sft" else "tasks": 3000, "steps": steps, "trained_parameters": 912_640}
+    write_manifest(folder, stage=stage, config=config, counts=counts)

@@ -72,7 +72,7 @@ def test_without_a_checkpoint_the_first_stage_is_scored(
     assert results["differences"] == []
     printed = capsys.readouterr().out
     assert "first_stage" in printed
-    assert printed.splitlines()[-1] == f"evaluate: 1 systems on 2 questions in {tmp_path / 'out'}"
+    assert printed.splitlines()[-1] == f"evaluate: first_stage on 2 questions in {tmp_path / 'out'}"
 
 
 def test_the_first_stage_keeps_its_order(data: Path) -> None:

@@ -109,6 +109,10 @@ def test_it_holds_every_figure(page: Reader, folders: Path) -> None:
 
 
 def test_it_shows_both_trainings(page: Reader) -> None:
+    assert (
+        "Trained from the shipped tiny model by SFT on 3,000 reasoning traces and GRPO on 3,000 questions."
+        in page.text
+    )
     for title in (
         "Token accuracy",
         "Reranking reward",

@@ -9,6 +9,7 @@ each is printed before it runs. Writes outputs/demo/results.json and outputs/dem
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
 from typing import Any
@@ -48,7 +49,7 @@ def main(config: DemoStage) -> None:
     out = open_output(config.out, config.overwrite)
     for name, overrides in config.stages.items():
         module, model, entry = STAGES[name]
-        print(f"\n{name}: python -m {module.__name__} {' '.join(overrides)}", flush=True)
+        print(f"\n{name}: {shlex.join(['python', '-m', module.__name__, *overrides])}", flush=True)
         module.main(compose_stage(model, entry, overrides))
     seconds = time.monotonic() - started
     results = json.loads((out / "evaluation/results.json").read_text(encoding="utf-8"))

@@ -79,7 +79,8 @@ def main(config: EvaluateStage) -> None:
     for checkpoint in config.systems.values():  # a wrong path is worth knowing before the first hour
         resolve_checkpoint(checkpoint)
     inputs = [config.data, source / "pages.jsonl"]
-    out = open_output(config.out, config.overwrite, inputs=inputs)
+    read = [*inputs, *(Path(checkpoint) for checkpoint in config.systems.values())]
+    out = open_output(config.out, config.overwrite, inputs=read)
 
     rankings = {FIRST_STAGE: [first_stage(task) for task in tasks]}
     timing = {}

@@ -31,7 +31,7 @@ from mmr5_train.models.finetune import (
 )
 from mmr5_train.models.loading import ModelConfig, load_model, load_processor, vision_token_ids
 from mmr5_train.ranking.answer import Defect, parse_answer
-from mmr5_train.ranking.files import read_records, write_manifest
+from mmr5_train.ranking.files import InputError, read_records, write_manifest
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import LocalId, Order, RankingTask
 from mmr5_train.ranking.rewards import REWARDS, RewardConfig
@@ -91,6 +91,12 @@ def defect_logger(think: bool, end_ids: set[int]) -> RewardFunction:
 
 def main(config: GrpoStage) -> None:
     tasks = read_records(config.data, RankingTask)[: config.limit]
+    for task in tasks:
+        if not {candidate.id for candidate in task.candidates} & set(task.positives):
+            raise InputError(
+                f"{config.data}: {task.query_id} has no relevant page among its candidates, so nothing can be "
+                "rewarded; use select.jsonl of data_construction.candidates, which holds no such question"
+            )
     open_training_output(config.out, config.overwrite, [config.data, Path(config.model.path)])
     processor = load_processor(config.model)
     model = load_model(config.model)
@@ -127,7 +133,7 @@ def main(config: GrpoStage) -> None:
     )
     trained = trained_parameters(trainer)
     train(trainer, "grpo", {"reward": "reward", "kl": "kl", "entropy": "entropy"})
-    save_result(trainer, processor, config.out)
+    save_result(trainer, processor, config.model, config.out)
     if trainer.accelerator.is_main_process:
         paid = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
         learned = f"reward {paid[0]:.3f} → {paid[-1]:.3f}, " if paid else ""

@@ -61,7 +61,8 @@ class ReportStage(StageConfig):
 def main(config: ReportStage) -> None:
     results, rankings, pages = read_evaluation(config.evaluation)
     html, unseen = render(config, results, rankings, pages)
-    out = open_output(config.out, config.overwrite)
+    read = [path for path in (config.evaluation, config.sft, config.grpo, *config.data) if path is not None]
+    out = open_output(config.out, config.overwrite, inputs=read)
     with whole_file(out / "report.html") as stream:
         stream.write(html)
     inputs = [config.evaluation / "results.json", config.evaluation / "pages.jsonl"]

@@ -10,12 +10,12 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mmr5_train.models.inputs import load_pages
-from mmr5_train.models.loading import ModelConfig
+from mmr5_train.models.loading import ModelConfig, load_model
 from mmr5_train.ranking.files import InputError, open_output, write_json
 from mmr5_train.ranking.prompt import Prompt, build_messages
 from mmr5_train.ranking.records import Candidate
@@ -132,16 +132,18 @@ def lora_config(model: ModelConfig) -> LoraConfig | None:
     )
 
 
-def save_result(trainer: Trainer, processor: Any, out: Path) -> None:
+def save_result(trainer: Trainer, processor: Any, config: ModelConfig, out: Path) -> None:
     """Writes the merged checkpoint (loads with `from_pretrained` alone), the adapter, and the log history."""
-    state = trainer.accelerator.get_state_dict(trainer.model)  # on all ranks: parameters may be partitioned
+    # On all ranks: under ZeRO-3 each holds a part of the parameters.
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if hasattr(model, "merge_and_unload"):
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        if config.lora is None:
+            model.save_pretrained(out / MODEL, state_dict=state)
+        else:
             model.save_pretrained(out / ADAPTER, state_dict=state)
-            model = model.merge_and_unload()
-            state = None
-        model.save_pretrained(out / MODEL, state_dict=state)
+            merged = PeftModel.from_pretrained(load_model(config), out / ADAPTER).merge_and_unload()
+            merged.save_pretrained(out / MODEL)
         processor.save_pretrained(out / MODEL)
         write_json(out / LOG_HISTORY, trainer.state.log_history)
     trainer.accelerator.wait_for_everyone()

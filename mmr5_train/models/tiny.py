@@ -4,9 +4,13 @@
 
 A real `Qwen2_5_VLForConditionalGeneration` of about 1.2 million parameters with its own small BPE tokenizer
 that carries Qwen's special tokens. From random weights listwise reranking is not learned in minutes, so the
-model first learns to read pages: shown one to five synthetic pages it says what is on each, and, for one or
-two pages, whether that is what a question asks for. This stands in for the pretraining of a real model; it
-has seen no answer block and no page of the demo's corpus (other documents, other seeds).
+model first learns, in the phases of configs/tiny.yaml, to read synthetic pages: to say what is on each page of
+a prompt, and whether that is what the question asks for. This stands in for the pretraining of a real model;
+it has seen no think or answer block and no page of the demo's corpus (other documents, other seeds).
+
+A page must match a question in both colour and kind. Two things make that learnable in minutes: batches whose
+pages are given in words (no pictures, so cheap and easy to bind), and a loss on the verdict by itself, which is
+one token in thirteen.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import (
     PreTrainedTokenizerFast,
@@ -39,7 +44,7 @@ from mmr5_train.config import StageConfig, run_stage
 from mmr5_train.models.loading import prepare_page
 from mmr5_train.ranking.files import open_output, write_manifest
 from mmr5_train.ranking.notes import described_note, join_notes
-from mmr5_train.ranking.prompt import Prompt, build_messages
+from mmr5_train.ranking.prompt import Prompt, build_messages, with_images
 
 MIN_PIXELS, MAX_PIXELS = 784, 9_500  # a page of 3 : 4 becomes 84 × 112 pixels: 12 visual tokens
 VOCABULARY = 1_024
@@ -69,15 +74,28 @@ CHAT_TEMPLATE = """\
 {% endif -%}"""
 
 
+class Phase(BaseModel):
+    """One phase of training, with a cosine schedule of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(ge=0)
+    batch_size: int = Field(gt=0, description="prompts of one page; fewer where prompts are longer")
+    learning_rate: float = Field(gt=0)
+    pages: tuple[int, ...] = Field(description="page counts of prompts with pictures, drawn evenly")
+    words: float = Field(ge=0, le=1, description="share of batches whose pages are given in words")
+    easy: float = Field(ge=0, le=1, description="share of other pages that need not resemble what is asked for")
+    verdicts_up_to: int = Field(ge=0, description="prompts of more pages are described without verdicts")
+    order: bool = Field(description="the notes end with a list of all ids, those that help first")
+    key_loss: float = Field(ge=0, description="weight of the loss on the verdicts and that list alone")
+
+
 class TinyStage(StageConfig):
     """`python -m mmr5_train.models.tiny` (configs/tiny.yaml)."""
 
     prompt: Prompt
     pages: int = Field(gt=0, description="synthetic pages drawn for reading")
-    reading_steps: int = Field(ge=0, description="steps on one or two pages, with a verdict on each")
-    listing_steps: int = Field(ge=0, description="steps on one to five pages, described without a verdict")
-    batch_size: int = Field(gt=0)
-    learning_rate: float = Field(gt=0)
+    phases: dict[str, Phase] = Field(description="in the order in which they run")
     threads: int = Field(default=2, gt=0)
 
 
@@ -201,71 +219,82 @@ def draw_pool(processor: Any, count: int, seed: int, workers: int) -> list[SeenP
 class Reader:
     """Examples of page reading: pages of a pool, a question about one of them or none, notes on each."""
 
-    def __init__(self, pool: list[SeenPage], prompt: Prompt, seed: int) -> None:
+    def __init__(self, pool: list[SeenPage], prompt: Prompt, seed: str) -> None:
         self.rng, self.pool, self.prompt = random.Random(f"reader {seed}"), pool, prompt
         self.by_look: dict[tuple[str, str], list[SeenPage]] = {}
         for page in pool:
             self.by_look.setdefault((page.color, page.kind), []).append(page)
 
-    def example(self, pages: int, verdict: bool) -> dict[str, Any]:
-        """One prompt with `pages` pages; half of single pages are what the question asks for."""
+    def batch(self, phase: Phase) -> list[dict[str, Any]]:
+        """Prompts of one page count, so that nothing is spent on padding, in TRL's prompt-completion form."""
+        in_words = self.rng.random() < phase.words
+        count = self.rng.choice(range(1, 6) if in_words else phase.pages)
+        size = max(1, phase.batch_size * 3 // (2 + count))
+        return [self.example(phase, count, in_words) for _ in range(size)]
+
+    def example(self, phase: Phase, pages: int, in_words: bool) -> dict[str, Any]:
+        """One prompt with `pages` pages, about two in five of them what is asked for."""
         rng = self.rng
         asked = rng.choice(COLORS), rng.choice(KINDS)
-        shown = [self._near(asked) for _ in range(pages)]
-        if rng.random() < (0.5 if pages == 1 else 0.9):
-            shown[rng.randrange(pages)] = rng.choice(self.by_look[asked])
+        shown = [rng.choice(self.by_look[asked]) if rng.random() < 0.4 else self._other(asked, phase.easy)
+                 for _ in range(pages)]  # fmt: skip
         what = self.by_look[asked][0].description
         query = rng.choice(QUERIES).format(what=what, topic=rng.choice(TOPICS))
-        notes = []
-        for page in shown:
-            note = described_note(page.description, (page.color, page.kind) == asked)
-            notes.append(note if verdict else f"{page.description}.")
+        helps = [(page.color, page.kind) == asked for page in shown]
+        notes = [described_note(page.description, help_) for page, help_ in zip(shown, helps, strict=True)]
+        if pages > phase.verdicts_up_to:
+            notes = [f"{page.description}." for page in shown]
         text = join_notes(notes)
+        if phase.order:
+            text += f"\n{sorted(range(1, pages + 1), key=lambda i: not helps[i - 1])}"
+        messages = build_messages(self.prompt, query, pages)
+        if in_words:
+            messages = with_images(messages, [{"type": "text", "text": f"{page.description}."} for page in shown])
         return {
-            "prompt": build_messages(self.prompt, query, pages),
+            "prompt": messages,
             "completion": [{"role": "assistant", "content": [{"type": "text", "text": text}]}],
-            "images": [page.image for page in shown],
+            "images": [] if in_words else [page.image for page in shown],
         }
 
-    def _near(self, asked: tuple[str, str]) -> SeenPage:
-        """A hard negative: the colour or the kind asked for, rarely neither."""
+    def _other(self, asked: tuple[str, str], easy: float) -> SeenPage:
+        """A page that shares the colour or the kind asked for; with probability `easy`, any page."""
         color, kind = asked
-        which = self.rng.random()
-        if which < 0.45:
-            kind = self.rng.choice([k for k in KINDS if k != kind])
-        elif which < 0.9:
-            color = self.rng.choice([c for c in COLORS if c != color])
-        else:
+        if self.rng.random() < easy:
             return self.rng.choice(self.pool)
+        if self.rng.random() < 0.5:
+            kind = self.rng.choice([k for k in KINDS if k != kind])
+        else:
+            color = self.rng.choice([c for c in COLORS if c != color])
         return self.rng.choice(self.by_look[color, kind])
 
 
-def train(model: Any, processor: Any, reader: Reader, config: TinyStage) -> None:
-    """Reading on one or two pages, then on one to five; one cosine schedule over both."""
+def train(name: str, phase: Phase, model: Any, processor: Any, reader: Reader) -> None:
+    """Runs one phase."""
     collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
-    steps = config.reading_steps + config.listing_steps
-    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 50, steps)
+    # The first token in which "helps" and "does not help" differ, and the one that opens the list of ids.
+    yes, no, opening = (processor.tokenizer(word).input_ids[0] for word in (" helps", " does", "["))
+    optimizer = torch.optim.AdamW(model.parameters(), phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, phase.steps // 50, phase.steps)
     model.train()
-    bar = tqdm(range(steps), desc="read", unit="step")
+    bar = tqdm(range(phase.steps), desc=name, unit="step")
     for step in bar:
-        # One page count a batch: nothing is spent on padding.
-        if step < config.reading_steps:
-            pages, verdict = reader.rng.choice((1, 2)), True
-        else:
-            pages, verdict = reader.rng.choice((1, 2, 3, 4, 5)), False
-            if pages < 3:
-                verdict = True  # what was learned first is kept
-        count = max(1, config.batch_size * 2 // (1 + pages))
-        batch = collate([reader.example(pages, verdict) for _ in range(count)])
-        loss = model(**batch).loss
+        batch = collate(reader.batch(phase))
+        output = model(**batch)
+        logits_BTV, labels_BT = output.logits[:, :-1], batch["labels"][:, 1:]
+        in_list_BT = ((labels_BT == opening).cumsum(1) > 0) & (labels_BT != -100)
+        is_key_BT = (labels_BT == yes) | (labels_BT == no) | in_list_BT
+        loss, shown = output.loss, {"loss": f"{output.loss.item():.3f}"}
+        if is_key_BT.any():
+            logits_NV, labels_N = logits_BTV[is_key_BT], labels_BT[is_key_BT]
+            loss = loss + phase.key_loss * cross_entropy(logits_NV, labels_N)
+            shown["keys right"] = f"{(logits_NV.argmax(-1) == labels_N).float().mean().item():.2f}"
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if step % 10 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}", pages=pages)
+            bar.set_postfix(shown)
 
 
 def main(config: TinyStage) -> None:
@@ -273,9 +302,9 @@ def main(config: TinyStage) -> None:
     torch.set_num_threads(config.threads)
     processor = build_processor(config.prompt)
     model = build_model(processor, config.seed)
-    # Seeds of the pool and of the demo's corpus never meet: one is a string, the other is "seed/index".
-    reader = Reader(draw_pool(processor, config.pages, config.seed, config.threads), config.prompt, config.seed)
-    train(model, processor, reader, config)
+    pool = draw_pool(processor, config.pages, config.seed, config.threads)
+    for name, phase in config.phases.items():
+        train(name, phase, model, processor, Reader(pool, config.prompt, f"{name} {config.seed}"))
     model.save_pretrained(out)
     processor.save_pretrained(out)
     size = sum(parameter.numel() for parameter in model.parameters())

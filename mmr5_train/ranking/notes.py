@@ -1,4 +1,4 @@
-"""The notes of a think block: one line a page, written by the teacher, learned by the model, checked afterwards."""
+"""The notes of a think block: a line a page, written by the teacher, learned by the model, checked afterwards."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ def test_logs_each_reward_and_each_defect(questions, tmp_path):
             entry["rewards/reranking/mean"] + entry["rewards/permutation/mean"], abs=1e-4
         )
         # 16 tokens do not hold an answer: every completion is cut off and has none.
-        assert entry[f"defects/{Defect.CUT_OFF.value}"] == 1
-        assert entry[f"defects/{Defect.NO_ANSWER.value}"] == 1
+        assert entry[f"defects/{Defect.cut_off}"] == 1
+        assert entry[f"defects/{Defect.no_answer}"] == 1
         assert {"entropy", "kl", "completions/mean_length", "frac_reward_zero_std"} <= set(entry)
     assert list((tmp_path / "out/completions").glob("*.parquet"))
 

@@ -24,7 +24,8 @@ def test_the_tokenizer_carries_tags_and_any_text(processor):
 
 
 def test_the_recipe_rebuilds_a_model(tmp_path):
-    overrides = [f"out={tmp_path}/tiny", "pages=48", "reading_steps=2", "listing_steps=1", "batch_size=4"]
+    overrides = [f"out={tmp_path}/tiny", "pages=48"]
+    overrides += [f"phases.{name}.steps=2" for name in ("looking", "judging", "listing")]
     recipe.main(compose_stage(recipe.TinyStage, "tiny", overrides))
     rebuilt = AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny")
     shipped = AutoModelForImageTextToText.from_pretrained(TINY)

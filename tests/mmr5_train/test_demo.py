@@ -1,0 +1,71 @@
+"""The demo, very small: every stage runs on what the one before it wrote."""
+
+import json
+
+import pytest
+
+from mmr5_train import demo
+from mmr5_train.config import compose_stage
+
+SMALL = {
+    "corpus": ["documents=10", "workers=1"],
+    "sft": ["trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.warmup_steps=0"],
+    "grpo": [
+        "trainer.max_steps=1",
+        "trainer.per_device_train_batch_size=4",
+        "trainer.num_generations=2",
+        "trainer.max_completion_length=16",
+    ],
+    "evaluate": ["limit=6", "max_new_tokens=16", "samples=2"],
+    "report": ["questions=3"],
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    config = compose_stage(demo.DemoStage, "demo", [f"out={out}", "seed=5"])
+    stages = {name: [*overrides, *SMALL.get(name, [])] for name, overrides in config.stages.items()}
+    demo.main(config.model_copy(update={"stages": stages}))
+    return out
+
+
+def test_the_summary_has_every_figure(made):
+    results = json.loads((made / "results.json").read_text())
+    assert results["seed"] == 5
+    assert results["seconds"] > 0
+    assert [row["system"] for row in results["rows"]] == ["first_stage", "sft", "sft+grpo"]
+    for row in results["rows"]:
+        assert row["questions"] == 6
+        assert 0 <= row["recall@1"] <= row["recall@3"] <= row["recall@5"] <= 1
+        assert 0 <= row["recall@1_sampled"] <= 1
+    for row in results["rows"][1:]:
+        assert 0 <= row["complete_permutations"] <= 1
+        assert 0 <= row["true_descriptions"] <= 1
+    for name in ("recall@1", "recall@1_sampled"):
+        difference = results["grpo_minus_sft"][name]
+        assert difference["low"] <= difference["mean"] <= difference["high"]
+        rows = results["rows"]
+        assert difference["mean"] == pytest.approx(rows[2][name] - rows[1][name])
+
+
+def test_the_report_stands_alone(made):
+    html = (made / "report.html").read_text()
+    assert "<html" in html
+    assert "sft+grpo" in html
+    assert 'src="http' not in html
+    assert html.count("data:image/jpeg;base64") >= 3
+
+
+def test_training_never_saw_a_held_out_document(made):
+    def documents(path):
+        return {
+            page["doc_name"]
+            for line in path.read_text().splitlines()
+            for page in (json.loads(line).get("candidates") or json.loads(line)["shown"])
+        }
+
+    heldout = documents(made / "data/heldout.jsonl")
+    assert heldout
+    assert not heldout & documents(made / "traces/traces.jsonl")
+    assert not heldout & documents(made / "select/questions.jsonl")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
@@ -44,6 +45,7 @@ def run_stage(main: Callable[[StageT], None], model: type[StageT], config_name: 
     """Runs a stage from the command line. Exits with 2 and a message, not a traceback, on the user's errors."""
     # Hydra prints its own reading of an error and exits unless told to raise; the reading here names choices.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    warnings.simplefilter("ignore", FutureWarning)  # what libraries tell their developers, not their users
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     def task(config: DictConfig) -> None:

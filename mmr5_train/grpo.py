@@ -133,7 +133,7 @@ def main(config: GrpoStage) -> None:
     )
     trained = trained_parameters(trainer)
     train(trainer, "grpo", {"reward": "reward", "kl": "kl", "entropy": "entropy"})
-    save_result(trainer, processor, config.model, config.out)
+    save_result(trainer, processor, config.model, config.prompt, config.think, config.out)
     if trainer.accelerator.is_main_process:
         paid = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
         learned = f"reward {paid[0]:.3f} → {paid[-1]:.3f}, " if paid else ""

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
 
 from mmr5_train.models.inputs import encode, load_pages
 from mmr5_train.models.loading import (
+    SETTINGS,
     ModelConfig,
     load_model,
     load_page,
     load_processor,
     prepare_page,
+    resolve_checkpoint,
     vision_token_ids,
 )
 from mmr5_train.ranking.answer import read_answer
 from mmr5_train.ranking.files import InputError
 from mmr5_train.ranking.prompt import Prompt
-from mmr5_train.ranking.records import Answered, PromptedTask
+from mmr5_train.ranking.records import Answered, PromptedTask, Record
+
+
+class RerankerSettings(Record):
+    """reranker.json: what a checkpoint was taught to expect."""
+
+    min_pixels: int
+    max_pixels: int
+    dtype: str
+    think: bool
+    prompt: Prompt
 
 
 class Reranker:
@@ -45,6 +57,21 @@ class Reranker:
         self.model = load_model(model, checkpoint).to(self.device).eval()
         self.prompt, self.think, self.max_new_tokens = prompt, think, max_new_tokens
         self.end_ids = {self.processor.tokenizer.eos_token_id, self.processor.tokenizer.pad_token_id}
+
+    @classmethod
+    def load(cls, checkpoint: str | Path, **options: Any) -> Self:
+        """A checkpoint that this project trained, with the prompt and page sizes it was trained on.
+
+        `options` are those of the constructor. Raises `InputError` where the checkpoint does not say how it
+        was trained; then give the constructor a `ModelConfig` and a `Prompt`.
+        """
+        path = Path(resolve_checkpoint(checkpoint)) / SETTINGS
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; give Reranker(…) the model and the prompt yourself")
+        settings = RerankerSettings.model_validate_json(path.read_text(encoding="utf-8"))
+        limits = settings.model_dump(include={"min_pixels", "max_pixels", "dtype"})
+        model = ModelConfig(path=str(checkpoint), **limits)
+        return cls(checkpoint, model, settings.prompt, **{"think": settings.think, **options})
 
     def rank(self, query: str, pages: Sequence[str | Path | Image.Image]) -> Answered:
         """The order of `pages` (local ids from 1, best first), with the reasoning and any defects.

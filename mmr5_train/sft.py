@@ -66,7 +66,7 @@ def main(config: SftStage) -> None:
     )
     trained = trained_parameters(trainer)
     train(trainer, "sft", {"loss": "loss", "mean_token_accuracy": "token accuracy"})
-    save_result(trainer, processor, config.model, config.out)
+    save_result(trainer, processor, config.model, config.prompt, config.think, config.out)
     if trainer.accelerator.is_main_process:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         learned = f"loss {losses[0]:.3f} → {losses[-1]:.3f}, " if losses else ""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from mmr5_train.models.inputs import load_pages
-from mmr5_train.models.loading import ModelConfig, load_model
+from mmr5_train.models.loading import SETTINGS, ModelConfig, load_model
 from mmr5_train.ranking.files import InputError, open_output, write_json
 from mmr5_train.ranking.prompt import Prompt, build_messages
 from mmr5_train.ranking.records import Candidate
@@ -75,6 +76,7 @@ def trainer_arguments(
         "data_seed": seed,
         "remove_unused_columns": False,
     }
+    values = {"dataloader_pin_memory": torch.cuda.is_available(), **values}
     fixed |= {"bf16": model.dtype == "bfloat16", "fp16": model.dtype == "float16"}
     taken = sorted(set(values) & set(fixed))
     if taken:
@@ -132,8 +134,13 @@ def lora_config(model: ModelConfig) -> LoraConfig | None:
     )
 
 
-def save_result(trainer: Trainer, processor: Any, config: ModelConfig, out: Path) -> None:
-    """Writes the merged checkpoint (loads with `from_pretrained` alone), the adapter, and the log history."""
+def save_result(
+    trainer: Trainer, processor: Any, config: ModelConfig, prompt: Prompt, think: bool, out: Path
+) -> None:
+    """Writes the merged checkpoint (loads with `from_pretrained` alone), the adapter, and the log history.
+
+    Beside the weights goes `reranker.json`: what the model was taught to expect, for `Reranker.load`.
+    """
     # On all ranks: under ZeRO-3 each holds a part of the parameters.
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
@@ -145,6 +152,8 @@ def save_result(trainer: Trainer, processor: Any, config: ModelConfig, out: Path
             merged = PeftModel.from_pretrained(load_model(config), out / ADAPTER).merge_and_unload()
             merged.save_pretrained(out / MODEL)
         processor.save_pretrained(out / MODEL)
+        limits = config.model_dump(include={"min_pixels", "max_pixels", "dtype"})
+        write_json(out / MODEL / SETTINGS, {**limits, "think": think, "prompt": prompt.model_dump()})
         write_json(out / LOG_HISTORY, trainer.state.log_history)
     trainer.accelerator.wait_for_everyone()
 

@@ -16,6 +16,7 @@ from transformers.utils import is_flash_attn_2_available
 from mmr5_train.ranking.files import InputError
 
 TINY = Path(__file__).parent / "tiny"
+SETTINGS = "reranker.json"  # in a checkpoint that this project trained: its prompt, page sizes, dtype
 
 # A page of at most this many pixels is kept in memory once it is prepared; larger ones are read again.
 SMALL_PAGE = 64_000

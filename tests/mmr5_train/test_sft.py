@@ -13,6 +13,7 @@ from mmr5_train.models.loading import TINY
 from mmr5_train.ranking.files import InputError, write_records
 from mmr5_train.ranking.notes import described_note, join_notes
 from mmr5_train.ranking.records import Trace
+from mmr5_train.reranker import Reranker
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["trainer.per_device_train_batch_size=4", "trainer.logging_steps=1", "trainer.warmup_steps=0"]
@@ -61,6 +62,8 @@ def test_learns_and_leaves_a_whole_checkpoint(traces, tmp_path, capsys):
     assert moved
     assert not [name for name in moved if "visual" in name], "the vision tower must stay frozen"
     assert AutoProcessor.from_pretrained(tmp_path / "out/model").tokenizer.chat_template
+    ranked = Reranker.load(tmp_path / "out/model", max_new_tokens=8).rank("Which?", [traces.parent / "page-0.png"])
+    assert ranked.order == (1,)
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["finished"]
     assert manifest["counts"]["steps"] == 12

@@ -25,7 +25,7 @@ def test_the_tokenizer_carries_tags_and_any_text(processor):
 
 def test_the_recipe_rebuilds_a_model(tmp_path):
     overrides = [f"out={tmp_path}/tiny", "pages=48"]
-    overrides += [f"phases.{name}.steps=2" for name in ("looking", "judging", "listing")]
+    overrides += [f"phases.{name}.steps=2" for name in ("looking", "judging", "listing", "ordering")]
     recipe.main(compose_stage(recipe.TinyStage, "tiny", overrides))
     rebuilt = AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny")
     shipped = AutoModelForImageTextToText.from_pretrained(TINY)

@@ -89,6 +89,10 @@ def make_section(rng: random.Random, size: int) -> list[tuple[str, str]]:
     if rng.random() < TWO_RELEVANT:
         shown[-1] = shown[0]
     rng.shuffle(shown)
+    for i, (color, kind) in enumerate(shown):
+        if not any((color == c) != (kind == k) for c, k in shown):
+            # Alone in both: give it the kind of a neighbour.
+            shown[i] = (color, next(k for _, k in shown if k != kind))
     return shown
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -55,7 +56,10 @@ def run_stage(main: Callable[[StageT], None], model: type[StageT], config_name: 
             _stop(f"error: {error}")  # here already: Hydra would put a line of its own in front
 
     try:
+        _check_groups(sys.argv[1:])
         task()
+    except InputError as error:
+        _stop(f"error: {error}")
     except (HydraException, OmegaConfBaseException) as error:
         _stop(f"error: {_explain(error, config_name, sys.argv[1:])}")
     except KeyboardInterrupt:
@@ -92,10 +96,21 @@ def validate(model: type[StageT], values: Any) -> StageT:
 
 def compose_stage(model: type[StageT], config_name: str, overrides: Sequence[str]) -> StageT:
     """The config that the command line `config_name` with these overrides gives."""
+    _check_groups(overrides)
     try:
         return validate(model, _resolved(_compose(config_name, overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(_explain(error, config_name, overrides)) from None
+
+
+def _check_groups(overrides: Sequence[str]) -> None:
+    """Raises `InputError` for a group without an option, such as prompt=null: Hydra would show a traceback."""
+    for override in overrides:
+        group, _, option = override.lstrip("+").partition("=")
+        folder = CONFIGS / group
+        if re.fullmatch(r"null|true|false|[+-]?[\d.]+", option, re.IGNORECASE) and folder.is_dir():
+            choices = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+            raise InputError(f"{group}: needs one of its options, found {option} (choices: {choices})")
 
 
 def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
@@ -140,7 +155,8 @@ def _explain(error: Exception, config_name: str, overrides: Sequence[str]) -> st
         causes.append(causes[-1].__cause__)
     text = str(causes[-1] if str(causes[-1]) else error).strip()
     key = next((str(k) for k in (getattr(cause, "full_key", None) for cause in causes) if k), None)
-    first = "\n".join(line for line in str(error).splitlines() if line and "full_key" not in line)
+    said = str(error).partition("Config search path:")[0]  # Hydra's folders say nothing to a user
+    first = "\n".join(line for line in said.splitlines() if line and "full_key" not in line)
     if key is None or "not in struct" not in text:
         return first
     # The same choices of groups, so that the fields are those of the option the user chose.

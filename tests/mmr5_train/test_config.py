@@ -107,6 +107,8 @@ def test_help_shows_the_fields_and_the_choices_of_a_group(run):
         (["order=random"], "order: Input should be 'score' or 'shuffled', found 'random'"),
         (["~steps"], "steps: Field required"),
         (["teacher=gpt"], "Could not find 'teacher/gpt'\nAvailable options in 'teacher':\n\toffline\n\tserver\n"),
+        (["teacher=null"], "teacher: needs one of its options, found null (choices: offline, server)"),
+        (["teacher=5"], "teacher: needs one of its options, found 5 (choices: offline, server)"),
         (["teacher=server"], "no value for teacher.url; add teacher.url=…"),
         (["out=${nothing}"], "out: Interpolation key 'nothing' not found"),
         (["steps"], "Error parsing override 'steps'"),

@@ -25,10 +25,12 @@ from mmr5_train.models.finetune import (
     open_training_output,
     prompt_dataset,
     save_result,
+    settings_checked,
     train,
     trained_parameters,
     trainer_arguments,
 )
+from mmr5_train.models.inputs import check_images
 from mmr5_train.models.loading import ModelConfig, load_model, load_processor, vision_token_ids
 from mmr5_train.ranking.answer import Defect, parse_answer
 from mmr5_train.ranking.files import InputError, read_records, write_manifest
@@ -89,6 +91,20 @@ def defect_logger(think: bool, end_ids: set[int]) -> RewardFunction:
     return defects
 
 
+def grpo_arguments(config: GrpoStage, processor: Any) -> GRPOConfig:
+    """TRL's config: what the user set, the weights of the rewards, and tokens that can't be sampled."""
+    values = {
+        **config.trainer,
+        "reward_weights": [*config.reward.weights.values(), 0.0],
+        "generation_kwargs": {
+            **(config.trainer.get("generation_kwargs") or {}),
+            # A sampled vision token would promise a picture that is not there and break the next forward.
+            "suppress_tokens": vision_token_ids(processor),
+        },
+    }
+    return trainer_arguments(GRPOConfig, values, out=config.out, seed=config.seed, model=config.model)
+
+
 def main(config: GrpoStage) -> None:
     tasks = read_records(config.data, RankingTask)[: config.limit]
     for task in tasks:
@@ -97,8 +113,11 @@ def main(config: GrpoStage) -> None:
                 f"{config.data}: {task.query_id} has no relevant page among its candidates, so nothing can be "
                 "rewarded; use select.jsonl of data_construction.candidates, which holds no such question"
             )
-    open_training_output(config.out, config.overwrite, [config.data, Path(config.model.path)])
+    check_images((page for task in tasks for page in task.candidates), config.data.parent)
     processor = load_processor(config.model)
+    arguments = grpo_arguments(config, processor)
+    # Only now: what the user got wrong must not cost an earlier result that is to be overwritten.
+    open_training_output(config.out, config.overwrite, [config.data, Path(config.model.path)])
     model = load_model(config.model)
     prompted = [task.prompted(config.order, config.seed) for task in tasks]
     dataset = prompt_dataset(
@@ -112,25 +131,17 @@ def main(config: GrpoStage) -> None:
         config.prompt,
         processor,
     )
-    arguments = {
-        **config.trainer,
-        "reward_weights": [*config.reward.weights.values(), 0.0],
-        "generation_kwargs": {
-            **(config.trainer.get("generation_kwargs") or {}),
-            # A sampled vision token would promise a picture that is not there and break the next forward.
-            "suppress_tokens": vision_token_ids(processor),
-        },
-    }
     end_ids = {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id}
     rewards = [reward_function(name, config.think) for name in config.reward.weights]
-    trainer = GRPOTrainer(
-        model=model,
-        reward_funcs=[*rewards, defect_logger(config.think, end_ids)],
-        args=trainer_arguments(GRPOConfig, arguments, out=config.out, seed=config.seed, model=config.model),
-        train_dataset=dataset,
-        processing_class=processor,
-        peft_config=lora_config(config.model),
-    )
+    with settings_checked("grpo"):
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=[*rewards, defect_logger(config.think, end_ids)],
+            args=arguments,
+            train_dataset=dataset,
+            processing_class=processor,
+            peft_config=lora_config(config.model),
+        )
     trained = trained_parameters(trainer)
     train(trainer, "grpo", {"reward": "reward", "kl": "kl", "entropy": "entropy"})
     save_result(trainer, processor, config.model, config.prompt, config.think, config.out)

@@ -22,10 +22,12 @@ from mmr5_train.models.finetune import (
     open_training_output,
     prompt_dataset,
     save_result,
+    settings_checked,
     train,
     trained_parameters,
     trainer_arguments,
 )
+from mmr5_train.models.inputs import check_images
 from mmr5_train.models.loading import ModelConfig, load_model, load_processor
 from mmr5_train.ranking.files import read_records, write_manifest
 from mmr5_train.ranking.prompt import Prompt, render_completion
@@ -45,8 +47,11 @@ class SftStage(StageConfig):
 
 def main(config: SftStage) -> None:
     traces = read_records(config.data, Trace)[: config.limit]
-    open_training_output(config.out, config.overwrite, [config.data, Path(config.model.path)])
+    check_images((page for trace in traces for page in trace.shown), config.data.parent)
     processor = load_processor(config.model)
+    arguments = trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=config.model)
+    # Only now: what the user got wrong must not cost an earlier result that is to be overwritten.
+    open_training_output(config.out, config.overwrite, [config.data, Path(config.model.path)])
     model = load_model(config.model)
     completions = [render_completion(trace.think if config.think else None, trace.answer) for trace in traces]
     dataset = prompt_dataset(
@@ -57,13 +62,14 @@ def main(config: SftStage) -> None:
         config.prompt,
         processor,
     )
-    trainer = SFTTrainer(
-        model=model,
-        args=trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=config.model),
-        train_dataset=dataset,
-        processing_class=processor,
-        peft_config=lora_config(config.model),
-    )
+    with settings_checked("sft"):
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            processing_class=processor,
+            peft_config=lora_config(config.model),
+        )
     trained = trained_parameters(trainer)
     train(trainer, "sft", {"loss": "loss", "mean_token_accuracy": "token accuracy"})
     save_result(trainer, processor, config.model, config.prompt, config.think, config.out)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from mmr5_train.models.inputs import load_pages
 from mmr5_train.models.loading import SETTINGS, ModelConfig, load_model
-from mmr5_train.ranking.files import InputError, open_output, write_json
+from mmr5_train.ranking.files import InputError, open_output, whole_folder, write_json
 from mmr5_train.ranking.prompt import Prompt, build_messages
 from mmr5_train.ranking.records import Candidate
 
@@ -64,11 +66,17 @@ def trainer_arguments(
     Raises `InputError` for a name that TRL does not know (with the nearest it does) or a value it refuses.
     """
     known = {field.name for field in dataclasses.fields(kind)}
-    for name in values:
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise InputError(f"trainer.{name}: {kind.__name__} has no such field{hint}")
+        wanted = set(typing.get_args(hints[name]) or [hints[name]])
+        # TRL itself would fail on these much later, with a message that names no field.
+        if wanted <= {int, float, type(None)} and not _is_number(value, wanted):
+            number = "number" if float in wanted else "whole number"
+            raise InputError(f"trainer.{name}: expected a {number}, found {value!r}")
     # Columns are read by the data set's transform and by the rewards: the trainer must not drop them.
     fixed: dict[str, Any] = {
         "output_dir": str(out),
@@ -85,6 +93,21 @@ def trainer_arguments(
         return kind(**fixed, **values)
     except (TypeError, ValueError) as error:
         raise InputError(f"trainer: {kind.__name__} refuses these settings: {error}") from None
+
+
+@contextmanager
+def settings_checked(name: str) -> Iterator[None]:
+    """Around the making of a trainer: what TRL or PEFT refuse there (adapters, trackers) is the user's setting."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{name}: these settings are refused: {error}") from error
+
+
+def _is_number(value: Any, kinds: set[type]) -> bool:
+    if value is None:
+        return type(None) in kinds
+    return isinstance(value, (int, float) if float in kinds else int) and not isinstance(value, bool)
 
 
 class Progress(TrainerCallback):
@@ -114,11 +137,20 @@ class Progress(TrainerCallback):
 
 
 def train(trainer: Trainer, name: str, shown: dict[str, str]) -> None:
-    """Trains, with `Progress` in the place of the trainer's own printing."""
+    """Trains, with `Progress` in the place of the trainer's own printing.
+
+    Raises `InputError` where the data set fills no batch: TRL would train nothing, and say nothing.
+    """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress(name, shown))
     trainer.train()
+    if trainer.state.global_step == 0:
+        size = len(trainer.train_dataset)  # type: ignore[arg-type]
+        raise InputError(
+            f"{name}: {size} examples fill no batch, so not one step was taken; give more data, or a smaller "
+            "trainer.per_device_train_batch_size or trainer.gradient_accumulation_steps"
+        )
 
 
 def lora_config(model: ModelConfig) -> LoraConfig | None:
@@ -145,15 +177,16 @@ def save_result(
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
-        if config.lora is None:
-            model.save_pretrained(out / MODEL, state_dict=state)
-        else:
-            model.save_pretrained(out / ADAPTER, state_dict=state)
-            merged = PeftModel.from_pretrained(load_model(config), out / ADAPTER).merge_and_unload()
-            merged.save_pretrained(out / MODEL)
-        processor.save_pretrained(out / MODEL)
         limits = config.model_dump(include={"min_pixels", "max_pixels", "dtype"})
-        write_json(out / MODEL / SETTINGS, {**limits, "think": think, "prompt": prompt.model_dump()})
+        with whole_folder(out / MODEL) as folder:
+            if config.lora is None:
+                model.save_pretrained(folder, state_dict=state)
+            else:
+                model.save_pretrained(out / ADAPTER, state_dict=state)
+                merged = PeftModel.from_pretrained(load_model(config), out / ADAPTER).merge_and_unload()
+                merged.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            write_json(folder / SETTINGS, {**limits, "think": think, "prompt": prompt.model_dump()})
         write_json(out / LOG_HISTORY, trainer.state.log_history)
     trainer.accelerator.wait_for_everyone()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,16 @@ from PIL import Image
 from transformers import BatchFeature
 
 from mmr5_train.models.loading import load_page
+from mmr5_train.ranking.files import InputError
 from mmr5_train.ranking.prompt import Prompt, build_messages, with_images
 from mmr5_train.ranking.records import Candidate
+
+
+def check_images(shown: Iterable[Candidate], folder: Path) -> None:
+    """Raises `InputError` for a page image that is not there: worth knowing before the first hour."""
+    for image in {candidate.image: None for candidate in shown}:
+        if not (folder / image).is_file():
+            raise InputError(f"{folder / image}: no such page image; build the data again, or mend the path")
 
 
 def load_pages(shown: Sequence[Candidate], folder: Path, processor: Any) -> list[Image.Image]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import is_flash_attn_2_available
 
@@ -50,6 +51,12 @@ class ModelConfig(BaseModel):
     freeze_vision: bool = True
     lora: LoraChoice | None = None
 
+    @model_validator(mode="after")
+    def _limits_are_in_order(self) -> Self:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels must be at most max_pixels ({self.max_pixels})")
+        return self
+
 
 def resolve_checkpoint(path: str | Path) -> str:
     """The folder or hub id behind `path`. Raises `InputError` for a folder that is no checkpoint."""
@@ -67,10 +74,11 @@ def resolve_checkpoint(path: str | Path) -> str:
 def load_processor(config: ModelConfig, path: str | Path | None = None) -> Any:
     """The checkpoint's processor with the config's page size; prompts are padded on the left."""
     source = resolve_checkpoint(path or config.path)
+    _load_config(source)  # first: without a network, each file that a processor may have is asked for five times
     try:
         processor = AutoProcessor.from_pretrained(source)
-    except OSError as error:
-        raise InputError(f"{source}: the processor can't be loaded ({_first_line(error)})") from None
+    except (OSError, ValueError) as error:
+        raise _not_loaded(source, "processor", error) from None
     if not hasattr(processor, "image_processor"):
         raise InputError(f"{source}: has no image processor; a vision-language checkpoint is needed")
     processor.image_processor.size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
@@ -81,13 +89,13 @@ def load_processor(config: ModelConfig, path: str | Path | None = None) -> Any:
 def load_model(config: ModelConfig, path: str | Path | None = None) -> Any:
     """The checkpoint's model in the config's dtype, with its vision tower frozen where asked for."""
     source = resolve_checkpoint(path or config.path)
+    kind = _load_config(source).model_type
     try:
-        kind = AutoConfig.from_pretrained(source).model_type
         model = AutoModelForImageTextToText.from_pretrained(
             source, dtype=getattr(torch, config.dtype), attn_implementation=choose_attention(config)
         )
-    except OSError as error:
-        raise InputError(f"{source}: the model can't be loaded ({_first_line(error)})") from None
+    except (OSError, SafetensorError) as error:
+        raise _not_loaded(source, "model", error) from None
     except ValueError as error:
         raise InputError(f"{source}: not a vision-language model ({_first_line(error)})") from None
     if config.freeze_vision:
@@ -171,6 +179,22 @@ def _open(path: str | Path) -> Image.Image:
         raise InputError(f"{path}: no such page image; build the data again, or mend the path") from None
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable page image ({_first_line(error)})") from None
+
+
+def _load_config(source: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(source, "config", error) from None
+
+
+def _not_loaded(source: str, what: str, error: BaseException) -> InputError:
+    if Path(source).is_dir():
+        return InputError(f"{source}: its {what} can't be loaded ({_first_line(error)}); write the folder again")
+    return InputError(
+        f"{source}: is no folder, and as a hub id its {what} can't be loaded ({_first_line(error)}); mend the "
+        "path, or download the checkpoint where there is a network"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -48,8 +48,9 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 try:
                     value = json.loads(line)
                 except json.JSONDecodeError as error:
+                    where = f"{error.msg.removesuffix(' at')} at column {error.colno}"
                     raise InputError(
-                        f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}); "
+                        f"{path}, line {number}: not valid JSON ({where}); "
                         "the file may have been cut off: write it again or remove the line"
                     ) from None
                 except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
@@ -109,6 +110,18 @@ def whole_file(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO[An
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder that appears under its name only when the block, which fills it, ends without an error."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_records(path: Path, records: Iterable[BaseModel]) -> int:

@@ -11,7 +11,7 @@ from mmr5_train import grpo
 from mmr5_train.config import compose_stage
 from mmr5_train.models.loading import TINY, vision_token_ids
 from mmr5_train.ranking.answer import Defect
-from mmr5_train.ranking.files import write_records
+from mmr5_train.ranking.files import InputError, write_records
 from mmr5_train.ranking.rewards import REWARDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +50,12 @@ def test_logs_each_reward_and_each_defect(questions, tmp_path):
         assert entry[f"defects/{Defect.no_answer}"] == 1
         assert {"entropy", "kl", "completions/mean_length", "frac_reward_zero_std"} <= set(entry)
     assert list((tmp_path / "out/completions").glob("*.parquet"))
+
+
+def test_too_few_questions_for_a_step_are_an_error(questions, tmp_path):
+    with pytest.raises(InputError, match="1 examples fill no batch, so not one step was taken"):
+        run(questions, tmp_path / "out", "limit=1")
+    assert not (tmp_path / "out/model").exists()
 
 
 def test_vision_tokens_cannot_be_sampled(questions, tmp_path, processor):

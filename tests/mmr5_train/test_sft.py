@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mmr5_train import sft
 from mmr5_train.config import compose_stage
 from mmr5_train.models.loading import TINY
-from mmr5_train.ranking.files import InputError, write_records
+from mmr5_train.ranking.files import InputError, read_manifest, write_json, write_records
 from mmr5_train.ranking.notes import described_note, join_notes
 from mmr5_train.ranking.records import Trace
 from mmr5_train.reranker import Reranker
@@ -99,12 +99,35 @@ def test_lora_leaves_an_adapter_and_a_merged_model(traces, tmp_path):
         ),
         (["+trainer.seed=1"], r"trainer\.seed: is set from the stage"),
         (["+trainer.optim=adamn"], "refuses these settings"),
+        (["trainer.learning_rate=fast"], r"trainer\.learning_rate: expected a number, found 'fast'"),
+        (["trainer.per_device_train_batch_size=1.5"], "expected a whole number, found 1.5"),
+        (["model.min_pixels=9501"], r"min_pixels must be at most max_pixels \(9500\)"),
         (["model.path=./nowhere"], "no such checkpoint folder"),
+        (["model.path=no/where"], "no/where: is no folder, and as a hub id its config can't be loaded"),
     ],
 )
-def test_wrong_settings_are_named(traces, tmp_path, overrides, message):
+def test_wrong_settings_are_named_and_cost_no_earlier_result(traces, tmp_path, overrides, message):
+    write_json(tmp_path / "out/manifest.json", {"finished": True, "stage": "sft"})
     with pytest.raises(InputError, match=message):
-        run(traces, tmp_path / "out", *overrides)
+        run(traces, tmp_path / "out", "overwrite=true", *overrides)
+    assert read_manifest(tmp_path / "out")["stage"] == "sft"
+
+
+@pytest.mark.parametrize(
+    "setting", ["model.lora={r: 2, alpha: 2, target_modules: [nope]}", "trainer.report_to=nosuch"]
+)
+def test_settings_that_a_trainer_refuses_are_an_error_of_the_user(traces, tmp_path, setting):
+    with pytest.raises(InputError, match=r"sft: these settings are refused: .*(nope|nosuch)"):
+        run(traces, tmp_path / "out", setting)
+
+
+def test_a_page_image_that_is_gone_is_named_before_training(traces, tmp_path):
+    moved = tmp_path / "elsewhere" / traces.name
+    moved.parent.mkdir()
+    moved.write_bytes(traces.read_bytes())
+    with pytest.raises(InputError, match="no such page image; build the data again"):
+        run(moved, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_processes_from_the_command_line(traces, tmp_path):

@@ -74,6 +74,22 @@ def test_checkpoints_are_checked_before_they_are_loaded(tiny, tmp_path):
         load_processor(tiny, tmp_path)
 
 
+def test_a_broken_checkpoint_is_named(tiny, tmp_path):
+    whole = {path.name: path.read_bytes() for path in TINY.iterdir()}
+    for name in whole:
+        (tmp_path / name).write_bytes(whole[name])
+    for name, part, load in (
+        ("model.safetensors", "model", load_model),
+        ("config.json", "config", load_model),
+        ("processor_config.json", "processor", load_processor),
+        ("tokenizer.json", "processor", load_processor),
+    ):
+        (tmp_path / name).write_bytes(whole[name][: len(whole[name]) // 2])
+        with pytest.raises(InputError, match=rf"its {part} can't be loaded .*write the folder again"):
+            load(tiny, tmp_path)
+        (tmp_path / name).write_bytes(whole[name])
+
+
 def test_the_vision_tower_is_frozen_only_where_asked(tiny):
     frozen = load_model(tiny)
     assert not any(p.requires_grad for p in frozen.model.visual.parameters())

@@ -14,6 +14,7 @@ from mmr5_train.ranking.files import (
     read_manifest,
     read_records,
     whole_file,
+    whole_folder,
     write_json,
     write_manifest,
     write_records,
@@ -53,7 +54,7 @@ def test_blank_lines_are_passed_over_and_counted_as_lines(tmp_path):
     [
         (
             '{"query_id": "q2',
-            r"line 2: not valid JSON \(Unterminated string starting at at column 14\); the file may",
+            r"line 2: not valid JSON \(Unterminated string starting at column 14\); the file may",
         ),
         ("[1]", "line 2: expected a JSON object, found list"),
         ("3", "line 2: expected a JSON object, found int"),
@@ -197,3 +198,19 @@ def test_json_keeps_words_readable_and_keys_in_order(tmp_path):
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert '"ü„“"' in text
     assert list(json.loads(text)) == ["b", "a"]
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    def stopped():
+        with whole_folder(tmp_path / "model") as folder:
+            (folder / "half.txt").write_text("half")
+            assert not (tmp_path / "model").exists()
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        stopped()
+    assert list(tmp_path.iterdir()) == []
+    with whole_folder(tmp_path / "model") as folder:
+        (folder / "all.txt").write_text("all")
+    assert [path.name for path in tmp_path.rglob("*.txt")] == ["all.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

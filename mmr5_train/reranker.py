@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from mmr5_train.models.inputs import encode, load_pages
 from mmr5_train.models.loading import (
@@ -21,7 +22,7 @@ from mmr5_train.models.loading import (
     vision_token_ids,
 )
 from mmr5_train.ranking.answer import read_answer
-from mmr5_train.ranking.files import InputError
+from mmr5_train.ranking.files import InputError, validation_message
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Answered, PromptedTask, Record
 
@@ -68,9 +69,12 @@ class Reranker:
         path = Path(resolve_checkpoint(checkpoint)) / SETTINGS
         if not path.is_file():
             raise InputError(f"{path}: no such file; give Reranker(…) the model and the prompt yourself")
-        settings = RerankerSettings.model_validate_json(path.read_text(encoding="utf-8"))
-        limits = settings.model_dump(include={"min_pixels", "max_pixels", "dtype"})
-        model = ModelConfig(path=str(checkpoint), **limits)
+        try:
+            settings = RerankerSettings.model_validate_json(path.read_bytes())
+            limits = settings.model_dump(include={"min_pixels", "max_pixels", "dtype"})
+            model = ModelConfig(path=str(checkpoint), **limits)
+        except ValidationError as error:
+            raise InputError(f"{path}: {validation_message(error)}; train again, or mend the file") from None
         return cls(checkpoint, model, settings.prompt, **{"think": settings.think, **options})
 
     def rank(self, query: str, pages: Sequence[str | Path | Image.Image]) -> Answered:

@@ -57,6 +57,9 @@ def test_a_trained_checkpoint_says_how_it_was_trained(tiny, prompt, processor, p
     processor.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"reranker\.json: no such file"):
         Reranker.load(tmp_path)
+    (tmp_path / SETTINGS).write_text('{"min_pixels": 784, "max_pixels"')
+    with pytest.raises(InputError, match=r"reranker\.json: field record: Invalid JSON"):
+        Reranker.load(tmp_path)
     settings = RerankerSettings(min_pixels=784, max_pixels=9500, dtype="float32", think=True, prompt=prompt)
     (tmp_path / SETTINGS).write_text(settings.model_dump_json())
     loaded = Reranker.load(tmp_path, max_new_tokens=24)

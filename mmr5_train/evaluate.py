@@ -22,8 +22,16 @@ from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from mmr5_train.config import StageConfig, run_stage
+from mmr5_train.models.inputs import check_images
 from mmr5_train.models.loading import ModelConfig, resolve_checkpoint
-from mmr5_train.ranking.files import open_output, read_records, write_json, write_manifest, write_records
+from mmr5_train.ranking.files import (
+    InputError,
+    open_output,
+    read_records,
+    write_json,
+    write_manifest,
+    write_records,
+)
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import (
     Answered,
@@ -75,9 +83,11 @@ class EvaluateStage(StageConfig):
 def main(config: EvaluateStage) -> None:
     tasks = read_records(config.data, RankingTask)[: config.limit]
     source = config.data.parent
-    pages = used_pages(tasks, read_records(source / "pages.jsonl", Page, unique=None))
+    pages = used_pages(tasks, source / "pages.jsonl")
     for checkpoint in config.systems.values():  # a wrong path is worth knowing before the first hour
         resolve_checkpoint(checkpoint)
+    if config.systems:
+        check_images((page for task in tasks for page in task.candidates), source)
     inputs = [config.data, source / "pages.jsonl"]
     read = [*inputs, *(Path(checkpoint) for checkpoint in config.systems.values())]
     out = open_output(config.out, config.overwrite, inputs=read)
@@ -106,10 +116,14 @@ def main(config: EvaluateStage) -> None:
     print(f"evaluate: {', '.join(rankings)} on {len(tasks)} questions in {out}")
 
 
-def used_pages(tasks: Iterable[RankingTask], pages: Iterable[Page]) -> list[Page]:
-    """The pages that are a candidate of some task."""
-    candidates = {candidate.id for task in tasks for candidate in task.candidates}
-    return [page for page in pages if page.id in candidates]
+def used_pages(tasks: Iterable[RankingTask], path: Path) -> list[Page]:
+    """The pages of a pages.jsonl that are a candidate of some task. Raises `InputError` where one is not there."""
+    asked = {candidate.id: task.query_id for task in tasks for candidate in task.candidates}
+    pages = [page for page in read_records(path, Page, unique="id") if page.id in asked]
+    there = {page.id for page in pages}
+    for page in (page for page in asked if page not in there):
+        raise InputError(f"{path}: lacks page {page}, a candidate of {asked[page]}; both must come from one run")
+    return pages
 
 
 def first_stage(task: RankingTask) -> Ranking:

@@ -100,3 +100,8 @@ def test_missing_pages_are_named(data: Path, tmp_path: Path) -> None:
     write_records(alone, read_records(data, RankingTask))
     with pytest.raises(InputError, match=r"pages\.jsonl: no such file"):
         main(config(alone, tmp_path / "out"))
+    pages = read_records(data.with_name("pages.jsonl"), Page, unique=None)
+    lost = read_records(data, RankingTask)[0].candidates[0].id
+    write_records(tmp_path / "pages.jsonl", [page for page in pages if page.id != lost])
+    with pytest.raises(InputError, match=rf"pages\.jsonl: lacks page {lost}, a candidate of"):
+        main(config(alone, tmp_path / "out"))

@@ -2,10 +2,10 @@
 
     python -m data_construction.corpus.synthetic out=outputs/corpus documents=40
 
-A document has two sections. The pages of a section share its words, so a text retriever finds the section
-but not the page; what differs is the figure: its colour and its kind. Each page shares the colour or the kind
-of its neighbours, which makes them hard negatives, and a question names both. What a page shows is known
-("a red bar chart"), so that a model's statements about it can be checked.
+A document has two sections. The pages of a section share its words, so a text retriever finds the section but
+not the page; what differs is the figure: its colour and its kind. Each page shares the colour or the kind (not
+both) with some other page of its section, a hard negative, and a question names both. What a page shows is
+known ("a red bar chart"), so that a model's statements about it can be checked.
 
 Written: `MMDocIR_annotations.jsonl` and `MMDocIR_pages.parquet`, as published with MMDocIR; `vlm_text` holds
 the description, `ocr_text` the words on the page.
@@ -81,7 +81,7 @@ class SyntheticDocument:
 
 
 def make_section(rng: random.Random, size: int) -> list[tuple[str, str]]:
-    """(colour, kind) of each page of a section; neighbours share one of the two."""
+    """(colour, kind) of each page of a section; each shares exactly one of the two with some other page."""
     colors, kinds = rng.sample(COLORS, 3), rng.sample(KINDS, 2)
     grid = [(color, kind) for color in colors for kind in kinds]
     rng.shuffle(grid)
@@ -91,7 +91,7 @@ def make_section(rng: random.Random, size: int) -> list[tuple[str, str]]:
     rng.shuffle(shown)
     for i, (color, kind) in enumerate(shown):
         if not any((color == c) != (kind == k) for c, k in shown):
-            # Alone in both: give it the kind of a neighbour.
+            # No other page shares just one of the two with it: give it another page's kind.
             shown[i] = (color, next(k for _, k in shown if k != kind))
     return shown
 

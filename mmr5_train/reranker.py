@@ -58,6 +58,7 @@ class Reranker:
         self.model = load_model(model, checkpoint).to(self.device).eval()
         self.prompt, self.think, self.max_new_tokens = prompt, think, max_new_tokens
         self.end_ids = {self.processor.tokenizer.eos_token_id, self.processor.tokenizer.pad_token_id}
+        self.suppressed = vision_token_ids(self.processor)  # reads the whole vocabulary: once, not every batch
 
     @classmethod
     def load(cls, checkpoint: str | Path, **options: Any) -> Self:
@@ -131,7 +132,7 @@ class Reranker:
             **inputs,
             **sampling,
             max_new_tokens=self.max_new_tokens,
-            suppress_tokens=vision_token_ids(self.processor),
+            suppress_tokens=self.suppressed,
         )
         completions = generated[:, inputs["input_ids"].shape[1] :].tolist()
         count = max(samples, 1)

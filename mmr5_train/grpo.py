@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 from trl import GRPOConfig, GRPOTrainer
@@ -37,6 +37,7 @@ from mmr5_train.ranking.files import InputError, read_records, write_manifest
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import LocalId, Order, RankingTask
 from mmr5_train.ranking.rewards import REWARDS, RewardConfig
+from mmr5_train.shared_grpo import SharedPrefixGRPOTrainer, unsupported
 
 RewardFunction = Callable[..., list[float | None]]
 """What TRL calls: completions and the data set's columns in, one value a completion out."""
@@ -52,6 +53,9 @@ class GrpoStage(StageConfig):
     model: ModelConfig
     prompt: Prompt
     reward: RewardConfig
+    shared_prefix: Literal["auto", "always", "never"] = Field(
+        default="auto", description="compute a prompt once for its completions: where it can be, or else an error"
+    )
     trainer: dict[str, Any] = Field(description="fields of trl.GRPOConfig")
 
 
@@ -105,6 +109,19 @@ def grpo_arguments(config: GrpoStage, processor: Any) -> GRPOConfig:
     return trainer_arguments(GRPOConfig, values, out=config.out, seed=config.seed, model=config.model)
 
 
+def trainer_class(choice: str, model: Any, arguments: GRPOConfig) -> type[GRPOTrainer]:
+    """The trainer that shares prompts, or TRL's own with a line that says why."""
+    if choice == "never":
+        return GRPOTrainer
+    reason = unsupported(model, arguments)
+    if reason is None:
+        return SharedPrefixGRPOTrainer
+    if choice == "always":
+        raise InputError(f"shared_prefix=always: {reason}")
+    print(f"grpo: every completion is trained with a prompt of its own: {reason}")
+    return GRPOTrainer
+
+
 def main(config: GrpoStage) -> None:
     tasks = read_records(config.data, RankingTask)[: config.limit]
     for task in tasks:
@@ -134,7 +151,7 @@ def main(config: GrpoStage) -> None:
     end_ids = {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id}
     rewards = [reward_function(name, config.think) for name in config.reward.weights]
     with settings_checked("grpo"):
-        trainer = GRPOTrainer(
+        trainer = trainer_class(config.shared_prefix, model, arguments)(
             model=model,
             reward_funcs=[*rewards, defect_logger(config.think, end_ids)],
             args=arguments,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +26,7 @@ from mmr5_train.ranking.answer import read_answer
 from mmr5_train.ranking.files import InputError, validation_message
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Answered, PromptedTask, Record
+from mmr5_train.shared_prefix import generate, share_prefixes, shared_prompts, unsupported_model
 
 
 class RerankerSettings(Record):
@@ -56,6 +58,9 @@ class Reranker:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.processor = load_processor(model, checkpoint)
         self.model = load_model(model, checkpoint).to(self.device).eval()
+        self.shares_prefixes = unsupported_model(self.model) is None
+        if self.shares_prefixes:
+            share_prefixes(self.model)
         self.prompt, self.think, self.max_new_tokens = prompt, think, max_new_tokens
         self.end_ids = {self.processor.tokenizer.eos_token_id, self.processor.tokenizer.pad_token_id}
         self.suppressed = vision_token_ids(self.processor)  # reads the whole vocabulary: once, not every batch
@@ -119,25 +124,29 @@ class Reranker:
         temperature: float = 1.0,
     ) -> list[list[Answered]]:
         inputs = encode(self.processor, self.prompt, queries, pages).to(self.device)
-        sampling: dict[str, Any] = {"do_sample": False}
+        config = copy.deepcopy(self.model.generation_config)
+        config.update(do_sample=False, max_new_tokens=self.max_new_tokens, suppress_tokens=self.suppressed)
         if samples:
-            sampling = {
-                "do_sample": True,
-                "temperature": temperature,
-                "top_k": 0,
-                "top_p": 1.0,
-                "num_return_sequences": samples,
-            }
-        generated = self.model.generate(
-            **inputs,
-            **sampling,
-            max_new_tokens=self.max_new_tokens,
-            suppress_tokens=self.suppressed,
-        )
-        completions = generated[:, inputs["input_ids"].shape[1] :].tolist()
+            config.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
         count = max(samples, 1)
+        if samples > 1 and self.shares_prefixes:
+            generated = self._generate_shared(inputs, [len(row) for row in pages], samples, config)
+        else:
+            generated = self.model.generate(**inputs, generation_config=config, num_return_sequences=count)
+            generated = generated[:, inputs["input_ids"].shape[1] :]
+        completions = generated.tolist()
         answers = [self._read(ids, len(pages[row // count])) for row, ids in enumerate(completions)]
         return [answers[i : i + count] for i in range(0, len(answers), count)]
+
+    def _generate_shared(self, inputs: Any, image_counts: list[int], samples: int, config: Any) -> torch.Tensor:
+        """Several completions behind one reading of each prompt: the same ones, sooner."""
+        there = inputs["attention_mask"].bool()
+        ids, types = (
+            [row[mask] for row, mask in zip(inputs[key], there, strict=True)]
+            for key in ("input_ids", "mm_token_type_ids")
+        )
+        pixels = {key: inputs[key] for key in ("pixel_values", "image_grid_thw")}
+        return generate(self.model, shared_prompts(self.model, ids, types, pixels, image_counts), samples, config)
 
     def _read(self, ids: list[int], n_pages: int) -> Answered:
         end = next((i for i, token in enumerate(ids) if token in self.end_ids), None)

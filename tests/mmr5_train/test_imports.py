@@ -44,6 +44,12 @@ def test_data_construction_knows_ranking_and_config_alone():
             assert name.startswith(("data_construction", "mmr5_train.ranking", "mmr5_train.config")), path
 
 
+def test_shared_prefixes_can_be_lifted_out():
+    assert not ours(imported(ROOT / "mmr5_train/shared_prefix.py"))
+    trainer = ours(imported(ROOT / "mmr5_train/shared_grpo.py"))
+    assert all(name.startswith("mmr5_train.shared_prefix") for name in trainer)
+
+
 @pytest.mark.parametrize("module", ["mmr5_train.ranking.scoring", "data_construction.candidates"])
 def test_no_torch_is_loaded(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -7,8 +7,9 @@ Reads a corpus folder (config group `corpus`), ranks the pages of each question'
 
 - pages.jsonl: every page (`Page`), its picture in the page cache;
 - train.jsonl, select.jsonl, heldout.jsonl: `RankingTask` records, for SFT, GRPO and evaluation. The first two
-  hold only questions that can be learned from: as many candidates as asked for, one of them relevant. heldout
-  holds every question, since recall divides by all gold pages;
+  hold only questions with as many candidates as asked for, one of them relevant; with `missed: keep` train also
+  holds those whose relevant pages the first stage missed. heldout holds every question, since recall divides by
+  all gold pages;
 - documents.jsonl: `SplitDocument`; documents are split, never questions, and equal documents stay together;
 - skipped.jsonl: `Skipped`, all that was left out and why;
 - first_stage.json: recall of the first stage over all questions; manifest.json.
@@ -81,6 +82,11 @@ class CandidatesStage(StageConfig):
     candidates: int = Field(default=5, gt=0, description="first-stage pages a question")
     n_heldout: int | None = Field(default=None, gt=0, description="the same for heldout; None: `candidates`")
     split: Split
+    missed: Literal["drop", "keep"] = Field(
+        default="drop",
+        description="train questions without a relevant candidate: left out (as in MM-R5), or kept, to teach what "
+        "to say when no page helps",
+    )
 
 
 @dataclass(frozen=True)
@@ -130,16 +136,19 @@ def rank_questions(document: Document, rank: RankDocument, keep: int) -> list[Ra
     return ranked_questions
 
 
-def make_task(ranked: RankedQuestion, n: int, for_training: bool) -> RankingTask | Skipped:
-    """The task of a question with its first `n` candidates, or why it is left out."""
+def make_task(ranked: RankedQuestion, n: int, *, keep_short: bool, keep_missed: bool) -> RankingTask | Skipped:
+    """The task of a question with its first `n` candidates, or why it is left out.
+
+    `keep_short`: fewer candidates will do. `keep_missed`: none of them need be relevant.
+    """
     question, candidates = ranked.question, ranked.candidates[:n]
     positives = set(question.positives)
     reason = detail = ""
     if not candidates:
         reason, detail = "no candidate", "the first stage returned no page that can be shown"
-    elif for_training and len(candidates) < n:
+    elif not keep_short and len(candidates) < n:
         reason, detail = "fewer candidates than asked for", f"{len(candidates)} of {n}"
-    elif for_training and positives.isdisjoint(candidate.id for candidate in candidates):
+    elif not keep_missed and positives.isdisjoint(candidate.id for candidate in candidates):
         reason = "no relevant page among the candidates"
         detail = f"relevant: {', '.join(str(page.page) for page in question.positives)}"
     if reason:
@@ -216,7 +225,8 @@ def main(config: CandidatesStage) -> None:
     for split in SPLITS:
         n = (config.n_heldout or config.candidates) if split == "heldout" else config.candidates
         of_split = [question for question in ranked if placed[question.question.doc_name] == split]
-        made = [make_task(question, n, for_training=split != "heldout") for question in of_split]
+        missed = split == "heldout" or (split == "train" and config.missed == "keep")
+        made = [make_task(q, n, keep_short=split == "heldout", keep_missed=missed) for q in of_split]
         skipped += [skip for skip in made if isinstance(skip, Skipped)]
         tasks = [task for task in made if isinstance(task, RankingTask)]
         kept[split] = write_records(out / f"{split}.jsonl", tasks)

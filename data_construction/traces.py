@@ -6,7 +6,8 @@
 As in MM-R5 (arXiv 2506.12364, data construction): every candidate is explained separately, in the direction
 of its label; shown in shuffled order, the notes are the think block ("Image i: note", a line a page) and the
 answer is all relevant ids, then the rest, each ascending. With `refine` a second call makes two sentences of
-the notes. A question with a failed call or check is dropped and listed in skipped.jsonl.
+the notes. A question with a failed call or check is dropped and listed in skipped.jsonl. So is one without a
+relevant page among its candidates, unless `missed: keep`: then every note says no, and the answer is 1..n.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from pydantic import Field
 from tqdm import tqdm
@@ -69,6 +70,10 @@ class TracesStage(StageConfig):
     teacher: TeacherConfig
     order: Order = "shuffled"
     refine: bool = False
+    missed: Literal["drop", "keep"] = Field(
+        default="drop",
+        description="questions without a relevant candidate: left out (as in MM-R5), or explained: no page helps",
+    )
     max_words: int = Field(default=40, ge=10, description="longest note; refined reasoning may have twice as many")
 
 
@@ -179,7 +184,7 @@ async def make_trace(
 ) -> Trace | Skipped:
     """Explain each page, assemble, refine, verify. Raises `InputError` where no question can succeed."""
     task, positives = prompted.task, prompted.local_positives
-    if not positives:
+    if not positives and config.missed == "drop":
         return Skipped(query_id=task.query_id, reason=NO_POSITIVE, detail=f"{len(task.candidates)} candidates")
     folder, words = config.data.parent, config.max_words
     seen = [pages[candidate.id] for candidate in prompted.shown]

@@ -91,12 +91,10 @@ class ExtractiveTeacher:
         return described_note(text, helps)
 
     async def refine(self, query: str, notes: Sequence[str], positives: Sequence[LocalId], words: int) -> str:
-        """A sentence on the relevant pages and, where there are any, one on the others."""
+        """A sentence on the relevant pages and one on the others, where there are any."""
         rest = [i for i in range(1, len(notes) + 1) if i not in positives]
-        sentences = [_summary(notes, positives, True, words // 2)]
-        if rest:
-            sentences.append(_summary(notes, rest, False, words // 2))
-        return " ".join(sentences)
+        sides = ((positives, True), (rest, False))
+        return " ".join(_summary(notes, ids, helps, words // 2) for ids, helps in sides if ids)
 
     async def close(self) -> None:
         """Nothing is open."""

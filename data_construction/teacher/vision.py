@@ -76,12 +76,13 @@ class OpenAIConfig(BaseModel):
     cannot_help: str
     refine: str
     refine_all: str
+    refine_none: str
     again: str
 
     @model_validator(mode="after")
     def _templates_hold_the_question(self) -> OpenAIConfig:
-        wanted = {"can_help": "{query}", "cannot_help": "{query}", "refine": "{notes}", "refine_all": "{notes}"}
-        for field, name in wanted.items():
+        explain, refine = ("can_help", "cannot_help"), ("refine", "refine_all", "refine_none")
+        for field, name in {**dict.fromkeys(explain, "{query}"), **dict.fromkeys(refine, "{notes}")}.items():
             if name not in getattr(self, field):
                 raise ValueError(f"{field} must hold {name}")
         return self
@@ -127,8 +128,10 @@ class OpenAITeacher:
     async def refine(self, query: str, notes: Sequence[str], positives: Sequence[LocalId], words: int) -> str:
         """The second step, without images: the notes in two sentences. Raises as `explain` does."""
         others = [i for i in range(1, len(notes) + 1) if i not in positives]
+        config = self.config
+        template = config.refine_none if not positives else config.refine if others else config.refine_all
         asked = fill(
-            self.config.refine if others else self.config.refine_all,
+            template,
             query=neutral(query),
             words=words,
             notes=join_notes(notes),

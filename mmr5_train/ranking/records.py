@@ -138,7 +138,7 @@ class Trace(Record):
     notes: tuple[str, ...] = Field(description="one note a shown page, before refinement")
     think: str = Field(min_length=1)
     answer: tuple[LocalId, ...] = Field(description="all relevant ids, then the rest, each ascending")
-    positive_ids: tuple[LocalId, ...] = Field(min_length=1)
+    positive_ids: tuple[LocalId, ...] = Field(description="the relevant ones, if there are any")
 
     @model_validator(mode="after")
     def _ids_fit_the_pages(self) -> Self:

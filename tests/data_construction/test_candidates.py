@@ -95,6 +95,15 @@ def test_train_keeps_only_what_can_be_learned_from(orchard: Path) -> None:
     assert read_manifest(one)["counts"]["skipped"] == {"no relevant page among the candidates": 1}
 
 
+def test_train_may_keep_what_the_first_stage_missed(orchard: Path) -> None:
+    kept = run(orchard, "kept", split=ALL_TRAIN, candidates=1, missed="keep")
+    assert "small.pdf/1" in {task.query_id for task in read_records(kept / "train.jsonl", RankingTask)}
+    assert not read_all(kept / "skipped.jsonl", Skipped)
+    all_select = {"train": 0, "select": 1, "heldout": 0}
+    selected = run(orchard, "selected", split=all_select, candidates=1, missed="keep")
+    assert "small.pdf/1" not in {task.query_id for task in read_records(selected / "select.jsonl", RankingTask)}
+
+
 def test_heldout_may_have_more_candidates(orchard: Path) -> None:
     tasks = read_records(run(orchard, n_heldout=6) / "heldout.jsonl", RankingTask)
     assert [len(task.candidates) for task in tasks] == [6] * 7 + [2] * 2

@@ -165,6 +165,18 @@ def test_a_question_without_a_relevant_candidate_is_listed(tmp_path: Path):
     assert read_manifest(tmp_path / "out")["counts"]["skipped"] == {skip.reason: 1}
 
 
+@pytest.mark.parametrize("refine", [False, True])
+def test_or_it_is_explained_that_no_page_helps(tmp_path: Path, refine: bool):
+    data = make_data(tmp_path / "data")
+    (task, *_) = read_records(data, RankingTask)
+    write_records(data, [task.model_copy(update={"positives": (PageId(doc_name="doc 0", page=77),)})])
+    (trace,) = run(data, tmp_path / "out", "missed=keep", f"refine={refine}")
+    assert trace.positive_ids == ()
+    assert trace.answer == (1, 2, 3, 4)
+    assert all(note.endswith("so it does not help.") for note in trace.notes)
+    assert trace.think.startswith("Images 1, 2, 3 and 4 do not help: ") == refine
+
+
 def test_every_question_of_the_real_slice_is_explained(tmp_path: Path, slice_folder: Path):
     """178 expert questions on real text layers: each relevant page with four others of its document."""
     (tmp_path / "images").mkdir()

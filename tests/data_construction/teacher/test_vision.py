@@ -129,8 +129,9 @@ def test_the_server_returns_the_think_block_apart_and_the_teacher_passes_over_it
 
 def test_a_second_step_without_images_is_answered(served: OpenAIServer, reciting_model: Path):
     notes = ["a red bar chart, so it helps.", "text, so it does not help."]
-    ask = lambda teacher: teacher.refine("What is red?", notes, [LocalId(1)], 80)  # noqa: E731
-    assert ask_server(served, str(reciting_model), ask) == RECITED
+    for positives in ([LocalId(1)], [LocalId(1), LocalId(2)], []):
+        ask = lambda teacher, ids=positives: teacher.refine("What is red?", notes, ids, 80)  # noqa: E731
+        assert ask_server(served, str(reciting_model), ask) == RECITED
 
 
 @pytest.mark.skipif(SAYS_STOP, reason="this version of transformers serve calls every answer finished")

@@ -21,7 +21,11 @@ SETTINGS = {
         "loss_type": "grpo",
     },
     "lora_checkpointing": {"gradient_checkpointing": True, "temperature": 0.8},
-    "lora_cut_off_masked": {"mask_truncated_completions": True, "loss_type": "dr_grpo"},
+    "lora_cut_off_masked": {
+        "mask_truncated_completions": True,
+        "loss_type": "dr_grpo",
+        "max_completion_length": 58,
+    },
     "full": {"lora": False, "learning_rate": 3e-5},
     "full_with_kl_and_trained_tower": {"lora": False, "beta": 0.04, "freeze_vision": False, "learning_rate": 3e-5},
 }
@@ -79,15 +83,9 @@ def test_twenty_steps_are_those_of_trl(name, tiny, prompt, processor, tasks, pag
         histories.append([entry for entry in trainer.state.log_history if "loss" in entry])
     stock, shared = histories
     assert len(stock) == len(shared) == STEPS
-    compared = {
-        "loss",
-        "entropy",
-        "grad_norm",
-        "kl",
-        "reward",
-        "completions/mean_length",
-        "clip_ratio/region_mean",
-    }
+    compared = {"loss", "grad_norm", "reward", "completions/mean_length"}
+    if SETTINGS[name].get("gradient_accumulation_steps", 1) == 1:
+        compared |= {"entropy", "kl"}  # else logged as a mean over micro-batches, which are dealt out otherwise
     for step, (theirs, ours) in enumerate(zip(stock, shared, strict=True), start=1):
         assert ours.keys() == theirs.keys()
         for key in compared & theirs.keys():

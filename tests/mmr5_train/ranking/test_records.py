@@ -119,7 +119,6 @@ def trace(**changes):
         ({"answer": (0, 1)}, r"not an order of 1\.\.2"),
         ({"answer": (1, 2, 3)}, r"not an order of 1\.\.2"),
         ({"positive_ids": (3,)}, r"positive_ids \[3\] of q1 are not in 1\.\.2"),
-        ({"positive_ids": ()}, "positive_ids"),
         ({"notes": ("a",)}, "q1 has 1 notes for 2 pages"),
         ({"think": ""}, "think"),
     ],

@@ -1,14 +1,18 @@
 """GRPO with shared prompts beside TRL's own trainer: seconds and memory of an update and of a whole step.
 
-    python scripts/bench_grpo.py                           # make bench-grpo: the whole table
+    python scripts/bench_grpo.py                           # make bench-grpo: the whole table, on the CPU
     python scripts/bench_grpo.py --P 1200 --G 8 --C 100    # one cell of it
+    python scripts/bench_grpo.py --shape 3b --P 5250 --G 8 --C 256 --out outputs/bench/grpo_3b.json   # on a GPU
 
 For every prompt length P, group size G and completion length C, the two trainers run in turn, each in a
-process of its own: the shipped tiny Qwen2.5-VL with LoRA and a frozen tower, float32, one question with five
-drawn pages that fill P tokens, completions of exactly C sampled tokens, KL on. *update* is forward, backward and
-optimizer step on a finished batch; *step* is the rollout, the reference pass and the update. Memory is the peak of
-the update above what the process held before it. Rows go to outputs/bench/grpo.json; `bound` is the ratio of
-tokens, G (P + C) / (P + G C). Pages go through the tower G times on the one side and once on the other, on top.
+process of its own: a Qwen2.5-VL with LoRA and a frozen tower, one question with five drawn pages that fill P
+tokens, completions of exactly C sampled tokens, KL on. `--shape tiny` is the shipped model in float32 on the CPU;
+`3b` has the shape of Qwen2.5-VL-3B with random weights in bfloat16, on the GPU where there is one. *update* is
+forward, backward and optimizer step on a finished batch; *step* is the rollout, the reference pass and the update.
+Memory is the peak of the update above what was held before it. `bound` is the ratio of tokens, G (P + C) over
+P + G C; pages go through the tower G times on the one side and once on the other, on top. The rooflines are the
+operations of the update, as PyTorch counts them, at the rate of a large matrix product on the same machine: what
+an update takes beyond that is overhead and memory traffic.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from mmr5_train.ranking.files import write_json
@@ -36,15 +41,26 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"P": (600, 1200, 2500, 5000), "G": (4, 8, 16), "C": (100, 300)}
 PAGES = 5
 QUESTION = "Which page shows a red bar chart about water use?"
+# Qwen2.5-VL-3B-Instruct's config.json, where it is not the shipped tiny model's.
+SHAPE_3B = {
+    "text_config": {
+        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "vocab_size": 151_936, "layer_types": ["full_attention"] * 36,
+        "rope_parameters": {"mrope_section": [16, 24, 24], "rope_theta": 1e6, "rope_type": "default"},
+    },
+    "vision_config": {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+}  # fmt: skip
 
 
-def measure(kind: str, P: int, G: int, C: int, repeats: int, threads: int) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One trainer at one size, in this process."""
-    import torch
-
-    torch.set_num_threads(threads)
+    P, G, C = args.P[0], args.G[0], args.C[0]
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    trainer, rows = make_trainer(kind, P, G, C)
+    trainer, rows = make_trainer(args.one, args.shape, P, G, C)
     trainer.create_optimizer()
     model = trainer.model
     model.train()
@@ -54,7 +70,6 @@ def measure(kind: str, P: int, G: int, C: int, repeats: int, threads: int) -> di
         raise RuntimeError(f"a batch of {found} prompt tokens, not {P}, or not {G} × {C} completion tokens")
 
     def update(inputs: Any) -> None:
-        trainer.current_gradient_accumulation_steps = 1
         trainer.compute_loss(model, inputs).backward()
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
@@ -62,12 +77,16 @@ def measure(kind: str, P: int, G: int, C: int, repeats: int, threads: int) -> di
     def step() -> None:
         update(trainer._generate_and_score_completions(rows))
 
-    memory = peak_mib(lambda: update(batch))
-    return {"P": found, "update_s": median_s(lambda: update(batch), repeats), "step_s": median_s(step, repeats),
-            "mib": memory}  # fmt: skip
+    update(batch)  # the optimizer's state is there from now on
+    return {
+        "mib": peak_mib(lambda: update(batch)),
+        "update_s": median_s(lambda: update(batch), args.repeats),
+        "step_s": median_s(step, args.repeats),
+        "roofline_s": operations(lambda: update(batch)) / matmul_rate(model.dtype, model.device),
+    }
 
 
-def make_trainer(kind: str, P: int, G: int, C: int) -> tuple[Any, list[dict[str, Any]]]:
+def make_trainer(kind: str, shape: str, P: int, G: int, C: int) -> tuple[Any, list[dict[str, Any]]]:
     """A trainer and the G rows of its one prompt, which holds about P tokens."""
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
@@ -75,7 +94,7 @@ def make_trainer(kind: str, P: int, G: int, C: int) -> tuple[Any, list[dict[str,
     from mmr5_train.config import compose_stage
     from mmr5_train.grpo import GrpoStage
     from mmr5_train.models.finetune import prompt_dataset
-    from mmr5_train.models.loading import load_model, load_processor, vision_token_ids
+    from mmr5_train.models.loading import load_processor, vision_token_ids
     from mmr5_train.ranking.records import Candidate
     from mmr5_train.shared_grpo import SharedPrefixGRPOTrainer
 
@@ -89,26 +108,46 @@ def make_trainer(kind: str, P: int, G: int, C: int) -> tuple[Any, list[dict[str,
     folder = Path(tempfile.mkdtemp())
     shown = [Candidate(doc_name="d", page=i, image=f"{i}.png", score=0) for i in range(PAGES)]
     draw_pages(folder, side)
-    rows, filler = [], ""
-    while not rows or prompt_length(processor, rows[0]) < P:
-        missing = P - prompt_length(processor, rows[0]) if rows else 0
-        filler += " water" * max(1, missing) if rows else ""
-        data = prompt_dataset([{}] * G, [QUESTION + filler] * G, [shown] * G, folder, config.prompt, processor)
+    query, missing = QUESTION, P
+    while missing > 0:
+        data = prompt_dataset([{}] * G, [query] * G, [shown] * G, folder, config.prompt, processor)
         rows = [data[i] for i in range(G)]
+        missing = P - prompt_length(processor, rows[0])
+        query += " water" * missing
+    model = make_model(shape, model_config)
     arguments = GRPOConfig(
         output_dir=str(folder), per_device_train_batch_size=G, num_generations=G, max_completion_length=C,
-        beta=0.04, temperature=1.0, learning_rate=1e-5, bf16=False, use_cpu=True, gradient_checkpointing=False,
-        report_to="none", remove_unused_columns=False, dataloader_pin_memory=False,
+        beta=0.04, temperature=1.0, learning_rate=1e-5, bf16=False, use_cpu=model.device.type == "cpu",
+        gradient_checkpointing=False, report_to="none", remove_unused_columns=False, dataloader_pin_memory=False,
         generation_kwargs={"suppress_tokens": vision_token_ids(processor), "min_new_tokens": C},
     )  # fmt: skip
     layers = r".*language_model.*_proj"
     adapters = LoraConfig(r=64, lora_alpha=128, target_modules=layers, task_type="CAUSAL_LM")
     trainer = {"stock": GRPOTrainer, "shared": SharedPrefixGRPOTrainer}[kind](
-        model=load_model(model_config), args=arguments, processing_class=processor, peft_config=adapters,
-        train_dataset=data, reward_funcs=[lambda completion_ids, **_: [float(ids[0]) for ids in completion_ids]],
+        model=model, args=arguments, processing_class=processor, peft_config=adapters, train_dataset=data,
+        reward_funcs=[lambda completion_ids, **_: [float(ids[0]) for ids in completion_ids]],
     )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
     return trainer, rows
+
+
+def make_model(shape: str, config: Any) -> Any:
+    from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
+
+    from mmr5_train.models.loading import load_model, resolve_checkpoint
+
+    if shape == "tiny":
+        return load_model(config)
+    described = AutoConfig.from_pretrained(resolve_checkpoint(config.path)).to_dict()
+    for part, values in SHAPE_3B.items():
+        described[part] |= values
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(
+            Qwen2_5_VLForConditionalGeneration.config_class(**described), dtype=torch.bfloat16
+        )
+    model.model.visual.requires_grad_(False)
+    return model
 
 
 def draw_pages(folder: Path, side: int) -> None:
@@ -129,8 +168,13 @@ def prompt_length(processor: Any, row: dict[str, Any]) -> int:
 
 
 def peak_mib(work: Any) -> float:
-    """The peak of resident memory while `work` runs, above what was held before (Linux)."""
+    """The peak of memory while `work` runs, above what was held before: the GPU's, else resident (Linux)."""
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        work()
+        return (torch.cuda.max_memory_allocated() - held) / 2**20
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
@@ -146,45 +190,71 @@ def _status(field: str) -> int:
 
 
 def median_s(work: Any, repeats: int) -> float:
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
+    return statistics.median(_seconds(work) for _ in range(repeats))
+
+
+def _seconds(work: Any) -> float:
+    """Of one call, the GPU's part included."""
+    _synchronize()
+    started = time.perf_counter()
+    work()
+    _synchronize()
+    return time.perf_counter() - started
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def operations(work: Any) -> int:
+    """Floating-point operations of the matrix products and attentions in `work`."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
         work()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
+    return int(counter.get_total_flops())
 
 
-def run_pair(P: int, G: int, C: int, repeats: int, threads: int) -> list[dict[str, Any]]:
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second of a product of large square matrices, the median of ten."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, dtype=dtype, device=device)
+    a @ a  # the first one also sets up
+    return 2 * n**3 / median_s(lambda: a @ a, 10)
+
+
+def run_pair(P: int, G: int, C: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Both trainers in turn, each in a fresh process: the two rows of a size."""
     results = {}
     for kind in ("stock", "shared"):
         command = [sys.executable, __file__, "--one", kind, "--P", str(P), "--G", str(G), "--C", str(C)]
-        command += ["--repeats", str(repeats), "--threads", str(threads)]
+        command += ["--shape", args.shape, "--repeats", str(args.repeats), "--threads", str(args.threads)]
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if ended.returncode:
             raise SystemExit(f"bench_grpo: {kind} at P {P}, G {G}, C {C} failed:\n{ended.stderr[-3000:]}")
         results[kind] = json.loads(ended.stdout.splitlines()[-1])
-    stock, shared = results["stock"], results["shared"]
-    bound = G * (P + C) / (P + G * C)
     rows = []
     for what in ("update", "step"):
-        stock_s, shared_s = stock[f"{what}_s"], shared[f"{what}_s"]
-        rows.append(
-            {"what": what, "P": P, "G": G, "C": C, "stock_s": stock_s, "shared_s": shared_s,
-             "speedup": stock_s / shared_s, "bound": bound,
-             "stock_mib": stock["mib"] if what == "update" else None,
-             "shared_mib": shared["mib"] if what == "update" else None}
-        )  # fmt: skip
+        row: dict[str, Any] = {"what": what, "P": P, "G": G, "C": C}
+        row |= {f"{kind}_s": results[kind][f"{what}_s"] for kind in results}
+        row |= {"speedup": row["stock_s"] / row["shared_s"], "bound": G * (P + C) / (P + G * C)}
+        for kind in results if what == "update" else ():
+            row |= {f"{kind}_{key}": results[kind][key] for key in ("mib", "roofline_s")}
+        rows.append(row)
     return rows
 
 
+COLUMNS = {
+    "what": "", "P": ",", "G": "", "C": "", "stock_s": ".2f", "shared_s": ".2f", "speedup": ".2f", "bound": ".2f",
+    "stock_mib": ",.0f", "shared_mib": ",.0f", "stock_roofline_s": ".2f", "shared_roofline_s": ".2f",
+}  # fmt: skip
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| what | P | G | C | stock s | shared s | times | bound | stock MiB | shared MiB |"]
-    lines.append("|" + "---|" * 10)
+    lines = [f"| {' | '.join(COLUMNS).replace('_', ' ')} |", "|" + "---|" * len(COLUMNS)]
     for row in rows:
-        memory = [f"{row[key]:,.0f}" if row[key] is not None else "" for key in ("stock_mib", "shared_mib")]
-        figures = [f"{row[key]:.2f}" for key in ("stock_s", "shared_s", "speedup", "bound")]
-        cells = [row["what"], f"{row['P']:,}", str(row["G"]), str(row["C"]), *figures, *memory]
+        cells = [format(row[key], form) if key in row else "" for key, form in COLUMNS.items()]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -193,23 +263,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, values in SIZES.items():
         parser.add_argument(f"--{name}", type=int, nargs="+", default=list(values))
+    parser.add_argument("--shape", choices=("tiny", "3b"), default="tiny")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench/grpo.json")
     parser.add_argument("--one", choices=("stock", "shared"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sizes = list(itertools.product(args.P, args.G, args.C))
     if args.one:
-        print(json.dumps(measure(args.one, *sizes[0], args.repeats, args.threads)))
+        print(json.dumps(measure(args)))
         return
     rows: list[dict[str, Any]] = []
-    for P, G, C in tqdm(sizes, unit="size"):
-        rows += run_pair(P, G, C, args.repeats, args.threads)
+    for P, G, C in tqdm(list(itertools.product(args.P, args.G, args.C)), unit="size"):
+        rows += run_pair(P, G, C, args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, {"rows": rows, "machine": f"{platform.processor() or platform.machine()}, "
-                              f"{args.threads} threads", "repeats": args.repeats})  # fmt: skip
+        write_json(args.out, {"rows": rows, "machine": machine(args), "repeats": args.repeats})
     print(table(rows))
     print(f"bench-grpo: {len(rows)} rows in {args.out}")
+
+
+def machine(args: argparse.Namespace) -> str:
+    if args.shape != "tiny" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.processor() or platform.machine()}, {args.threads} threads"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""The GRPO benchmark at a small size: both shapes, both trainers."""
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {
+    "text_config": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "layer_types": ["full_attention"] * 2,
+        "rope_parameters": {"mrope_section": [2, 3, 3], "rope_theta": 1e6, "rope_type": "default"},
+    },
+    "vision_config": {"out_hidden_size": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_grpo", ROOT / "scripts/bench_grpo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("shape", ["tiny", "3b"])
+def test_measures_both_trainers(shape, bench, monkeypatch):
+    monkeypatch.setattr(bench, "SHAPE_3B", SMALL)
+    sizes = {"P": [400], "G": [4], "C": [10], "shape": shape, "repeats": 1, "threads": 2}
+    stock, shared = (bench.measure(argparse.Namespace(one=kind, **sizes)) for kind in ("stock", "shared"))
+    for measured in (stock, shared):
+        assert measured["step_s"] > measured["update_s"] > measured["roofline_s"] > 0
+    assert stock["mib"] > shared["mib"] > 0
+    assert stock["roofline_s"] > 2 * shared["roofline_s"]  # of 3.7 times the tokens
+
+
+def test_a_row_of_each_kind_in_the_table(bench):
+    row = {"P": 1200, "G": 8, "C": 100, "stock_s": 3.2, "shared_s": 0.8, "speedup": 4.0, "bound": 5.2}
+    memory = {"stock_mib": 1500.0, "shared_mib": 250.0, "stock_roofline_s": 1.0, "shared_roofline_s": 0.25}
+    lines = bench.table([{"what": "update", **row, **memory}, {"what": "step", **row}]).splitlines()
+    assert lines[2] == "| update | 1,200 | 8 | 100 | 3.20 | 0.80 | 4.00 | 5.20 | 1,500 | 250 | 1.00 | 0.25 |"
+    assert lines[3] == "| step | 1,200 | 8 | 100 | 3.20 | 0.80 | 4.00 | 5.20 |  |  |  |  |"

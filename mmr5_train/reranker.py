@@ -58,9 +58,6 @@ class Reranker:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.processor = load_processor(model, checkpoint)
         self.model = load_model(model, checkpoint).to(self.device).eval()
-        self.shares_prefixes = unsupported_model(self.model) is None
-        if self.shares_prefixes:
-            share_prefixes(self.model)
         self.prompt, self.think, self.max_new_tokens = prompt, think, max_new_tokens
         self.end_ids = {self.processor.tokenizer.eos_token_id, self.processor.tokenizer.pad_token_id}
         self.suppressed = vision_token_ids(self.processor)  # reads the whole vocabulary: once, not every batch
@@ -129,7 +126,7 @@ class Reranker:
         if samples:
             config.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
         count = max(samples, 1)
-        if samples > 1 and self.shares_prefixes:
+        if samples > 1 and unsupported_model(self.model) is None:
             generated = self._generate_shared(inputs, [len(row) for row in pages], samples, config)
         else:
             generated = self.model.generate(**inputs, generation_config=config, num_return_sequences=count)
@@ -140,6 +137,7 @@ class Reranker:
 
     def _generate_shared(self, inputs: Any, image_counts: list[int], samples: int, config: Any) -> torch.Tensor:
         """Several completions behind one reading of each prompt: the same ones, sooner."""
+        share_prefixes(self.model)  # only now: a greedy answer keeps the attention the model was loaded with
         there = inputs["attention_mask"].bool()
         ids, types = (
             [row[mask] for row, mask in zip(inputs[key], there, strict=True)]

@@ -26,7 +26,6 @@ from mmr5_train.shared_prefix import (
     pack,
     share_prefixes,
     shared_prompts,
-    takes_image_features,
     unsupported_model,
 )
 
@@ -64,8 +63,8 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             if model is not None:
                 share_prefixes(self.accelerator.unwrap_model(model))
         tower = getattr(base.base_model, "visual", None)
-        frozen = tower is not None and not any(parameter.requires_grad for parameter in tower.parameters())
-        self._keeps_features = frozen and takes_image_features(base)
+        self._tower_is_frozen = tower is not None and not any(p.requires_grad for p in tower.parameters())
+        self._row_images: list[Any] = []
         self._rollout_pixels: dict[str, Any] = {}
         self._rollout_images: list[Any] | None = None
         self._row_prompts: list[SharedPrompt] = []  # of each row of the batch at work
@@ -145,7 +144,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             None if types is None else [torch.tensor(row, device=device) for row in types],
             fields or None,
             [len(row or []) for row in self._rollout_images or []],
-            keep_features=self._keeps_features,
+            keep_features=self._tower_is_frozen,
         )
         self._row_prompts = [prompt for prompt in prompts for _ in range(size)]
         return prompts

@@ -129,7 +129,8 @@ def shared_prompts(
 
     `ids[b]` and `types[b]` (the processor's mm_token_type_ids) are (P,) of prompt b; `pixels` are `pixel_values`
     (all patches, patch values) and `image_grid_thw` (all images, 3) of all prompts, `image_counts[b]` images each.
-    With `keep_features` the tower reads them here, in one call without gradients, and its output is what is kept.
+    With `keep_features` the tower reads them here, in one call without gradients, and its output is what is kept,
+    where the model's forward can take it.
     """
     parts: list[dict[str, Tensor] | None] = [None] * len(ids)
     if pixels is not None:
@@ -140,7 +141,7 @@ def shared_prompts(
         _positions(model, row, part, None if types is None else types[i])
         for i, (row, part) in enumerate(zip(ids, parts, strict=True))
     ]
-    if pixels is None or not keep_features:
+    if pixels is None or not keep_features or not takes_image_features(model):
         return [SharedPrompt(*row) for row in zip(ids, positions, [()] * len(ids), parts, strict=True)]
     with torch.no_grad():
         features = iter(model.get_image_features(**pixels, return_dict=True).pooler_output)
@@ -369,10 +370,9 @@ def _prefill(model: Any, prompts: Sequence[SharedPrompt], ids: Tensor, mask: Ten
         **_image_inputs(prompts),
     )
     layers = [(layer.keys, layer.values) for layer in outputs.past_key_values.layers]
-    hidden = torch.zeros(mask.shape, dtype=layers[0][0].dtype, device=ids.device).masked_fill(
-        mask == 0, -torch.inf
-    )
-    return outputs.logits[:, -1], _Prefix(layers, hidden[:, None, None])
+    visible = torch.zeros(mask.shape, dtype=layers[0][0].dtype, device=ids.device)
+    visible.masked_fill_(mask == 0, -torch.inf)
+    return outputs.logits[:, -1], _Prefix(layers, visible[:, None, None])
 
 
 def _left_pad(values: Tensor, count: int, fill: int) -> Tensor:

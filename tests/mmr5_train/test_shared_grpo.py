@@ -1,16 +1,21 @@
 """SharedPrefixGRPOTrainer beside TRL's own trainer: same seed, same data, same losses, step by step."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from peft import LoraConfig
+from side_by_side import ROOT, make_trainer
 from trl import GRPOConfig, GRPOTrainer
 
-from mmr5_train.models.finetune import prompt_dataset
-from mmr5_train.models.loading import load_model, vision_token_ids
+from mmr5_train.models.loading import load_model
+from mmr5_train.ranking.files import write_records
 from mmr5_train.shared_grpo import SharedPrefixGRPOTrainer, unsupported
+from mmr5_train.shared_prefix import takes_image_features
 
 STEPS = 20
-ADAPTERS = {"r": 8, "lora_alpha": 16, "target_modules": r".*language_model.*(q_proj|v_proj|o_proj|up_proj)"}
 SETTINGS = {
     "lora_with_kl": {"beta": 0.04},
     "lora_mu_2_clipped": {"beta": 0.04, "num_iterations": 2, "epsilon": 0.002},
@@ -29,49 +34,6 @@ SETTINGS = {
     "full": {"lora": False, "learning_rate": 3e-5},
     "full_with_kl_and_trained_tower": {"lora": False, "beta": 0.04, "freeze_vision": False, "learning_rate": 3e-5},
 }
-
-
-def even_words(completions, completion_ids, images, **_):
-    """A reward with variance in each group; reads the images column, as any reward may."""
-    assert all(len(row) == 3 for row in images)
-    return [sum(token % 2 for token in ids) / 8 + len(ids) / 64 for ids in completion_ids]
-
-
-def make_trainer(kind, tiny, prompt, processor, tasks, folder, out, settings):
-    settings = dict(settings)
-    lora = settings.pop("lora", True)
-    model = load_model(tiny.model_copy(update={"freeze_vision": settings.pop("freeze_vision", True)}))
-    values = {
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_steps": STEPS,
-        "learning_rate": 1e-4,
-        "lr_scheduler_type": "constant",
-        "max_completion_length": 20,
-        "temperature": 1.0,
-        "beta": 0.0,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "generation_kwargs": {"suppress_tokens": vision_token_ids(processor)},
-        "save_strategy": "no",
-        "report_to": "none",
-        "logging_steps": 1,
-        "remove_unused_columns": False,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        **settings,
-    }
-    rows = [{"query_id": task.query_id} for task in tasks]
-    shown = [task.candidates for task in tasks]
-    return kind(
-        model=model,
-        reward_funcs=[even_words],
-        args=GRPOConfig(output_dir=str(out), seed=3, **values),
-        train_dataset=prompt_dataset(rows, [t.query for t in tasks], shown, folder, prompt, processor),
-        processing_class=processor,
-        peft_config=LoraConfig(**ADAPTERS, task_type="CAUSAL_LM") if lora else None,
-    )
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -95,8 +57,50 @@ def test_twenty_steps_are_those_of_trl(name, tiny, prompt, processor, tasks, pag
     assert len({round(entry["entropy"], 4) for entry in stock}) > STEPS // 2
 
 
+LAUNCHERS = {
+    "DistributedDataParallel": (
+        ["accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"],
+        {},
+    ),
+    "DeepSpeedEngine": (
+        ["torch.distributed.run", "--nproc_per_node", "1"],
+        {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "stage"), [("DistributedDataParallel", ""), ("DeepSpeedEngine", "2"), ("DeepSpeedEngine", "3")]
+)
+def test_the_same_under_a_launcher(wrapped, stage, tasks, page_folder, tmp_path):
+    """Two processes of DDP; one of DeepSpeed at ZeRO-2 and ZeRO-3, as CPUs have no more of it."""
+    write_records(page_folder / "questions.jsonl", tasks)
+    launcher, environment = LAUNCHERS[wrapped]
+    environment = os.environ | environment | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage, "OMP_NUM_THREADS": "1"}
+    settings = {"beta": 0.04, "num_iterations": 2, "max_steps": 6, "use_cpu": not stage}
+    histories = []
+    for kind in ("stock", "shared"):
+        out = tmp_path / kind
+        out.mkdir()
+        command = [sys.executable, "-m", *launcher, "tests/mmr5_train/side_by_side.py", kind]
+        command += [str(page_folder), str(out), json.dumps(settings)]
+        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        history = json.loads((out / "history.json").read_text())
+        assert history["wrapped"] == wrapped
+        histories.append([entry for entry in history["log"] if "loss" in entry])
+    assert len(histories[0]) == len(histories[1]) == 6
+    for step, (theirs, ours) in enumerate(zip(*histories, strict=True), start=1):
+        for key in ("loss", "grad_norm", "reward", "kl", "entropy"):
+            assert ours[key] == pytest.approx(theirs[key], abs=1e-3), f"{key} at step {step}"
+    assert max(entry["grad_norm"] for entry in histories[0]) > 1e-3
+
+
 def test_pages_go_through_the_tower_once_a_step(tiny, prompt, processor, tasks, page_folder, tmp_path):
-    """Old, reference and policy passes of two iterations, and the rollout: one call for all of them."""
+    """Old, reference and policy passes of two iterations, and the rollout: one call for all of them.
+
+    Where this transformers' forward takes no features, every pass has a call, of each page once.
+    """
     images = {}
     for kind in (GRPOTrainer, SharedPrefixGRPOTrainer):
         settings = {"beta": 0.04, "num_iterations": 2, "max_steps": 4}
@@ -109,7 +113,8 @@ def test_pages_go_through_the_tower_once_a_step(tiny, prompt, processor, tasks, 
         trainer.train()
         images[kind] = seen
     # 2 prompts of 3 pages, 4 completions each, 2 rollouts; TRL: rollout, old, reference and 2 policy passes.
-    assert images[SharedPrefixGRPOTrainer] == [6, 6]
+    calls = 1 if takes_image_features(trainer.model.get_base_model()) else 5
+    assert images[SharedPrefixGRPOTrainer] == [6] * 2 * calls
     assert images[GRPOTrainer] == [24] * 10
 
 

@@ -144,6 +144,21 @@ def test_log_probabilities_entropies_and_gradients(models, prompts, first, secon
         assert_same_gradients(gradients(plain, expected_log_probs, mask), gradients(shared, log_probs, mask))
 
 
+def test_bfloat16_is_as_near_the_truth_as_rows_of_their_own(tiny, models, prompts):
+    completions, mask = made_completions([12, 5, 9, 12], 300, 4)
+    half = tiny.model_copy(update={"dtype": "bfloat16"})
+    plain, shared = load_model(half).eval(), load_model(half).eval()
+    for model in (plain, shared):
+        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    share_prefixes(shared)
+    with torch.no_grad():
+        truth, _ = plain_log_probs(models[0], prompts[0], completions, mask)
+        rows, _ = plain_log_probs(plain, prompts[0], completions, mask)
+        packed, _ = packed_log_probs(shared, [shared_prompt(shared, prompts[0])], completions, mask, [4])
+    off = [((values - truth) * mask).abs().sum() / mask.sum() for values in (rows, packed)]
+    assert 0 < off[1] < 1.3 * off[0]
+
+
 def test_gradients_with_checkpointing_and_with_adapters(tiny, prompts):
     torch.manual_seed(0)
     plain, shared = load_model(tiny), load_model(tiny)
@@ -245,8 +260,9 @@ def test_a_shared_model_still_answers_alone_and_saves_as_any_other(models, promp
 
 def test_features_are_the_towers_and_pixels_serve_where_they_are_not_taken(models, prompts):
     _, shared = models
-    assert takes_image_features(shared)
     completions, mask = made_completions([6, 6], 300, 2)
+    assert bool(shared_prompt(shared, prompts[0]).images) == takes_image_features(shared)
+    assert not shared_prompt(shared, prompts[0], False).images
     with torch.no_grad():
         kept, _ = packed_log_probs(shared, [shared_prompt(shared, prompts[0])], completions, mask, [2])
         anew, _ = packed_log_probs(shared, [shared_prompt(shared, prompts[0], False)], completions, mask, [2])

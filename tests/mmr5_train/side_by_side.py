@@ -1,0 +1,87 @@
+"""TRL's trainer and the one with shared prompts, set up alike. As a script: trains one of them under a launcher.
+
+    accelerate launch … tests/mmr5_train/side_by_side.py stock FOLDER OUT '{"max_steps": 6}'
+
+reads questions.jsonl and pages in FOLDER and writes OUT/history.json: the log, and the class of the model that was
+trained.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import yaml
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+
+from mmr5_train.models.finetune import prompt_dataset
+from mmr5_train.models.loading import ModelConfig, load_model, load_processor, vision_token_ids
+from mmr5_train.ranking.files import read_records
+from mmr5_train.ranking.prompt import Prompt
+from mmr5_train.ranking.records import RankingTask
+from mmr5_train.shared_grpo import SharedPrefixGRPOTrainer
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = {"stock": GRPOTrainer, "shared": SharedPrefixGRPOTrainer}
+ADAPTERS = {"r": 8, "lora_alpha": 16, "target_modules": r".*language_model.*(q_proj|v_proj|o_proj|up_proj)"}
+
+
+def even_words(completions, completion_ids, images, **_):
+    """A reward with variance in each group; reads the images column, as any reward may."""
+    assert all(len(row) == 3 for row in images)
+    return [sum(token % 2 for token in ids) / 8 + len(ids) / 64 for ids in completion_ids]
+
+
+def make_trainer(kind, tiny, prompt, processor, tasks, folder, out, settings):
+    """A trainer of the class `kind`: 20 steps of 2 questions × 4 completions, without dropout or schedule."""
+    settings = dict(settings)
+    lora = settings.pop("lora", True)
+    model = load_model(tiny.model_copy(update={"freeze_vision": settings.pop("freeze_vision", True)}))
+    values = {
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_steps": 20,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "max_completion_length": 20,
+        "temperature": 1.0,
+        "beta": 0.0,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "generation_kwargs": {"suppress_tokens": vision_token_ids(processor)},
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 1,
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **settings,
+    }
+    rows = [{"query_id": task.query_id} for task in tasks]
+    shown = [task.candidates for task in tasks]
+    return kind(
+        model=model,
+        reward_funcs=[even_words],
+        args=GRPOConfig(output_dir=str(out), seed=3, **values),
+        train_dataset=prompt_dataset(rows, [t.query for t in tasks], shown, folder, prompt, processor),
+        processing_class=processor,
+        peft_config=LoraConfig(**ADAPTERS, task_type="CAUSAL_LM") if lora else None,
+    )
+
+
+def main(kind, folder, out, settings):
+    tiny = ModelConfig.model_validate(yaml.safe_load((ROOT / "configs/model/tiny.yaml").read_text()))
+    prompt = Prompt.model_validate(yaml.safe_load((ROOT / "configs/prompt/default.yaml").read_text()))
+    tasks = read_records(Path(folder) / "questions.jsonl", RankingTask)
+    trainer = make_trainer(
+        KINDS[kind], tiny, prompt, load_processor(tiny), tasks, Path(folder), out, json.loads(settings)
+    )
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        history = {"log": trainer.state.log_history, "wrapped": type(trainer.model_wrapped).__name__}
+        (Path(out) / "history.json").write_text(json.dumps(history))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

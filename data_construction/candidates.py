@@ -7,9 +7,9 @@ Reads a corpus folder (config group `corpus`), ranks the pages of each question'
 
 - pages.jsonl: every page (`Page`), its picture in the page cache;
 - train.jsonl, select.jsonl, heldout.jsonl: `RankingTask` records, for SFT, GRPO and evaluation. The first two
-  hold only questions with as many candidates as asked for, one of them relevant; with `missed: keep` train also
-  holds those whose relevant pages the first stage missed. heldout holds every question, since recall divides by
-  all gold pages;
+  hold only questions with as many candidates as asked for, one of them relevant; with `missed: keep` also those
+  whose relevant pages the first stage missed. heldout holds every question, since recall divides by all gold
+  pages;
 - documents.jsonl: `SplitDocument`; documents are split, never questions, and equal documents stay together;
 - skipped.jsonl: `Skipped`, all that was left out and why;
 - first_stage.json: recall of the first stage over all questions; manifest.json.
@@ -84,8 +84,8 @@ class CandidatesStage(StageConfig):
     split: Split
     missed: Literal["drop", "keep"] = Field(
         default="drop",
-        description="train questions without a relevant candidate: left out (as in MM-R5), or kept, to teach what "
-        "to say when no page helps",
+        description="train and select questions without a relevant candidate: left out (as in MM-R5), or kept, "
+        "to teach what to say when no page helps",
     )
 
 
@@ -225,8 +225,9 @@ def main(config: CandidatesStage) -> None:
     for split in SPLITS:
         n = (config.n_heldout or config.candidates) if split == "heldout" else config.candidates
         of_split = [question for question in ranked if placed[question.question.doc_name] == split]
-        missed = split == "heldout" or (split == "train" and config.missed == "keep")
-        made = [make_task(q, n, keep_short=split == "heldout", keep_missed=missed) for q in of_split]
+        is_heldout = split == "heldout"
+        keep_missed = is_heldout or config.missed == "keep"
+        made = [make_task(q, n, keep_short=is_heldout, keep_missed=keep_missed) for q in of_split]
         skipped += [skip for skip in made if isinstance(skip, Skipped)]
         tasks = [task for task in made if isinstance(task, RankingTask)]
         kept[split] = write_records(out / f"{split}.jsonl", tasks)

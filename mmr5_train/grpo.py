@@ -124,12 +124,6 @@ def trainer_class(choice: str, model: Any, arguments: GRPOConfig) -> type[GRPOTr
 
 def main(config: GrpoStage) -> None:
     tasks = read_records(config.data, RankingTask)[: config.limit]
-    for task in tasks:
-        if not {candidate.id for candidate in task.candidates} & set(task.positives):
-            raise InputError(
-                f"{config.data}: {task.query_id} has no relevant page among its candidates, so nothing can be "
-                "rewarded; use select.jsonl of data_construction.candidates, which holds no such question"
-            )
     check_images((page for task in tasks for page in task.candidates), config.data.parent)
     processor = load_processor(config.model)
     arguments = grpo_arguments(config, processor)

@@ -30,12 +30,15 @@ def reranking(completion: str, n: int, positives: Collection[LocalId], *, expect
 
     rank(p) is the first place of p in L, from 1; a page that L lacks adds 0. Edge cases, as in the reference:
     repeated and impossible ids take up places but cost nothing else; nothing is asked of the text around
-    the list; 0 where no list of integers can be read.
+    the list; 0 where no list of integers can be read. Where no page is relevant (the paper has no such
+    questions) every list earns 1.
     """
     relevant = set(positives)
-    if not relevant or not all(1 <= p <= n for p in relevant):
-        raise ValueError(f"relevant ids must be some of 1..{n}, got {sorted(relevant)}")
+    if not all(1 <= p <= n for p in relevant):
+        raise ValueError(f"relevant ids must be among 1..{n}, got {sorted(relevant)}")
     ids = parse_answer(completion, n, expect_think=expect_think).ids
+    if not relevant:
+        return 1.0 if ids else 0.0
     rank = {i: place for place, i in reversed(list(enumerate(ids, 1)))}
     gain = sum(1 / rank[p] ** 3 for p in sorted(relevant) if p in rank)
     return gain / sum(1 / i**3 for i in range(1, len(relevant) + 1))

@@ -95,13 +95,12 @@ def test_train_keeps_only_what_can_be_learned_from(orchard: Path) -> None:
     assert read_manifest(one)["counts"]["skipped"] == {"no relevant page among the candidates": 1}
 
 
-def test_train_may_keep_what_the_first_stage_missed(orchard: Path) -> None:
-    kept = run(orchard, "kept", split=ALL_TRAIN, candidates=1, missed="keep")
-    assert "small.pdf/1" in {task.query_id for task in read_records(kept / "train.jsonl", RankingTask)}
+@pytest.mark.parametrize("split", ["train", "select"])
+def test_what_the_first_stage_missed_may_be_kept(split: str, orchard: Path) -> None:
+    all_of_it = {"train": 0, "select": 0, "heldout": 0, split: 1}
+    kept = run(orchard, "kept", split=all_of_it, candidates=1, missed="keep")
+    assert "small.pdf/1" in {task.query_id for task in read_records(kept / f"{split}.jsonl", RankingTask)}
     assert not read_all(kept / "skipped.jsonl", Skipped)
-    all_select = {"train": 0, "select": 1, "heldout": 0}
-    selected = run(orchard, "selected", split=all_select, candidates=1, missed="keep")
-    assert "small.pdf/1" not in {task.query_id for task in read_records(selected / "select.jsonl", RankingTask)}
 
 
 def test_heldout_may_have_more_candidates(orchard: Path) -> None:

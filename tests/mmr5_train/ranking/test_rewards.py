@@ -59,10 +59,17 @@ def test_reranking_reward_asks_for_a_readable_list_and_for_nothing_else():
         assert reranking(text, 2, [1]) == 0
 
 
-def test_reranking_reward_needs_relevant_pages_of_the_prompt():
-    for positives in ([], [0], [6], [1, 6]):
-        with pytest.raises(ValueError, match=r"some of 1\.\.5"):
+def test_reranking_reward_takes_relevant_pages_of_the_prompt_only():
+    for positives in ([0], [6], [1, 6]):
+        with pytest.raises(ValueError, match=r"among 1\.\.5"):
             reranking(completion(1, 2, 3, 4, 5), 5, positives)
+
+
+def test_without_a_relevant_page_every_list_ranks_as_well():
+    assert reranking(completion(3, 1, 1), 3, []) == 1
+    assert reranking("no list", 3, []) == reranking(completion(), 3, []) == 0
+    assert gated_reranking(completion(3, 1, 2), 3, []) == 1
+    assert gated_reranking(completion(3, 1, 1), 3, []) == GATE
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ SENTENCES = (
     "The committee asked for a closer look at {topic}.",
 )
 SECTION_SIZES = (4, 5, 5, 5, 6)
-TWO_RELEVANT = 0.3  # share of sections in which two pages show the same
+TWO_RELEVANT = 0.7  # share of sections in which two pages show the same
 
 
 class SyntheticStage(StageConfig):

@@ -40,7 +40,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 bench-grpo: setup
-	$(BIN)/python scripts/bench_grpo.py
+	$(BIN)/python scripts/bench_grpo.py --figure outputs/bench/grpo.svg
 
 lint: setup
 	$(BIN)/ruff check .

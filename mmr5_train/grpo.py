@@ -160,6 +160,7 @@ def main(config: GrpoStage) -> None:
         paid = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
         learned = f"reward {paid[0]:.3f} → {paid[-1]:.3f}, " if paid else ""
         counts = {"tasks": len(tasks), "steps": trainer.state.global_step, "trained_parameters": trained}
+        counts["processes"] = trainer.accelerator.num_processes
         write_manifest(
             config.out, stage="grpo", config=config.model_dump(mode="json"), inputs=[config.data], counts=counts
         )

@@ -77,6 +77,7 @@ def main(config: SftStage) -> None:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         learned = f"loss {losses[0]:.3f} → {losses[-1]:.3f}, " if losses else ""
         counts = {"traces": len(traces), "steps": trainer.state.global_step, "trained_parameters": trained}
+        counts["processes"] = trainer.accelerator.num_processes
         write_manifest(
             config.out, stage="sft", config=config.model_dump(mode="json"), inputs=[config.data], counts=counts
         )

@@ -259,6 +259,31 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def figure(rows: list[dict[str, Any]], path: Path) -> None:
+    """How many times faster, and the memory of the largest groups, over the prompt's length."""
+    import matplotlib.pyplot as plt
+
+    panels = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")[1]
+    C = min(row["C"] for row in rows)
+    sizes = sorted({row["G"] for row in rows})
+    colors = dict(zip(sizes, ("#7fb069", "#e6aa68", "#ca3c25"), strict=False))
+    for panel, what in zip(panels, ("update", "step"), strict=False):
+        for G in sizes:
+            line = [row for row in rows if (row["what"], row["G"], row["C"]) == (what, G, C)]
+            lengths = [row["P"] for row in line]
+            panel.plot(lengths, [row["speedup"] for row in line], "o-", color=colors.get(G), label=f"G = {G}")
+            panel.plot(lengths, [row["bound"] for row in line], ":", color=colors.get(G))
+        panel.set(title=f"{what}: times as fast (dotted: tokens)", xlabel="prompt tokens", ylim=0)
+        panel.legend()
+    largest = [row for row in rows if (row["what"], row["G"], row["C"]) == ("update", sizes[-1], C)]
+    for kind, color in (("stock", "#808080"), ("shared", "#ca3c25")):
+        values = [row[f"{kind}_mib"] for row in largest]
+        panels[2].plot([row["P"] for row in largest], values, "o-", color=color, label=kind)
+    panels[2].set(title=f"update: peak MiB, G = {sizes[-1]}", xlabel="prompt tokens", ylim=0)
+    panels[2].legend()
+    plt.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, values in SIZES.items():
@@ -267,6 +292,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench/grpo.json")
+    parser.add_argument("--figure", type=Path, help="draw the table there, as .svg or .png")
     parser.add_argument("--one", choices=("stock", "shared"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -277,6 +303,8 @@ def main() -> None:
         rows += run_pair(P, G, C, args)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, {"rows": rows, "machine": machine(args), "repeats": args.repeats})
+    if args.figure:
+        figure(rows, args.figure)
     print(table(rows))
     print(f"bench-grpo: {len(rows)} rows in {args.out}")
 

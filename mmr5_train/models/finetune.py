@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,7 +85,10 @@ def trainer_arguments(
         "data_seed": seed,
         "remove_unused_columns": False,
     }
-    values = {"dataloader_pin_memory": torch.cuda.is_available(), **values}
+    # Without use_cpu, processes on a machine without GPUs don't find each other. DeepSpeed sees to that itself.
+    under_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    use_cpu = not torch.accelerator.is_available() and not under_deepspeed
+    values = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": use_cpu, **values}
     fixed |= {"bf16": model.dtype == "bfloat16", "fp16": model.dtype == "float16"}
     taken = sorted(set(values) & set(fixed))
     if taken:

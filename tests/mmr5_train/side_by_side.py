@@ -2,8 +2,8 @@
 
     accelerate launch … tests/mmr5_train/side_by_side.py stock FOLDER OUT '{"max_steps": 6}'
 
-reads questions.jsonl and pages in FOLDER and writes OUT/history.json: the log, and the class of the model that was
-trained.
+reads questions.jsonl and pages in FOLDER and writes OUT/history.json: the log, the kind of launch and how many
+processes there were.
 """
 
 import json
@@ -79,7 +79,9 @@ def main(kind, folder, out, settings):
     )
     trainer.train()
     if trainer.accelerator.is_main_process:
-        history = {"log": trainer.state.log_history, "wrapped": type(trainer.model_wrapped).__name__}
+        state = trainer.accelerator.state
+        launched = f"{state.distributed_type.value} {state.num_processes}"
+        history = {"log": trainer.state.log_history, "launched": launched}
         (Path(out) / "history.json").write_text(json.dumps(history))
 
 

@@ -11,7 +11,7 @@ from mmr5_train import grpo
 from mmr5_train.config import compose_stage
 from mmr5_train.models.loading import TINY, vision_token_ids
 from mmr5_train.ranking.answer import Defect
-from mmr5_train.ranking.files import InputError, write_records
+from mmr5_train.ranking.files import InputError, read_manifest, write_records
 from mmr5_train.ranking.rewards import REWARDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,4 +102,5 @@ def test_two_processes_from_the_command_line(questions, tmp_path):
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert ended.stdout.count("grpo: 4 questions, 2 steps") == 1
+    assert read_manifest(tmp_path / "out")["counts"]["processes"] == 2
     AutoModelForImageTextToText.from_pretrained(tmp_path / "out/model")

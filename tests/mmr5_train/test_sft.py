@@ -137,4 +137,5 @@ def test_two_processes_from_the_command_line(traces, tmp_path):
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert ended.stdout.count("sft: 4 traces, 2 steps") == 1
+    assert read_manifest(tmp_path / "out")["counts"]["processes"] == 2
     AutoModelForImageTextToText.from_pretrained(tmp_path / "out/model")

@@ -39,9 +39,12 @@ def test_measures_both_trainers(shape, bench, monkeypatch):
     assert stock["roofline_s"] > 2 * shared["roofline_s"]  # of 3.7 times the tokens
 
 
-def test_a_row_of_each_kind_in_the_table(bench):
+def test_a_row_of_each_kind_in_the_table_and_the_figure(bench, tmp_path):
     row = {"P": 1200, "G": 8, "C": 100, "stock_s": 3.2, "shared_s": 0.8, "speedup": 4.0, "bound": 5.2}
     memory = {"stock_mib": 1500.0, "shared_mib": 250.0, "stock_roofline_s": 1.0, "shared_roofline_s": 0.25}
-    lines = bench.table([{"what": "update", **row, **memory}, {"what": "step", **row}]).splitlines()
+    rows = [{"what": "update", **row, **memory}, {"what": "step", **row}]
+    lines = bench.table(rows).splitlines()
     assert lines[2] == "| update | 1,200 | 8 | 100 | 3.20 | 0.80 | 4.00 | 5.20 | 1,500 | 250 | 1.00 | 0.25 |"
     assert lines[3] == "| step | 1,200 | 8 | 100 | 3.20 | 0.80 | 4.00 | 5.20 |  |  |  |  |"
+    bench.figure(rows, tmp_path / "figure.svg")
+    assert (tmp_path / "figure.svg").read_text().count("<svg") == 1

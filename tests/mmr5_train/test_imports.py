@@ -50,7 +50,9 @@ def test_shared_prefixes_can_be_lifted_out():
     assert all(name.startswith("mmr5_train.shared_prefix") for name in trainer)
 
 
-@pytest.mark.parametrize("module", ["mmr5_train.ranking.scoring", "data_construction.candidates"])
+@pytest.mark.parametrize(
+    "module", ["mmr5_train.ranking.scoring", "mmr5_train.select", "data_construction.candidates"]
+)
 def test_no_torch_is_loaded(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

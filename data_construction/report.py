@@ -19,6 +19,7 @@ from pydantic import Field
 
 from data_construction.report_views import (
     DataFolder,
+    StageFolder,
     cards,
     domains,
     headline,
@@ -53,8 +54,9 @@ class DataReportStage(StageConfig):
 
 def main(config: DataReportStage) -> None:
     data = read_data(config.data)
+    made, chosen = read_stage(config.traces, "traces"), read_stage(config.select, "select")
     traces = read_records(config.traces / "traces.jsonl", Trace) if config.traces else []
-    html, unseen = render(config, data, traces)
+    html, unseen = render(config, data, made, chosen, traces)
     folders = [folder for folder in (config.data, config.traces, config.select) if folder]
     out = open_output(config.out, config.overwrite, inputs=folders)
     with whole_file(out / "data_report.html") as stream:
@@ -70,10 +72,10 @@ def main(config: DataReportStage) -> None:
     print(f"data report: {headline(data, traces)} in {out / 'data_report.html'}{problem}")
 
 
-def render(config: DataReportStage, data: DataFolder, traces: Sequence[Trace]) -> tuple[str, int]:
+def render(
+    config: DataReportStage, data: DataFolder, made: StageFolder, chosen: StageFolder, traces: Sequence[Trace]
+) -> tuple[str, int]:
     """The page as HTML, and how many page pictures could not be shown."""
-    made = read_stage(config.traces, "traces")
-    chosen = read_stage(config.select, "select")
     folders = [folder for folder in (config.data, config.traces, config.select) if folder]
     drawn = random.Random(config.seed).sample(range(len(traces)), min(config.shown, len(traces)))
     cases = [traces[i] for i in sorted(drawn)]

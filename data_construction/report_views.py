@@ -131,7 +131,7 @@ def steps(data: DataFolder, made: StageFolder, chosen: StageFolder) -> list[dict
 def _reasons(stage: StageFolder, counts: Mapping[str, int]) -> list[dict[str, Any]]:
     cases: dict[str, str] = {}
     for skip in stage.skipped:
-        what = " ".join(part for part in (skip.query_id or skip.file, skip.detail) if part)
+        what = ": ".join(part for part in (skip.query_id or skip.file, skip.detail) if part)
         cases.setdefault(skip.reason, what)
     by_count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [{"reason": reason, "count": count, "case": cases.get(reason, "")} for reason, count in by_count]
@@ -158,7 +158,7 @@ def lengths(data: DataFolder, traces: Sequence[Trace]) -> list[dict[str, Any]]:
     tasks = [task for split in ("train", "select") for task in data.tasks[split]]
     relevant = [len({c.id for c in task.candidates} & set(task.positives)) for task in tasks]
     pixels = [page.width * page.height // 1000 for page in data.pages.values()]
-    found = [
+    found: list[tuple[str, str, Sequence[int]]] = [
         ("Pages a document", "", [document.pages for document in data.documents]),
         ("Page size", "thousand pixels", pixels),
         ("Candidates a question", "train and select", [len(task.candidates) for task in tasks]),
@@ -210,7 +210,8 @@ def teacher_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     config, counts = manifest.get("config") or {}, manifest.get("counts") or {}
     teacher = config.get("teacher") or {}
     facts = [(key, str(teacher[key])) for key in ("name", "model") if teacher.get(key)]
-    facts += [(words(key), str(config[key])) for key in ("max_words", "refine", "order") if key in config]
+    facts += [(words(key), str(config[key])) for key in ("max_words", "order") if key in config]
+    facts += [("refined", "yes" if config["refine"] else "no")] if "refine" in config else []
     work = {
         key: value for key, value in counts.items() if key not in ("questions", "traces", "skipped", "teacher")
     }

@@ -77,7 +77,7 @@ def test_it_holds_the_counts_of_every_stage(made: Path, html: str) -> None:
     assert f"Selected questions 5 of {chosen['questions_before']} questions" in text
     for reason, count in (*data["skipped"].items(), *chosen["dropped"].items()):
         assert f"{reason} {count}" in text
-    assert "check direction 2 first: x/0 image 3 <b>helps</b>" in text
+    assert "check direction 2 first: x/0: image 3 <b>helps</b>" in text
     assert "requests 1,234" in text
     assert "prompt tokens 5,000,000" in text
     assert f"cost $12.50 cost a trace ${12.5 / n_traces:.2g}" in text

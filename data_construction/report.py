@@ -51,21 +51,25 @@ class DataReportStage(StageConfig):
     select: Path | None = Field(default=None, description="folder of the select stage")
     shown: int = Field(default=30, ge=0, description="traces shown with their pages")
 
+    @property
+    def folders(self) -> list[Path]:
+        """Those there are, in the order of the stages."""
+        return [folder for folder in (self.data, self.traces, self.select) if folder]
+
 
 def main(config: DataReportStage) -> None:
     data = read_data(config.data)
     made, chosen = read_stage(config.traces, "traces"), read_stage(config.select, "select")
     traces = read_records(config.traces / "traces.jsonl", Trace) if config.traces else []
     html, unseen = render(config, data, made, chosen, traces)
-    folders = [folder for folder in (config.data, config.traces, config.select) if folder]
-    out = open_output(config.out, config.overwrite, inputs=folders)
+    out = open_output(config.out, config.overwrite, inputs=config.folders)
     with whole_file(out / "data_report.html") as stream:
         stream.write(html)
     write_manifest(
         out,
         stage="data_report",
         config=config.model_dump(mode="json"),
-        inputs=[folder / "manifest.json" for folder in folders],
+        inputs=[folder / "manifest.json" for folder in config.folders],
         counts={"traces_shown": min(config.shown, len(traces)), "pictures_not_shown": unseen},
     )
     problem = f"; {unseen} page pictures could not be shown" if unseen else ""
@@ -76,7 +80,6 @@ def render(
     config: DataReportStage, data: DataFolder, made: StageFolder, chosen: StageFolder, traces: Sequence[Trace]
 ) -> tuple[str, int]:
     """The page as HTML, and how many page pictures could not be shown."""
-    folders = [folder for folder in (config.data, config.traces, config.select) if folder]
     drawn = random.Random(config.seed).sample(range(len(traces)), min(config.shown, len(traces)))
     cases = [traces[i] for i in sorted(drawn)]
     images = {page.id: page.image for trace in cases for page in trace.shown}
@@ -96,7 +99,7 @@ def render(
         cases=[case_view(i, trace, data.pages, pictures) for i, trace in enumerate(cases, 1)],
         traces=len(traces),
         pictures=picture_views(pictures),
-        stages=[stage_view(folder) for folder in folders],
+        stages=[stage_view(folder) for folder in config.folders],
         seed=config.seed,
         **provenance(data.stage.manifest),
     )

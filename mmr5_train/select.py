@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -169,7 +170,7 @@ def stem(doc_name: str) -> str:
 def keep(
     tasks: Sequence[RankingTask], why_not: Callable[[RankingTask], str | None], dropped: Counter[str]
 ) -> list[RankingTask]:
-    """The tasks that nothing speaks against; counts the rest by reason."""
+    """The tasks for which `why_not` gives no reason; the others are counted by their reason."""
     reasons = [why_not(task) for task in tasks]
     dropped.update(reason for reason in reasons if reason)
     return [task for task, reason in zip(tasks, reasons, strict=True) if not reason]
@@ -200,7 +201,11 @@ def given_or_made(
     else:
         open_output(config.out, config.overwrite, [*inputs, Path(str(difficulty.checkpoint))])
         write_json(config.out / MANIFEST, {"finished": False, "rollouts": asked})
-    return sample_rollouts(reranker, tasks, folder, partial, difficulty, config.seed)
+    try:
+        return sample_rollouts(reranker, tasks, folder, partial, difficulty, config.seed)
+    except KeyboardInterrupt:
+        print(f"finished rollouts are kept in {partial}; the same command goes on from there", file=sys.stderr)
+        raise
 
 
 def check_same_rollouts(out: Path, asked: dict[str, Any]) -> None:

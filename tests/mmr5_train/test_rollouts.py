@@ -40,7 +40,7 @@ def select(data: Path, model: Path, out: Path, overwrite: bool = False, **diffic
 
 
 def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reranker.answer is interrupted when it has answered so many batches; without a limit it only counts them."""
+    """Reranker.answer is interrupted after so many batches."""
     answer, calls = Reranker.answer, []
 
     def counted(self: Reranker, tasks: Any, *args: Any, **options: Any) -> Any:
@@ -71,7 +71,11 @@ def test_questions_whose_answers_differ_stay(data: Path, guessing_model: Path, t
 
 
 def test_a_stopped_run_goes_on_and_ends_the_same(
-    data: Path, guessing_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path,
+    guessing_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     whole, stopped = select(data, guessing_model, tmp_path / "whole"), tmp_path / "stopped"
     with monkeypatch.context() as patch:
@@ -79,6 +83,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(
         with pytest.raises(KeyboardInterrupt):
             select(data, guessing_model, stopped)
     partial = stopped / PARTIAL
+    assert f"finished rollouts are kept in {partial}" in capsys.readouterr().err
     assert len(partial.read_text().splitlines()) == 4
     with partial.open("a") as stream:  # a machine that went down in the middle of a batch
         stream.write(partial.read_text().splitlines()[0] + "\n" + '{"query_id": "doc')

@@ -164,5 +164,7 @@ def _explain(error: Exception, config_name: str, overrides: Sequence[str]) -> st
     here = _compose(config_name, chosen)
     parent, _, last = key.rpartition(".")
     node = OmegaConf.select(here, parent) if parent else here
+    if node is None:
+        return f"{key}: {parent} is null; give its fields together: '{parent}={{{last}:…}}'"
     names = [str(k) for k in node] if isinstance(node, DictConfig) else []
     return f"{key}: no such field{_nearest(last, names)}"

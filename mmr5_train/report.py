@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import Field
 
 from mmr5_train.config import StageConfig, run_stage
@@ -29,22 +28,20 @@ from mmr5_train.ranking.files import (
 )
 from mmr5_train.ranking.records import Page, PageId, Ranking
 from mmr5_train.reporting.cases import OUTCOMES, Case, choose, make_case, outcome
+from mmr5_train.reporting.page import picture_views, render_page, sheet_views
 from mmr5_train.reporting.pictures import Picture, inline_pictures
 from mmr5_train.reporting.views import (
-    FILTERS,
     breakdowns,
     check_results,
     headline,
     label,
     overview,
-    page_name,
     provenance,
     stage_view,
     trained_text,
     training_view,
 )
 
-TEMPLATES = Path(__file__).parent / "templates"
 PICTURE_BUDGET = 6_500_000  # characters of page pictures; with the rest the file stays below 8 MB
 
 
@@ -114,9 +111,8 @@ def render(
     groups = breakdowns(results)
     training = [view for view in (training_view(config.sft, "sft"), training_view(config.grpo, "grpo")) if view]
     evaluated = read_manifest(config.evaluation)
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= FILTERS
-    html = environment.get_template("report.html.j2").render(
+    html = render_page(
+        "report.html.j2",
         **headline(results),
         **overview(results),
         trained=trained_text(config.sft, config.grpo),
@@ -127,7 +123,7 @@ def render(
         cases=[_case_view(i, case, known, pictures) for i, case in enumerate(cases, 1)],
         tally=tally,
         label_last=label(list(rankings)[-1]),
-        pictures={page: _picture_view(i, picture) for i, (page, picture) in enumerate(pictures.items())},
+        pictures=picture_views(pictures),
         stages=[stage_view(folder) for folder in folders if folder],
         seed=config.seed,
         sections=_sections(groups, bool(training), bool(cases)),
@@ -155,26 +151,8 @@ def _case_view(
 ) -> dict[str, Any]:
     """A case with what the template needs beside it: an anchor, the shape of its pages, one sheet a page."""
     relevant = {place.page for place in (*case.first, *case.last) if place.relevant}
-    sheets = []
-    for page, number in case.numbers.items():
-        record = pages.get(page)
-        shows = record.description if record else ""
-        said = shows or (record.text[:200] if record else "")
-        alt = f"{page_name(page)}{': ' if said else ''}{' '.join(said.split())}"
-        sheets.append({"page": page, "number": number, "relevant": page in relevant, "shows": shows, "alt": alt})
-    ratios = sorted(pictures[page].width / pictures[page].height for page in case.numbers)
     fields = {name: getattr(case, name) for name in case.__dataclass_fields__}
-    return fields | {"anchor": f"q{index}", "sheets": sheets, "aspect": f"{ratios[len(ratios) // 2]:.3f}"}
-
-
-def _picture_view(index: int, picture: Picture) -> dict[str, Any]:
-    return {
-        "id": f"page-{index}",
-        "url": picture.url,
-        "width": picture.width,
-        "height": picture.height,
-        "problem": picture.problem,
-    }
+    return fields | sheet_views(f"q{index}", case.numbers, relevant, pages, pictures)
 
 
 def _sections(groups: Sequence[Mapping[str, Any]], training: bool, cases: bool) -> list[tuple[str, str]]:

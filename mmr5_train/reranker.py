@@ -71,7 +71,10 @@ class Reranker:
         """
         path = Path(resolve_checkpoint(checkpoint)) / SETTINGS
         if not path.is_file():
-            raise InputError(f"{path}: no such file; give Reranker(…) the model and the prompt yourself")
+            raise InputError(
+                f"{path}: no such file, so nothing says how the model was trained; take a checkpoint that sft or "
+                "grpo wrote, or give Reranker(…) the model and the prompt yourself"
+            )
         try:
             settings = RerankerSettings.model_validate_json(path.read_bytes())
             limits = settings.model_dump(include={"min_pixels", "max_pixels", "dtype"})

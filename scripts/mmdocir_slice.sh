@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Real documents, end to end, in minutes on two cores: PDFs and questions in MMDocIR's format → candidates →
-# traces → a few steps of SFT and of GRPO on the tiny model → evaluation → a report.
+# traces → a few steps of SFT and of GRPO on the tiny model → evaluation → a report, and one on the data.
 #
 #     scripts/mmdocir_slice.sh FOLDER [OUT]
 #
@@ -20,11 +20,14 @@ run data_construction.candidates corpus=mmdocir_pdf corpus.folder="$FOLDER" corp
 run data_construction.traces data="$OUT/data/train.jsonl" out="$OUT/traces" overwrite=true
 run mmr5_train.sft data="$OUT/traces/traces.jsonl" out="$OUT/sft" overwrite=true \
     trainer.max_steps=10 trainer.per_device_train_batch_size=4 trainer.warmup_steps=2
-run mmr5_train.select questions="$OUT/data/select.jsonl" out="$OUT/select" overwrite=true
+run mmr5_train.select questions="$OUT/data/select.jsonl" seen="$OUT/traces/traces.jsonl" out="$OUT/select" \
+    overwrite=true
+run data_construction.report data="$OUT/data" traces="$OUT/traces" select="$OUT/select" out="$OUT/data_report" \
+    overwrite=true
 run mmr5_train.grpo data="$OUT/select/questions.jsonl" model.path="$OUT/sft/model" out="$OUT/grpo" overwrite=true \
     trainer.max_steps=3 trainer.per_device_train_batch_size=16 trainer.max_completion_length=96
 run mmr5_train.evaluate data="$OUT/data/heldout.jsonl" \
     "systems={sft:$OUT/sft/model,sft+grpo:$OUT/grpo/model}" out="$OUT/evaluation" overwrite=true
 run mmr5_train.report evaluation="$OUT/evaluation" sft="$OUT/sft" grpo="$OUT/grpo" \
     "data=[$OUT/data,$OUT/traces,$OUT/select]" out="$OUT/report" overwrite=true
-echo; echo "open $OUT/report/report.html"
+echo; echo "open $OUT/data_report/data_report.html and $OUT/report/report.html"

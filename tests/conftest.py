@@ -125,10 +125,28 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, timeo
 
 @pytest.fixture(scope="session")
 def reciting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that replies "<think>THOUGHT</think>RECITED" to whatever it is asked.
+    """A checkpoint that replies "<think>THOUGHT</think>RECITED" to whatever it is asked."""
+    return write_reciting_model(tmp_path_factory.mktemp("reciting"), [f"<think>{THOUGHT}</think>{RECITED}"])
+
+
+@pytest.fixture(scope="session")
+def guessing_model(tmp_path_factory: pytest.TempPathFactory, prompt: Prompt) -> Path:
+    """A checkpoint as sft writes one. Its answer is one of pages 1 to 3, each as often as another."""
+    from mmr5_train.models.loading import SETTINGS
+    from mmr5_train.reranker import RerankerSettings
+
+    folder = tmp_path_factory.mktemp("guessing")
+    write_reciting_model(folder, [f"<think>{THOUGHT}</think><answer>[{i}]</answer>" for i in (1, 2, 3)])
+    settings = RerankerSettings(min_pixels=784, max_pixels=9500, dtype="float32", think=True, prompt=prompt)
+    (folder / SETTINGS).write_text(settings.model_dump_json())
+    return folder
+
+
+def write_reciting_model(folder: Path, replies: list[str]) -> Path:
+    """A checkpoint that gives one of `replies`, in which each token is followed by always the same tokens.
 
     The tiny model's architecture, tokenizer and template with weights written by hand: the layers add
-    nothing, so the next token depends on the last one alone, and the reply is a chain of tokens.
+    nothing, so the next token depends on the last one alone, and a reply is a chain of tokens.
     """
     import torch
     from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
@@ -140,19 +158,22 @@ def reciting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": "?"}], add_generation_prompt=True, tokenize=False
     )
-    chain = processor.tokenizer(f"{prompt}<think>{THOUGHT}</think>{RECITED}<|im_end|>")["input_ids"]
-    chain = chain[len(processor.tokenizer(prompt)["input_ids"]) - 1 :]
-    assert len(set(chain[:-1])) == len(chain) - 1, (
-        f"a token stands twice in {processor.tokenizer.tokenize(RECITED)}"
-    )
+    start = len(processor.tokenizer(prompt)["input_ids"]) - 1
+    followers: dict[int, set[int]] = {}
+    for reply in replies:
+        chain = processor.tokenizer(f"{prompt}{reply}<|im_end|>")["input_ids"][start:]
+        assert len(set(chain[:-1])) == len(chain) - 1, (
+            f"a token stands twice in {processor.tokenizer.tokenize(reply)}"
+        )
+        for last, following in itertools.pairwise(chain):
+            followers.setdefault(last, set()).add(following)
     with torch.no_grad():
         for layer in model.model.language_model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         tokens, head = model.get_input_embeddings().weight.zero_(), model.get_output_embeddings().weight.zero_()
-        for k, (last, following) in enumerate(itertools.pairwise(chain)):
-            tokens[last, k], head[following, k] = 1, 50
-    folder = tmp_path_factory.mktemp("reciting")
+        for k, (last, following) in enumerate(followers.items()):
+            tokens[last, k], head[list(following), k] = 1, 50
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

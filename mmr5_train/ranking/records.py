@@ -179,6 +179,15 @@ class Ranking(Record):
         return tuple(self.shown[i - 1].id for i in answered.order)
 
 
+class Rollouts(Record):
+    """What a model sampled for one question: a line of rollouts.jsonl. Everything local refers to `shown`."""
+
+    query_id: str
+    shown: tuple[PageId, ...] = Field(min_length=1, description="candidates in prompt order")
+    think: bool = Field(description="whether the model was taught a think block")
+    samples: tuple[Answered, ...] = Field(min_length=2)
+
+
 class SplitDocument(Record):
     """Which split a document went to: a line of documents.jsonl."""
 

@@ -270,7 +270,7 @@ def stage_view(folder: Path) -> dict[str, Any]:
     """What a stage's manifest says: its name, seed and counts, and its whole configuration."""
     manifest = read_manifest(folder)
     config = manifest.get("config") or {}
-    counts = list(_flat(manifest.get("counts") or {}))
+    counts = flat_counts(manifest.get("counts") or {})
     name = str(manifest.get("stage", folder.name))
     facts = [(key, f"{value:,}" if isinstance(value, int) else str(value)) for key, value in counts]
     if "seed" in config:
@@ -278,14 +278,14 @@ def stage_view(folder: Path) -> dict[str, Any]:
     return {"name": STAGES.get(name, name), "facts": facts, "config": OmegaConf.to_yaml(OmegaConf.create(config))}
 
 
-def _flat(counts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested counts as (name, value); floats shortened."""
+def flat_counts(counts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested counts as (name, value), floats shortened; histograms, which are lists, are left out."""
     facts: list[tuple[str, Any]] = []
     for key, value in counts.items():
         name = words(f"{prefix}{key}")
         if isinstance(value, Mapping):
-            facts += _flat(value, f"{name}: ")
-        else:
+            facts += flat_counts(value, f"{name}: ")
+        elif not isinstance(value, list):
             facts.append((name, show(value) if isinstance(value, float) else value))
     return facts
 

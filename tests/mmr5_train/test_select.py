@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from mmr5_train.config import compose_stage
 from mmr5_train.ranking.files import InputError, read_manifest, read_records, write_manifest, write_records
-from mmr5_train.ranking.records import Candidate, Page, PageId, RankingTask
-from mmr5_train.select import SelectStage, balanced, group_edges, group_of, main
+from mmr5_train.ranking.records import Answered, Candidate, Page, PageId, RankingTask, Rollouts, Trace
+from mmr5_train.rollouts import rewards_of
+from mmr5_train.select import Balanced, SelectStage, balanced, group_edges, group_of, main
 
 
 def write_data(folder: Path, sides: Sequence[int]) -> None:
@@ -35,11 +36,20 @@ def write_data(folder: Path, sides: Sequence[int]) -> None:
     write_records(folder / "select.jsonl", tasks)
 
 
-def select(folder: Path, name: str = "out", policy: str = "resolution_balanced", **more: Any) -> Path:
+REWARD = {"name": "reranking", "weights": {"reranking": 1.0}}
+
+
+def select(folder: Path, name: str = "out", **more: Any) -> Path:
     out = folder / name
-    settings = {"questions": folder / "data/select.jsonl", "policy": policy, "out": out} | more
+    settings = {"questions": folder / "data/select.jsonl", "out": out, "reward": REWARD} | more
     main(SelectStage.model_validate(settings))
     return out
+
+
+def sample(folder: Path, name: str = "out", **more: Any) -> Path:
+    """A selection that draws `count` questions from `groups`."""
+    drawn = {key: more.pop(key) for key in ("count", "groups") if key in more}
+    return select(folder, name, balanced=drawn, **more)
 
 
 def chosen(out: Path) -> list[int]:
@@ -47,9 +57,9 @@ def chosen(out: Path) -> list[int]:
     return [int(task.query_id[1:].split(".")[0]) for task in read_records(out / "questions.jsonl", RankingTask)]
 
 
-def test_all_keeps_every_question_and_rebases_images(tmp_path: Path) -> None:
+def test_without_a_step_every_question_stays_and_rebases_images(tmp_path: Path) -> None:
     write_data(tmp_path / "data", [100, 200, 300])
-    out = select(tmp_path, "a/b", policy="all", count=1)
+    out = select(tmp_path, "a/b")
     tasks = read_records(out / "questions.jsonl", RankingTask)
     assert [task.query_id for task in tasks] == ["d0.pdf/0", "d1.pdf/0", "d2.pdf/0"]
     assert tasks[0].candidates[0].image == "../../i/0.jpg"
@@ -60,7 +70,7 @@ def test_balanced_takes_evenly(tmp_path: Path) -> None:
     """Of 90 small, 8 middle and 2 large pages, 12 questions: 5 small, 5 middle, 2 large."""
     sides = [100] * 90 + [1000] * 8 + [10000] * 2
     write_data(tmp_path / "data", sides)
-    out = select(tmp_path, count=12, groups=3)
+    out = sample(tmp_path, count=12, groups=3)
     numbers = chosen(out)
     assert numbers == sorted(numbers)
     assert Counter(sides[i] for i in numbers) == {100: 5, 1000: 5, 10000: 2}
@@ -73,24 +83,24 @@ def test_balanced_takes_evenly(tmp_path: Path) -> None:
 
 def test_seed_decides(tmp_path: Path) -> None:
     write_data(tmp_path / "data", [100] * 40 + [500] * 40)
-    once = select(tmp_path, "once", count=10)
-    again = select(tmp_path, "again", count=10)
+    once = sample(tmp_path, "once", count=10)
+    again = sample(tmp_path, "again", count=10)
     assert (once / "questions.jsonl").read_bytes() == (again / "questions.jsonl").read_bytes()
-    assert chosen(select(tmp_path, "other", count=10, seed=7)) != chosen(once)
+    assert chosen(sample(tmp_path, "other", count=10, seed=7)) != chosen(once)
 
 
 def test_one_resolution_is_one_group(tmp_path: Path) -> None:
     write_data(tmp_path / "data", [100] * 6)
-    out = select(tmp_path, count=4)
+    out = sample(tmp_path, count=4)
     assert read_manifest(out)["counts"]["groups"] == [
         {"group": 0, "from_pixels": 10_000, "to_pixels": 10_000, "before": 6, "after": 4}
     ]
 
 
-@pytest.mark.parametrize("count", [None, 3, 50])
-def test_more_than_there_are_gives_all(tmp_path: Path, count: int | None) -> None:
+@pytest.mark.parametrize("count", [3, 50])
+def test_more_than_there_are_gives_all(tmp_path: Path, count: int) -> None:
     write_data(tmp_path / "data", [100, 200, 300])
-    assert chosen(select(tmp_path, count=count)) == [0, 1, 2]
+    assert chosen(sample(tmp_path, count=count)) == [0, 1, 2]
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 70), st.integers(0, 3))
@@ -142,9 +152,120 @@ def test_the_input_is_never_emptied(tmp_path: Path) -> None:
     assert (tmp_path / "data/select.jsonl").is_file()
 
 
+def test_documents_that_sft_saw_fall_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_data(tmp_path / "data", [100, 200, 300])
+    tasks = read_records(tmp_path / "data/select.jsonl", RankingTask)
+    write_records(tmp_path / "train.jsonl", tasks[:1])
+    page = tasks[1].candidates[0].model_copy(update={"doc_name": "d1"})  # another corpus writes no ".pdf"
+    trace = Trace(
+        query_id="?",
+        query="Q?",
+        domain="d",
+        shown=(page,),
+        notes=("n",),
+        think="n",
+        answer=(1,),
+        positive_ids=(1,),
+    )
+    write_records(tmp_path / "traces.jsonl", [trace])
+    assert chosen(select(tmp_path, "a", seen=tmp_path / "train.jsonl")) == [1, 2]
+    out = sample(tmp_path, "b", seen=tmp_path / "traces.jsonl", count=1)
+    counts = read_manifest(out)["counts"]
+    assert counts["dropped"] == {"document seen by SFT": 1, "not drawn": 1}
+    assert sum(group["before"] for group in counts["groups"]) == 3
+    assert sum(group["after"] for group in counts["groups"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"select: 1 of 3 questions (document seen by SFT: 1; not drawn: 1); in {out}"
+    assert "10,000 to 12,457       1       0" in " ".join(printed)
+    assert str(tmp_path / "traces.jsonl") in read_manifest(out)["inputs"]
+    with pytest.raises(InputError, match=r"no question is left \(document seen by SFT: 3\); give questions about"):
+        select(tmp_path, "c", seen=tmp_path / "data/select.jsonl")
+    assert not (tmp_path / "c").exists()
+
+
+def write_rollouts(folder: Path, answers: Sequence[Sequence[str]]) -> Path:
+    """Rollouts of the questions of `write_data` with these answers."""
+    tasks = read_records(folder / "data/select.jsonl", RankingTask)
+    write_records(
+        folder / "rollouts.jsonl",
+        [
+            Rollouts(
+                query_id=task.query_id,
+                shown=tuple(page.id for page in task.candidates),
+                think=True,
+                samples=[
+                    Answered(completion=f"<think>t</think><answer>{text}</answer>", order=(1,)) for text in row
+                ],
+            )
+            for task, row in zip(tasks, answers, strict=True)
+        ],
+    )
+    return folder / "rollouts.jsonl"
+
+
+def test_too_hard_and_too_easy_questions_fall_out(tmp_path: Path) -> None:
+    """Mean rewards 0 and 1 (all alike), ¼, ½, ¾."""
+    right, wrong = "[1]", "[]"
+    answers = [[wrong] * 4, [right] * 4, *([right] * k + [wrong] * (4 - k) for k in (1, 2, 3))]
+    write_data(tmp_path / "data", [100] * 5)
+    rollouts = write_rollouts(tmp_path, answers)
+    out = select(tmp_path, "any", difficulty={"rollouts": rollouts})
+    assert chosen(out) == [2, 3, 4]
+    counts = read_manifest(out)["counts"]
+    assert counts["dropped"] == {"all answers earn the same": 2}
+    assert counts["difficulty"] == [
+        {"group": 0, "from_reward": 0.0, "to_reward": 0.1, "before": 1, "after": 0},
+        {"group": 2, "from_reward": 0.2, "to_reward": 0.3, "before": 1, "after": 1},
+        {"group": 4, "from_reward": 0.4, "to_reward": 0.5, "before": 1, "after": 1},
+        {"group": 7, "from_reward": 0.7, "to_reward": 0.8, "before": 1, "after": 1},
+        {"group": 9, "from_reward": 0.9, "to_reward": 1.0, "before": 1, "after": 0},
+    ]
+    bounded = select(
+        tmp_path, "some", difficulty={"rollouts": rollouts, "min_reward": 0.3, "max_reward": 0.5}, overwrite=True
+    )
+    assert chosen(bounded) == [3]
+    dropped = read_manifest(bounded)["counts"]["dropped"]
+    assert dropped == {"all answers earn the same": 2, "mean reward below 0.3": 1, "mean reward above 0.5": 1}
+    before = (bounded / "questions.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"no question is left .*run again with other bounds"):
+        select(tmp_path, "some", difficulty={"rollouts": rollouts, "max_reward": 0.2}, overwrite=True)
+    assert (bounded / "questions.jsonl").read_bytes() == before
+
+
+def test_rewards_are_weighed(tmp_path: Path) -> None:
+    """[1, 1]: reranking 1, permutation 1 of 2 places right; weighed 1 and 3 that is (1 + 3/2) / 4."""
+    write_data(tmp_path / "data", [100])
+    rollouts = write_rollouts(tmp_path, [["[1, 1]", "[]"]])
+    task = read_records(tmp_path / "data/select.jsonl", RankingTask)[0]
+    made = read_records(rollouts, Rollouts)[0]
+    assert rewards_of(made, task, {"reranking": 1.0, "permutation": 3.0}) == [0.625, 0.0]
+
+
+def test_rollouts_must_fit_the_questions(tmp_path: Path) -> None:
+    write_data(tmp_path / "data", [100, 200])
+    rollouts = write_rollouts(tmp_path, [["[1]", "[]"]] * 2)
+    lines = rollouts.read_text().splitlines()
+    rollouts.write_text(lines[0])
+    with pytest.raises(InputError, match=r"rollouts.jsonl: lacks rollouts of d1.pdf/0"):
+        select(tmp_path, difficulty={"rollouts": rollouts})
+    rollouts.write_text("\n".join([lines[0], lines[1].replace('"page":0', '"page":7')]))
+    with pytest.raises(InputError, match=r"d1.pdf/0 was shown other candidates than it has now"):
+        select(tmp_path, difficulty={"rollouts": rollouts})
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_config_names_its_choices() -> None:
-    assert compose_stage(SelectStage, "select", []).groups == 10
-    with pytest.raises(
-        InputError, match=r"policy: Input should be 'all' or 'resolution_balanced', found 'hardest'"
+    assert compose_stage(SelectStage, "select", []).balanced == Balanced(count=3000, groups=10)
+    assert compose_stage(SelectStage, "select", ["balanced=null"]).balanced is None
+    config = compose_stage(SelectStage, "select", ["difficulty={checkpoint:outputs/sft/model}", "reward=gated"])
+    assert (config.difficulty.samples, config.difficulty.order) == (8, "shuffled")
+    for overrides, message in (
+        (["policy=all"], "policy: no such field .choices: balanced, difficulty, out"),
+        (["difficulty.samples=4"], "difficulty.samples: difficulty is null; give its fields together"),
+        (["difficulty={samples:4}"], "give either checkpoint .* or rollouts"),
+        (["difficulty={checkpoint:a,rollouts:b}"], "give either checkpoint .* or rollouts"),
+        (["difficulty={checkpoint:a,sample:4}"], "difficulty.sample: no such field; did you mean samples"),
+        (["difficulty={checkpoint:a,min_reward:0.9,max_reward:0.1}"], "min_reward 0.9 is above max_reward 0.1"),
     ):
-        compose_stage(SelectStage, "select", ["policy=hardest"])
+        with pytest.raises(InputError, match=message):
+            compose_stage(SelectStage, "select", overrides)

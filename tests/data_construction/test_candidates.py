@@ -28,6 +28,7 @@ WORDS = ("apples", "pears", "plums", "grapes", "figs", "dates", "limes")
 
 def run(folder: Path, name: str = "data", pages: str = "documents", **more: Any) -> Path:
     corpus = {
+        "format": "mmdocir",
         "folder": folder,
         "pages": pages,
         "descriptions": False,
@@ -278,6 +279,7 @@ SLICE_MACRO = {1: 0.2842, 3: 0.4425, 5: 0.5266, 10: 0.6407, 20: 0.9195}
 
 def test_bm25_on_the_real_slice(slice_folder: Path, tmp_path: Path) -> None:
     corpus = {
+        "format": "mmdocir",
         "folder": slice_folder,
         "pages": "documents",
         "descriptions": False,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data_construction.corpus.mmdocir import Document
+from data_construction.corpus.documents import Document
 from data_construction.first_stage import Retriever, open_retriever, rank_by_bm25
 from mmr5_train.ranking.files import InputError
 from mmr5_train.ranking.records import Page, PageId, Question, Skipped

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from data_construction.corpus.documents import Annotation, Document, skip_document
 from data_construction.corpus.reading import CorpusConfig, read_asked, read_corpus
 from data_construction.exclusion import Excluded, plain_name, read_excluded
-from data_construction.first_stage import RankDocument, Retriever, open_retriever
+from data_construction.first_stage import RankDocument, RetrieverConfig, open_retriever
 from data_construction.policy import Policy, choose
 from mmr5_train.config import StageConfig, run_stage
 from mmr5_train.ranking.files import (
@@ -53,6 +53,7 @@ from mmr5_train.ranking.metrics import macro, micro, recall_at_k
 from mmr5_train.ranking.records import (
     SPLITS,
     Candidate,
+    Page,
     Question,
     RankingTask,
     Record,
@@ -89,7 +90,7 @@ class CandidatesStage(StageConfig):
     """`python -m data_construction.candidates` (configs/candidates.yaml)."""
 
     corpus: CorpusConfig
-    retriever: Retriever
+    retriever: RetrieverConfig
     exclude: tuple[Path, ...] = Field(
         default=(),
         description="documents.jsonl or MMDocIR annotations: documents kept for evaluation, left out here",
@@ -147,18 +148,21 @@ def split_documents(hashes: dict[str, str], split: Split, seed: int) -> dict[str
 
 
 def rank_questions(
-    document: Document, rank: RankDocument, first: int, irrelevant: int
+    document: Document, shown: Sequence[Page], rank: RankDocument, first: int, irrelevant: int
 ) -> Iterator[RankedQuestion]:
     """The questions of a document with the first `first` pages of each ranking, every relevant page, and at least
     `irrelevant` of the best irrelevant ones, as far as there are so many.
+
+    `shown`: the pages of the document with image paths for the files that will name them.
     """
+    images = {page.page: page.image for page in shown}
     for question, ranked in zip(document.questions, rank(document), strict=True):
         order = [page.id for page, _ in ranked]
         reach = max(first, irrelevant + len(question.positives))
         yield RankedQuestion(
             question=question,
             ranked=tuple(
-                Candidate(doc_name=page.doc_name, page=page.page, image=page.image, score=score)
+                Candidate(doc_name=page.doc_name, page=page.page, image=images[page.page], score=score)
                 for i, (page, score) in enumerate(ranked)
                 if i < reach or page.id in question.positives
             ),
@@ -230,8 +234,7 @@ def read_and_rank(config: CandidatesStage, read: Iterable[Document], rank: RankD
             for page in pages:
                 pages_file.write(page.model_dump_json() + "\n")
                 tally.pages_without_text += not page.text.strip()
-            shown = dataclasses.replace(document, pages=pages)
-            for ranked in rank_questions(shown, rank, first, config.policy.reach(n)):
+            for ranked in rank_questions(document, pages, rank, first, config.policy.reach(n)):
                 ranked_file.write(ranked.model_dump_json() + "\n")
                 positives = set(ranked.question.positives)
                 tally.eligible += any(candidate.id in positives for candidate in ranked.ranked[:n])
@@ -329,8 +332,8 @@ def main(config: CandidatesStage) -> None:
     write_manifest(out, stage="candidates", config=config.model_dump(mode="json"), inputs=inputs, counts=counts)
     print(
         f"candidates: {', '.join(f'{split} {n}' for split, n in kept.items())} questions of "
-        f"{len(tally.documents)} documents, {pages} pages ({tally.pages_without_text} without text); {len(skipped)} "
-        f"left out (skipped.jsonl); first stage recall@1 {results['micro']['recall@1']:.3f}; in {out}"
+        f"{len(tally.documents)} documents, {pages} pages ({tally.pages_without_text} without text); "
+        f"{len(skipped)} left out (skipped.jsonl); first stage recall@1 {results['micro']['recall@1']:.3f}; in {out}"
     )
 
 

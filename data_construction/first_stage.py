@@ -1,19 +1,21 @@
 """First-stage retrieval: the pages of a question's own document, best first.
 
-Two ways (config group `retriever`): BM25 over page text, built in; or the scores of any other retriever, from
-files (`score_files.py`). MMDocIR retrieves pages within a document, so each document is its own index.
+Three ways (config group `retriever`): BM25 over page text, built in; a visual retriever (`dense.py`); or the
+scores of any other, from files (`score_files.py`). MMDocIR retrieves pages within a document, so each document is
+its own index.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import bm25s
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_construction.corpus.documents import Document
+from data_construction.dense import Dense, open_dense
 from data_construction.score_files import read_scores, score_files
 from mmr5_train.ranking.files import InputError
 from mmr5_train.ranking.records import Page, Question, Skipped
@@ -26,7 +28,7 @@ RankDocument = Callable[[Document], list[Ranked]]
 
 
 class Retriever(BaseModel):
-    """Config group `retriever`."""
+    """Config group `retriever`: BM25, or scores from files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,13 +51,26 @@ class Retriever(BaseModel):
         return [] if self.file is None else score_files(self.file)
 
 
-def open_retriever(retriever: Retriever, questions: Sequence[Question], skipped: list[Skipped]) -> RankDocument:
+RetrieverConfig = Annotated[Retriever | Dense, Field(discriminator="name")]
+
+
+def open_retriever(
+    retriever: RetrieverConfig, questions: Sequence[Question], skipped: list[Skipped]
+) -> RankDocument:
     """The first stage for these questions. Reads score files whole, so that their mistakes show at once."""
+    if isinstance(retriever, Dense):
+        score = open_dense(retriever)
+        return lambda document: [best_first(document.pages, scores) for scores in score(document)]
     if retriever.file is None:
         return rank_by_bm25
     path = retriever.file
     scores = read_scores(path, questions, skipped)
     return lambda document: rank_by_scores(path, scores, document)
+
+
+def best_first(pages: Sequence[Page], scores: Sequence[float]) -> Ranked:
+    """Pages with their scores, equal scores in page order."""
+    return sorted(zip(pages, scores, strict=True), key=lambda pair: -pair[1])
 
 
 def rank_by_bm25(document: Document) -> list[Ranked]:
@@ -98,6 +113,6 @@ def rank_by_scores(path: Path, scores: dict[str, dict[int, float]], document: Do
                     f"{path}: scores page {page} for {question.query_id}, but {document.doc_name} has "
                     f"{document.n_pages} pages, counted from 0"
                 )
-        scored = [(page, of_pages[page.page]) for page in document.pages if page.page in of_pages]
-        rankings.append(sorted(scored, key=lambda pair: -pair[1]))
+        scored = [page for page in document.pages if page.page in of_pages]
+        rankings.append(best_first(scored, [of_pages[page.page] for page in scored]))
     return rankings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -94,7 +95,7 @@ def read_records(path: Path, kind: type[RecordT], unique: str | None = "query_id
 
 @contextmanager
 def whole_file(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO[Any]]:
-    """A file that appears under its name only when the block ends without an error.
+    """A file that appears under its name only when the block ends without an error. A full disk is an `InputError`.
 
     Without `sync` it may be lost or cut off if the machine stops within seconds: for the many small files of a
     cache, where waiting for the disk takes longer than making them.
@@ -108,6 +109,12 @@ def whole_file(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO[An
             if sync:
                 os.fsync(stream.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(
+                f"{path}: the disk is full; free some space or write elsewhere, and run it again"
+            ) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -330,10 +330,11 @@ def main(config: CandidatesStage) -> None:
     }
     inputs = [path for path in sources if path.is_file()]
     write_manifest(out, stage="candidates", config=config.model_dump(mode="json"), inputs=inputs, counts=counts)
+    sizes = ", ".join(f"{split} {n}" for split, n in kept.items())
     print(
-        f"candidates: {', '.join(f'{split} {n}' for split, n in kept.items())} questions of "
-        f"{len(tally.documents)} documents, {pages} pages ({tally.pages_without_text} without text); "
-        f"{len(skipped)} left out (skipped.jsonl); first stage recall@1 {results['micro']['recall@1']:.3f}; in {out}"
+        f"candidates: {sizes} questions of {len(tally.documents)} documents, {pages} pages "
+        f"({tally.pages_without_text} without text); {len(skipped)} left out (skipped.jsonl); first stage "
+        f"recall@1 {results['micro']['recall@1']:.3f}; in {out}"
     )
 
 

@@ -95,10 +95,10 @@ def read_records(path: Path, kind: type[RecordT], unique: str | None = "query_id
 
 @contextmanager
 def whole_file(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO[Any]]:
-    """A file that appears under its name only when the block ends without an error. A full disk is an `InputError`.
+    """A file that appears under its name only when the block ends without an error.
 
     Without `sync` it may be lost or cut off if the machine stops within seconds: for the many small files of a
-    cache, where waiting for the disk takes longer than making them.
+    cache, where waiting for the disk takes longer than making them. Raises `InputError` where the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -111,9 +111,7 @@ def whole_file(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO[An
         temporary.replace(path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(
-                f"{path}: the disk is full; free some space or write elsewhere, and run it again"
-            ) from None
+            raise InputError(f"{path}: the disk is full; free some space, or write elsewhere") from None
         raise
     finally:
         temporary.unlink(missing_ok=True)

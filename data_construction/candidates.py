@@ -156,15 +156,16 @@ def rank_questions(
     `shown`: the pages of the document with image paths for the files that will name them.
     """
     images = {page.page: page.image for page in shown}
+    ids = {page.page: page.id for page in shown}
     for question, ranked in zip(document.questions, rank(document), strict=True):
-        order = [page.id for page, _ in ranked]
+        order = [ids[page.page] for page, _ in ranked]
         reach = max(first, irrelevant + len(question.positives))
         yield RankedQuestion(
             question=question,
             ranked=tuple(
                 Candidate(doc_name=page.doc_name, page=page.page, image=images[page.page], score=score)
                 for i, (page, score) in enumerate(ranked)
-                if i < reach or page.id in question.positives
+                if i < reach or ids[page.page] in question.positives
             ),
             recall=tuple(recall_at_k(order, question.positives, k) for k in FIRST_STAGE_KS),
         )

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from made_corpus import (
+    image_bytes,
     line,
     page_row,
     question,
@@ -267,8 +268,11 @@ def test_a_page_parquet(tmp_path: Path) -> None:
 def training_set(tmp_path: Path) -> Path:
     """Two subsets with the same query ids: a document of eight pages each, every page with its own word."""
     folder = tmp_path / "training"
-    for subset in ("DUDE", "Wiki-ss"):
-        rows = [train_page("fruit", i, f"{subset} page on {word}") for i, word in enumerate((*WORDS, "nuts"))]
+    for subset, red in (("DUDE", 0), ("Wiki-ss", 200)):
+        rows = [
+            train_page("fruit", i, f"{subset} page on {word}", image_bytes(f"rgb({red}, 0, {20 * i})"))
+            for i, word in enumerate((*WORDS, "nuts"))
+        ]
         lines = [train_line(i, f"Where are the {word}?", ("fruit", i)) for i, word in enumerate(WORDS)]
         write_subset(folder, subset, rows, lines, struct=subset == "DUDE")
     return folder

@@ -47,6 +47,8 @@ class HubRequest(BaseHTTPRequestHandler):
         name = self.path.partition(f"/resolve/{COMMIT}/")[2]
         if self.path.startswith(f"/api/datasets/{NAME}/revision/"):
             self.send(json.dumps(self.info()).encode(), body, {"Content-Type": "application/json"})
+        elif self.path.startswith(f"/api/datasets/{NAME}/tree/{COMMIT}"):
+            self.send(json.dumps(self.tree()).encode(), body, {"Content-Type": "application/json"})
         elif name in self.server.files:
             if body:
                 self.server.sent.append(name)
@@ -66,22 +68,16 @@ class HubRequest(BaseHTTPRequestHandler):
     def sha256(self, name: str) -> str:
         return self.server.told.get(name) or hashlib.sha256(self.server.files[name]).hexdigest()
 
+    def tree(self) -> list[dict[str, Any]]:
+        files = self.server.files.items()
+        return [{"type": "file", "oid": "1", "path": name, "size": len(data)} for name, data in files]
+
     def info(self) -> dict[str, Any]:
         siblings = []
         for name, data in self.server.files.items():
             lfs = {"sha256": self.sha256(name), "size": len(data), "pointerSize": 130}
-            siblings.append(
-                {"rfilename": name, "size": len(data), "blobId": "1"} | ({"lfs": lfs} if "." in name else {})
-            )
-        return {
-            "_id": "1",
-            "id": NAME,
-            "sha": COMMIT,
-            "siblings": siblings,
-            "private": False,
-            "downloads": 0,
-            "tags": [],
-        }
+            siblings.append({"rfilename": name, "size": len(data), "blobId": "1", "lfs": lfs})
+        return {"_id": "1", "id": NAME, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
 
 
 @pytest.fixture
@@ -90,7 +86,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}"
+    template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield server

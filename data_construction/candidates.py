@@ -35,9 +35,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tqdm import tqdm
 
-from data_construction.corpus.documents import Annotation, Document, skip_document
+from data_construction.corpus.documents import Document
 from data_construction.corpus.reading import CorpusConfig, read_asked, read_corpus
-from data_construction.exclusion import Excluded, plain_name, read_excluded
+from data_construction.exclusion import REASONS, exclude_contents, exclude_names, read_excluded
 from data_construction.first_stage import RankDocument, RetrieverConfig, open_retriever
 from data_construction.policy import Policy, choose
 from mmr5_train.config import StageConfig, run_stage
@@ -63,8 +63,6 @@ from mmr5_train.ranking.records import (
 )
 
 FIRST_STAGE_KS = (1, 3, 5, 10, 20)
-SAME_NAME = "kept for evaluation: the same name"
-SAME_CONTENT = "kept for evaluation: the same content"
 
 SplitName = Literal["train", "select", "heldout"]
 
@@ -172,7 +170,7 @@ def rank_questions(
 
 
 def make_task(
-    question: Question, candidates: tuple[Candidate, ...], asked_for: int, complete: bool, keep_missed: bool
+    question: Question, candidates: tuple[Candidate, ...], asked_for: int, *, complete: bool, keep_missed: bool
 ) -> RankingTask | Skipped:
     """The task of a question with these candidates, or why it is left out.
 
@@ -264,27 +262,6 @@ def write_splits(
     return kept
 
 
-def exclude_names(asked: list[Annotation], excluded: Excluded, skipped: list[Skipped]) -> list[Annotation]:
-    """The documents whose names are not excluded; the others go to `skipped`, before a page of them is read."""
-    kept = []
-    for annotation in asked:
-        if plain_name(annotation.doc_name) in excluded.names:
-            skip_document(annotation, Path(annotation.doc_name), "exclude names it", skipped, SAME_NAME)
-        else:
-            kept.append(annotation)
-    return kept
-
-
-def exclude_contents(read: Iterable[Document], excluded: Excluded, skipped: list[Skipped]) -> Iterator[Document]:
-    """The documents whose content is not excluded; the others go to `skipped`."""
-    for document in read:
-        if document.sha256 not in excluded.hashes:
-            yield document
-            continue
-        annotation = Annotation(document.doc_name, document.domain, document.questions)
-        skip_document(annotation, Path(document.doc_name), f"sha256 {document.sha256}", skipped, SAME_CONTENT)
-
-
 def _nothing_left(source: Path, skipped: Sequence[Skipped]) -> InputError:
     """What to say where not one question can be used: every reason with its count, and the first case."""
     reasons = Counter(skip.reason for skip in skipped).most_common()
@@ -321,8 +298,7 @@ def main(config: CandidatesStage) -> None:
         "documents_equal_to_another": len(hashes) - len(set(hashes.values())),
         "documents_by_split": dict(Counter(placed[document.doc_name] for document in tally.documents)),
         "documents_excluded": {
-            reason: sum(skip.reason == reason and skip.query_id is None for skip in skipped)
-            for reason in (SAME_NAME, SAME_CONTENT)
+            reason: sum(skip.reason == reason and skip.query_id is None for skip in skipped) for reason in REASONS
         },
         "pages": pages,
         "pages_without_text": tally.pages_without_text,

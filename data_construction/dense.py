@@ -79,7 +79,7 @@ def load_encoder(config: Dense) -> Encoder:
 
     options = {"batch_size": config.batch_size, "convert_to_numpy": True, "show_progress_bar": False}
     return Encoder(
-        pages=lambda paths: vectors(model.encode_document([str(path) for path in paths], **options)),
+        pages=lambda paths: vectors(model.encode_document([{"image": str(path)} for path in paths], **options)),
         questions=lambda texts: vectors(model.encode_query(list(texts), **options)),
     )
 

@@ -8,14 +8,19 @@ the PDF files are equal, or where both come from parquets with the same page ima
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from data_construction.corpus.documents import Annotation, Document, skip_document
 from mmr5_train.ranking.files import InputError, read_json_lines, validation_message
+from mmr5_train.ranking.records import Skipped
 
+SAME_NAME = "kept for evaluation: the same name"
+SAME_CONTENT = "kept for evaluation: the same content"
+REASONS = (SAME_NAME, SAME_CONTENT)
 _ARXIV_VERSION = re.compile(r"(\d{4}\.\d{4,5})v\d+")
 
 
@@ -60,3 +65,24 @@ def read_excluded(paths: Iterable[Path]) -> Excluded:
                 names.add(plain_name(line.doc_name))
                 hashes.update([line.sha256] if line.sha256 else [])
     return Excluded(frozenset(names), frozenset(hashes))
+
+
+def exclude_names(asked: list[Annotation], excluded: Excluded, skipped: list[Skipped]) -> list[Annotation]:
+    """The documents whose names are not excluded; the others go to `skipped`, before a page of them is read."""
+    kept = []
+    for annotation in asked:
+        if plain_name(annotation.doc_name) in excluded.names:
+            skip_document(annotation, Path(annotation.doc_name), "exclude names it", skipped, SAME_NAME)
+        else:
+            kept.append(annotation)
+    return kept
+
+
+def exclude_contents(read: Iterable[Document], excluded: Excluded, skipped: list[Skipped]) -> Iterator[Document]:
+    """The documents whose content is not excluded; the others go to `skipped`."""
+    for document in read:
+        if document.sha256 not in excluded.hashes:
+            yield document
+            continue
+        annotation = Annotation(document.doc_name, document.domain, document.questions)
+        skip_document(annotation, Path(document.doc_name), f"sha256 {document.sha256}", skipped, SAME_CONTENT)

@@ -16,9 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-import httpx
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError  # of the HTTP library that this version of the hub's uses
 from huggingface_hub.hf_api import RepoSibling
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -76,7 +75,7 @@ def main(config: Download) -> None:
         hub.snapshot_download(
             name, repo_type="dataset", revision=info.sha, local_dir=config.out, allow_patterns=paths
         )
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"{name}: can't be downloaded ({reason}); what has arrived is kept: run it again to continue"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -137,7 +138,12 @@ def test_what_the_hub_lacks_is_named(tmp_path: Path, hub: Hub) -> None:
         main(config(tmp_path, "dataset=train", "subsets=[DUDE]"))
 
 
-def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+    with pytest.raises(InputError, match=r"can't be downloaded \(.*run it again"):
+        main(config(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match=r"can't be downloaded \(.*offline.*run it again"):
         main(config(tmp_path))

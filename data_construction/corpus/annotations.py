@@ -7,21 +7,22 @@ https://github.com/MMDocRAG/MMDocIR, dataset/README.md (facts only).
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from data_construction.corpus.documents import Annotation
 from mmr5_train.ranking.files import InputError, read_json_lines, validation_message
 from mmr5_train.ranking.records import PageId, Question, Skipped
 
 
 class Corpus(BaseModel):
-    """Config group `corpus`: where documents and questions are, and how pages become pictures."""
+    """Config group `corpus`: documents and questions in MMDocIR's evaluation format."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    format: Literal["mmdocir"] = "mmdocir"
     folder: Path
     annotations: str = Field(default="MMDocIR_annotations.jsonl", description="file in `folder`")
     pages: str = Field(description="in `folder`: the page parquet, or the folder of PDFs")
@@ -38,24 +39,10 @@ class Corpus(BaseModel):
     def pages_path(self) -> Path:
         return self.folder / self.pages
 
-
-@dataclass(frozen=True)
-class Annotation:
-    """A line of the annotations: a document, and its questions that can be understood."""
-
-    doc_name: str
-    domain: str
-    rows: tuple[int, int] | None  # first and last row in the benchmark's full page table, inclusive
-    questions: tuple[Question, ...]
-
     @property
-    def stem(self) -> str:
-        """The name the parquet uses."""
-        return self.doc_name.removesuffix(".pdf")
-
-    @property
-    def n_pages(self) -> int | None:
-        return None if self.rows is None else self.rows[1] - self.rows[0] + 1
+    def inputs(self) -> list[Path]:
+        """The files whose hashes stand in the manifest."""
+        return [path for path in (self.annotations_path, self.pages_path) if path.is_file()]
 
 
 class _Line(BaseModel):
@@ -122,7 +109,7 @@ def read_annotations(corpus: Corpus, skipped: list[Skipped]) -> list[Annotation]
             skipped.append(Skipped(file=str(path), reason="duplicate line", detail=detail))
             continue
         seen[stem] = (number, value)
-        annotations.append(Annotation(line.doc_name, line.domain, rows, _read_questions(line, skipped)))
+        annotations.append(Annotation(line.doc_name, line.domain, _read_questions(line, skipped), rows))
     if not annotations:
         raise InputError(f"{path}: holds no document")
     return annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -97,7 +98,7 @@ def whole_file(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO[An
     """A file that appears under its name only when the block ends without an error.
 
     Without `sync` it may be lost or cut off if the machine stops within seconds: for the many small files of a
-    cache, where waiting for the disk takes longer than making them.
+    cache, where waiting for the disk takes longer than making them. Raises `InputError` where the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -108,6 +109,10 @@ def whole_file(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO[An
             if sync:
                 os.fsync(stream.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"{path}: the disk is full; free some space, or write elsewhere") from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Small corpora in MMDocIR's format: PDFs with a text layer, and the page parquet."""
+"""Small corpora in MMDocIR's formats: PDFs with a text layer, the page parquet, and the training set."""
 
 from __future__ import annotations
 
@@ -89,3 +89,50 @@ def write_lines(folder: Path, *lines: dict[str, Any] | str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     written = [value if isinstance(value, str) else json.dumps(value) for value in lines]
     (folder / "MMDocIR_annotations.jsonl").write_text("\n".join(written) + "\n")
+
+
+# The training set.
+
+LAYOUT = pa.struct([("type", pa.string()), ("bbox", pa.list_(pa.float64())), ("text", pa.string())])
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def train_page(file_name: str, page: Any, text: str = "", image: Any = None) -> dict[str, Any]:
+    """A row of a subset's parquet, one layout a line of `text`. No two pages look alike."""
+    shade = sum(f"{file_name}{page}".encode())
+    layouts = [{"type": "text", "bbox": [0.0, 0.0, 60.0, 8.0], "text": line} for line in text.split("\n")]
+    return {
+        "file_name": file_name,
+        "page": page,
+        "domain": "Research report",
+        "image": image_bytes(f"rgb({shade % 256}, {shade // 256}, 90)") if image is None else image,
+        "page_size": [60.0, 80.0],
+        "layouts": layouts,
+    }
+
+
+def train_line(query_id: Any, query: str, *positives: tuple[str, Any]) -> dict[str, Any]:
+    passages = [{"doc_name": name, "page_id": page} for name, page in positives]
+    negative = [{"doc_name": "another document", "page_id": 0}]
+    return {"query_id": query_id, "query": query, "positive_passages": passages, "negative_passages": negative}
+
+
+def write_subset(
+    folder: Path,
+    subset: str,
+    rows: Sequence[dict[str, Any]],
+    lines: Sequence[dict[str, Any] | str],
+    struct: bool = False,
+    rows_a_group: int = 4,
+) -> None:
+    """A subset of the training set. `struct`: images stand in a struct with `bytes`, as `datasets` writes them."""
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+    if struct:
+        columns["image"] = pa.array([{"bytes": data, "path": None} for data in columns["image"]], IMAGE)
+    columns["layouts"] = pa.array(columns["layouts"], pa.list_(LAYOUT))
+    (folder / "parquet").mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), folder / f"parquet/{subset}_filter.parquet", row_group_size=rows_a_group)
+    questions = folder / f"annotations_top1_negative/{subset}_train.jsonl"
+    questions.parent.mkdir(exist_ok=True)
+    written = [value if isinstance(value, str) else json.dumps(value) for value in lines]
+    questions.write_text("\n".join(written) + "\n")

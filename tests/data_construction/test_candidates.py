@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import shutil
@@ -13,10 +15,23 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_corpus import line, page_row, question, write_lines, write_parquet, write_pdf
+from made_corpus import (
+    image_bytes,
+    line,
+    page_row,
+    question,
+    train_line,
+    train_page,
+    write_lines,
+    write_parquet,
+    write_pdf,
+    write_subset,
+)
 
 from data_construction.candidates import CandidatesStage, Split, main, split_documents
 from data_construction.corpus.annotations import Corpus
+from data_construction.corpus.training_set import TrainingSet
+from data_construction.dense import Dense
 from mmr5_train.config import compose_stage, validate
 from mmr5_train.ranking.files import InputError, read_manifest, read_records
 from mmr5_train.ranking.records import SPLITS, Page, RankingTask, Skipped, SplitDocument
@@ -28,6 +43,7 @@ WORDS = ("apples", "pears", "plums", "grapes", "figs", "dates", "limes")
 
 def run(folder: Path, name: str = "data", pages: str = "documents", **more: Any) -> Path:
     corpus = {
+        "format": "mmdocir",
         "folder": folder,
         "pages": pages,
         "descriptions": False,
@@ -248,6 +264,124 @@ def test_a_page_parquet(tmp_path: Path) -> None:
     assert str(tmp_path / "pages.parquet") in read_manifest(out)["inputs"]
 
 
+@pytest.fixture
+def training_set(tmp_path: Path) -> Path:
+    """Two subsets with the same query ids: a document of eight pages each, every page with its own word."""
+    folder = tmp_path / "training"
+    for subset, red in (("DUDE", 0), ("Wiki-ss", 200)):
+        rows = [
+            train_page("fruit", i, f"{subset} page on {word}", image_bytes(f"rgb({red}, 0, {20 * i})"))
+            for i, word in enumerate((*WORDS, "nuts"))
+        ]
+        lines = [train_line(i, f"Where are the {word}?", ("fruit", i)) for i, word in enumerate(WORDS)]
+        write_subset(folder, subset, rows, lines, struct=subset == "DUDE")
+    return folder
+
+
+def run_training(folder: Path, name: str = "data", **more: Any) -> Path:
+    corpus = {"format": "mmdocir_train", "subsets": ["DUDE", "Wiki-ss"], "folder": folder}
+    corpus["page_cache"] = folder / "cache"
+    return run(folder, name, **({"corpus": corpus, "split": ALL_TRAIN, "candidates": 5} | more))
+
+
+def test_the_training_set_gives_tasks(training_set: Path) -> None:
+    out = run_training(training_set)
+    tasks = read_records(out / "train.jsonl", RankingTask)
+    assert [task.query_id for task in tasks] == [
+        f"{subset}/{i}" for subset in ("DUDE", "Wiki-ss") for i in range(7)
+    ]
+    assert [str(task.candidates[0].id) for task in tasks[:2]] == ["DUDE/fruit#0", "DUDE/fruit#1"]
+    assert {task.domain for task in tasks} == {"DUDE", "Wiki-ss"}
+    assert all((out / candidate.image).is_file() for candidate in tasks[0].candidates)
+    manifest = read_manifest(out)
+    assert manifest["counts"]["pages"] == 16
+    assert len(manifest["inputs"]) == 2
+    assert not (out / ".ranked.jsonl").exists()
+
+
+def test_the_score_json_of_a_released_pipeline(training_set: Path) -> None:
+    """The worst order: the relevant page last. The candidate rule decides what becomes of it."""
+    for subset in ("DUDE", "Wiki-ss"):
+        scores = {
+            str(i): [
+                {
+                    "image_path": f"img/fruit_{page}.jpg",
+                    "query": "Where?",
+                    "tag": "positive" if page == i else "negative",
+                    "score": -1 if page == i else page,
+                }
+                for page in range(8)
+            ]
+            for i in range(7)
+        }
+        (training_set / f"scores/{subset}.json").parent.mkdir(exist_ok=True)
+        (training_set / f"scores/{subset}.json").write_text(json.dumps(scores))
+    scored = {"retriever": {"name": "scores", "file": training_set / "scores"}, "candidates": 3}
+    with_gold = {"all_relevant": {"rule": "all_relevant"}, "inserted": {"insert_missed": True}}
+    for name, policy in with_gold.items():
+        out = run_training(training_set, name, policy=policy, **scored)
+        first = read_records(out / "train.jsonl", RankingTask)[0]
+        assert [candidate.page for candidate in first.candidates] == [7, 6, 0]
+        assert [candidate.score for candidate in first.candidates] == [7, 6, -1]
+    out = run_training(training_set, "top", **scored)
+    assert (out / "train.jsonl").read_text() == ""
+    select = {"train": 0, "select": 1, "heldout": 0}
+    out = run_training(training_set, "select", policy={"insert_missed": True}, **scored | {"split": select})
+    assert (out / "select.jsonl").read_text() == ""  # GRPO sees what a first stage would show
+    heldout = run_training(
+        training_set, "heldout", policy={"rule": "all_relevant"}, **scored | {"split": ALL_HELDOUT}
+    )
+    assert [c.page for c in read_records(heldout / "heldout.jsonl", RankingTask)[0].candidates] == [7, 6, 5]
+    assert len(read_manifest(out)["inputs"]) == 4
+
+
+def test_documents_kept_for_evaluation_are_left_out(training_set: Path, orchard: Path) -> None:
+    heldout = run_training(training_set, "heldout", split=ALL_HELDOUT)
+    lines = (heldout / "documents.jsonl").read_text().splitlines()
+    renamed = json.loads(lines[0]) | {"doc_name": "another name.pdf"}
+    (training_set / "by_content.jsonl").write_text(json.dumps(renamed) + "\n")
+    out = run_training(training_set, "kept", exclude=[training_set / "by_content.jsonl"])
+    tasks = read_records(out / "train.jsonl", RankingTask)
+    assert {task.domain for task in tasks} == {"Wiki-ss"}
+    assert {page.doc_name for page in read_records(out / "pages.jsonl", Page, unique="id")} == {"Wiki-ss/fruit"}
+    counts = read_manifest(out)["counts"]
+    assert list(counts["documents_excluded"].values()) == [0, 1]
+    assert counts["skipped"] == {"kept for evaluation: the same content": 8}  # the document and its questions
+    with pytest.raises(
+        InputError, match=r"not one question can be used: kept for evaluation: the same name \(16\)"
+    ):
+        run_training(training_set, "none", exclude=[orchard / "MMDocIR_annotations.jsonl"])
+
+
+def test_own_documents_from_the_command_line(tmp_path: Path) -> None:
+    write_pdf(tmp_path / "pdfs/fruit.pdf", [f"A page about {word}" for word in WORDS])
+    (tmp_path / "q.csv").write_text("question,document,pages\nWhere are the pears?,fruit.pdf,2\n")
+    choices = ["corpus=pdf_folder", f"corpus.folder={tmp_path}/pdfs", f"corpus.questions={tmp_path}/q.csv"]
+    choices += [
+        f"corpus.page_cache={tmp_path}/cache",
+        f"out={tmp_path}/data",
+        "split={train:0,select:0,heldout:1}",
+    ]
+    main(compose_stage(CandidatesStage, "candidates", choices))
+    (task,) = read_records(tmp_path / "data/heldout.jsonl", RankingTask)
+    assert task.query_id == "fruit.pdf/2"
+    assert task.candidates[0].page == task.positives[0].page == 1
+    assert list(read_manifest(tmp_path / "data")["inputs"]) == [str(tmp_path / "q.csv")]
+
+
+def test_a_full_disk_is_said_and_the_pictures_stay(orchard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    calls, sync = itertools.count(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: full(file) if next(calls) else sync(file))  # after the first one
+    with pytest.raises(InputError, match=r"jsonl: the disk is full; free some space"):
+        run(orchard)
+    assert len(list((orchard / "cache").rglob("*.jpg"))) == 9
+    monkeypatch.undo()
+    assert run(orchard, overwrite=True).is_dir()
+
+
 def test_the_command_line(orchard: Path) -> None:
     command = [
         sys.executable,
@@ -263,12 +397,16 @@ def test_the_command_line(orchard: Path) -> None:
 
 
 def test_the_configured_choices_compose() -> None:
-    for name in ("synthetic", "mmdocir", "mmdocir_pdf"):
+    for name in ("synthetic", "mmdocir", "mmdocir_pdf", "mmdocir_train"):
         config = compose_stage(CandidatesStage, "candidates", [f"corpus={name}"])
-        assert isinstance(config.corpus, Corpus)
+        assert isinstance(config.corpus, TrainingSet if name == "mmdocir_train" else Corpus)
         assert config.corpus.max_side == 1024
+    with pytest.raises(InputError, match=r"no value for corpus.folder, corpus.questions"):
+        compose_stage(CandidatesStage, "candidates", ["corpus=pdf_folder"])
+    dense = compose_stage(CandidatesStage, "candidates", ["retriever=dense"]).retriever
+    assert isinstance(dense, Dense)
     scores = compose_stage(CandidatesStage, "candidates", ["retriever=scores", "retriever.file=a.trec"])
-    assert scores.retriever.file == Path("a.trec")
+    assert scores.retriever.inputs == [Path("a.trec")]
 
 
 # Micro and macro recall of BM25 that the benchmark's own metric code gives on the slice.
@@ -278,6 +416,7 @@ SLICE_MACRO = {1: 0.2842, 3: 0.4425, 5: 0.5266, 10: 0.6407, 20: 0.9195}
 
 def test_bm25_on_the_real_slice(slice_folder: Path, tmp_path: Path) -> None:
     corpus = {
+        "format": "mmdocir",
         "folder": slice_folder,
         "pages": "documents",
         "descriptions": False,

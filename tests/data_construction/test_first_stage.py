@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data_construction.corpus.mmdocir import Document
+from data_construction.corpus.documents import Document
 from data_construction.first_stage import Retriever, open_retriever, rank_by_bm25
 from mmr5_train.ranking.files import InputError
 from mmr5_train.ranking.records import Page, PageId, Question, Skipped
@@ -164,8 +164,10 @@ def test_files_that_are_absent_or_of_another_kind(tmp_path: Path) -> None:
     for name in ("s.jsonl", "s.trec"):
         with pytest.raises(InputError, match="no such file"):
             scored(tmp_path / name, asked("q"))
-    with pytest.raises(InputError, match=r"s.json: the name must end in .jsonl .* or in .trec, .run, .txt"):
-        scored(tmp_path / "s.json", asked("q"))
+    with pytest.raises(
+        InputError, match=r"s.csv: the name must end in .jsonl .* in .trec, .run, .txt .* or in .json"
+    ):
+        scored(tmp_path / "s.csv", asked("q"))
 
 
 def test_the_retriever_and_its_file_must_fit() -> None:

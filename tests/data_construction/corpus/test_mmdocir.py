@@ -11,7 +11,8 @@ import pytest
 from made_corpus import image_bytes, line, page_row, question, write_lines, write_parquet, write_pdf
 
 from data_construction.corpus.annotations import Corpus, read_annotations
-from data_construction.corpus.mmdocir import Document, read_documents
+from data_construction.corpus.documents import Document
+from data_construction.corpus.mmdocir import read_documents
 from mmr5_train.ranking.files import InputError
 from mmr5_train.ranking.records import Skipped
 

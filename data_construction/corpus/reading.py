@@ -1,0 +1,38 @@
+"""The choices of the config group `corpus`, and the reader of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field
+
+from data_construction.corpus.annotations import Corpus, read_annotations
+from data_construction.corpus.documents import Annotation, Document
+from data_construction.corpus.mmdocir import read_documents
+from data_construction.corpus.page_cache import PageCache
+from data_construction.corpus.pdf_folder import PdfFolder, read_own_questions
+from data_construction.corpus.pdfs import read_pdf_documents
+from data_construction.corpus.training_set import TrainingSet, read_questions, read_training_documents
+from mmr5_train.ranking.records import Skipped
+
+CorpusConfig = Annotated[Corpus | TrainingSet | PdfFolder, Field(discriminator="format")]
+
+
+def read_asked(corpus: CorpusConfig, seed: int, skipped: list[Skipped]) -> list[Annotation]:
+    """The documents of a corpus with the questions about them, before any page is read."""
+    if isinstance(corpus, TrainingSet):
+        return read_questions(corpus, seed, skipped)
+    if isinstance(corpus, PdfFolder):
+        return read_own_questions(corpus, skipped)
+    return read_annotations(corpus, skipped)
+
+
+def read_corpus(corpus: CorpusConfig, asked: list[Annotation], skipped: list[Skipped]) -> Iterator[Document]:
+    """The same documents with their pages, one after the other. Raises `InputError` at once for unusable pages."""
+    if isinstance(corpus, TrainingSet):
+        return read_training_documents(corpus, asked, skipped)
+    if isinstance(corpus, PdfFolder):
+        cache = PageCache(corpus.page_cache, corpus.dpi, corpus.max_side)
+        return read_pdf_documents(corpus.folder, cache, asked, skipped)
+    return read_documents(corpus, asked, skipped)

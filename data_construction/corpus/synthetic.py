@@ -80,13 +80,13 @@ class SyntheticDocument:
     questions: tuple[dict[str, Any], ...]  # as in the annotations file
 
 
-def make_section(rng: random.Random, size: int) -> list[tuple[str, str]]:
+def make_section(rng: random.Random, size: int, two_relevant: float) -> list[tuple[str, str]]:
     """(colour, kind) of each page of a section; each shares exactly one of the two with some other page."""
     colors, kinds = rng.sample(COLORS, 3), rng.sample(KINDS, 2)
     grid = [(color, kind) for color in colors for kind in kinds]
     rng.shuffle(grid)
     shown = grid[:size]
-    if rng.random() < TWO_RELEVANT:
+    if rng.random() < two_relevant:
         shown[-1] = shown[0]
     rng.shuffle(shown)
     for i, (color, kind) in enumerate(shown):
@@ -96,7 +96,7 @@ def make_section(rng: random.Random, size: int) -> list[tuple[str, str]]:
     return shown
 
 
-def make_document(index: int, seed: int) -> SyntheticDocument:
+def make_document(index: int, seed: int, two_relevant: float = TWO_RELEVANT) -> SyntheticDocument:
     """Document number `index`: the same for the same seed, whatever else is made."""
     rng = random.Random(f"{seed}/{index}")
     organisation, domain = rng.choice(ORGANISATIONS), rng.choice(DOMAINS)
@@ -105,7 +105,7 @@ def make_document(index: int, seed: int) -> SyntheticDocument:
     questions: list[dict[str, Any]] = []
     for topic in topics:
         first = len(pages)
-        section = make_section(rng, rng.choice(SECTION_SIZES))
+        section = make_section(rng, rng.choice(SECTION_SIZES), two_relevant)
         for color, kind in section:
             lines = [s.format(topic=topic) for s in rng.sample(SENTENCES, rng.randint(3, 5))]
             lines = [line[0].upper() + line[1:] for line in lines]

@@ -176,7 +176,7 @@ def script(text: str) -> str | None:
 
 def language(text: str) -> str | None:
     """The language whose small words a text holds: three at least, and twice as many as any other's."""
-    words = re.findall(r"[^\W\d_]+", text.lower())
+    words = re.findall(r"\b[^\W\d_]{2,}\b", text.lower())  # no single letters: they may be anything
     hits = sorted(((sum(word in own for word in words), name) for name, own in _SMALL_WORDS.items()), reverse=True)
     (most, name), (second, _) = hits[:2]
     return name if most >= 3 and most >= 2 * second else None

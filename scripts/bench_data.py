@@ -63,13 +63,14 @@ def throughput(args: argparse.Namespace) -> list[Row]:
         stage = measured(lambda: main(config))
         plain_calls = min(args.calls, 800)
         plain = measured(lambda: plain_traces(data, plain_calls // PAGES))
-    ideal = CONCURRENCY / DELAY
+        sizes = [path.stat().st_size for path in data.parent.glob("images/*")]
+    kilobytes, ideal = sum(sizes) / len(sizes) / 1000, CONCURRENCY / DELAY
     rows: list[Row] = []
     for way, calls, (seconds, cpu) in (("stage", args.calls, stage), ("plain", plain_calls, plain)):
         rate = calls / seconds
         rows.append(
-            {"kind": "throughput", "way": way, "calls": calls, "seconds": seconds, "calls_per_s": rate,
-             "share_of_ideal": rate / ideal, "cpu_ms_a_call": 1000 * cpu / calls}
+            {"kind": "throughput", "way": way, "calls": calls, "page_kilobytes": kilobytes, "seconds": seconds,
+             "calls_per_s": rate, "share_of_ideal": rate / ideal, "cpu_ms_a_call": 1000 * cpu / calls}
         )  # fmt: skip
     rows[0]["times_plain"] = rows[0]["calls_per_s"] / rows[1]["calls_per_s"]
     return rows
@@ -157,8 +158,8 @@ def make_tasks(folder: Path, questions: int, size: tuple[int, int]) -> Path:
         for number in range(10):
             image = Image.new("RGB", size, "white")
             draw = ImageDraw.Draw(image)
-            for y in range(20, size[1] - 20, 14):
-                draw.text((20, y), "".join(rng.choices("etaoin shrdlu 0123456789", k=size[0] // 7)), fill="black")
+            for y in range(20, size[1] - 20, 24):
+                draw.text((20, y), "".join(rng.choices("etaoin shrdlu 0123456789", k=size[0] // 9)), fill="black")
             file = f"images/{d}-{number}.jpg"
             image.save(folder / file, quality=90)
             pages.append(

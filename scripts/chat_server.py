@@ -3,10 +3,10 @@
     python scripts/chat_server.py --delay 0.2                  # prints its base URL
     python scripts/chat_server.py --delay 0.05 --faults 0.3    # 30 % of the calls go wrong, in six ways
 
-The answer depends on the question, the page and the label that are asked about, and on nothing else; no two are the
-same. `GET /counts` says how many requests came, how many were answered well (`answered`), how many of these answers
-were different (`distinct`), and which faults were made; `GET /answers` says how often each answer was given. It
-does as little as it can, since it shares its machine with what is measured.
+The answer depends on the question, the page and the label that are asked about, and on nothing else; no two are
+alike. `GET /counts` says how many requests came, how many were answered well (`answered`), how many of these
+answers were different (`distinct`), and which faults were made; `GET /answers` says how often each answer was
+given. It does as little as it can, since it shares its machine with what is measured.
 """
 
 from __future__ import annotations

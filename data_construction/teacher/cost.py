@@ -42,7 +42,7 @@ class Budget:
         if limit is not None and price is None:
             raise InputError(
                 f"teacher.max_cost_usd is set, but teacher.prices has no {model!r}: add its price, such as "
-                f"'teacher.prices={{\"{model}\":{{input:2.5,output:10}}}}' (dollars for a million tokens)"
+                f"'+teacher.prices={{{model}:{{input:2.5,output:10}}}}' (dollars for a million tokens)"
             )
         self._price, self._limit, self._spent = price, limit, spent
         self._set_aside = 0.0

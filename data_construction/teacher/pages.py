@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import io
+from collections import OrderedDict
 from pathlib import Path
 
 from PIL import Image
 
 from mmr5_train.ranking.files import InputError
 
+KEPT_URLS = 256  # some 100 MB at most; the questions on a page stand near each other
 _ORIENTATION = 0x0112  # Exif: how a viewer should turn the picture
+
+
+class PagePictures:
+    """What was read and encoded once, for the pages that many questions share. Raises as the functions below."""
+
+    def __init__(self, max_pixels: int) -> None:
+        self._max_pixels = max_pixels
+        self._hashes: dict[Path, str] = {}
+        self._urls: OrderedDict[Path, str] = OrderedDict()
+
+    async def hash(self, path: Path) -> str:
+        if path not in self._hashes:
+            self._hashes[path] = await asyncio.to_thread(page_hash, path)
+        return self._hashes[path]
+
+    async def url(self, path: Path) -> str:
+        if path not in self._urls:
+            self._urls[path] = await asyncio.to_thread(image_url, path, self._max_pixels)
+            if len(self._urls) > KEPT_URLS:
+                self._urls.popitem(last=False)
+        return self._urls[path]
 
 
 def page_hash(path: Path) -> str:

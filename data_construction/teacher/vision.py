@@ -12,7 +12,6 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from data_construction.teacher.calls import ChatServer, TeacherFailure
 from data_construction.teacher.cost import PIXELS_A_TOKEN, TOKENS_A_WORD, Budget, Estimate, Price, text_tokens
 from data_construction.teacher.extractive import pages_named
-from data_construction.teacher.pages import image_url, page_hash
+from data_construction.teacher.pages import PagePictures
 from data_construction.teacher.store import Answer, AnswerStore, request_key
 from mmr5_train.ranking.notes import join_notes
 from mmr5_train.ranking.prompt import THINK_CLOSE, THINK_OPEN, fill, neutral
@@ -144,9 +143,7 @@ class OpenAITeacher:
         self._slots = asyncio.Semaphore(config.concurrency)
         self._used: set[str] = set()
         self._paid = 0
-        # A page's questions stand near each other, so few pictures need be kept (some 100 MB at most).
-        self._image_url = lru_cache(maxsize=256)(image_url)
-        self._page_hash = lru_cache(maxsize=None)(page_hash)
+        self._pictures = PagePictures(config.max_pixels)
 
     async def explain(
         self, query: str, page: Page, image: Path, helps: bool, words: int, problem: str = ""
@@ -210,7 +207,7 @@ class OpenAITeacher:
     ) -> tuple[str, Answer]:
         """The key of a request and its answer. `tries` tells an answer asked for anew from the one before."""
         config = self.config
-        seen = [await asyncio.to_thread(self._page_hash, image), config.max_pixels] if image else None
+        seen = [await self._pictures.hash(image), config.max_pixels] if image else None
         key = request_key(
             {"model": self.model, "temperature": config.temperature, "limit": limit, "system": config.system,
              "text": text, "page": seen, "tries": tries}
@@ -219,7 +216,7 @@ class OpenAITeacher:
             if answer := self.store.get(key):
                 return key, answer
             async with self._slots:
-                if self.store.claim(key, 2 * config.attempts * (config.timeout + config.max_wait)):
+                if self.store.claim(key, config.attempts * (config.timeout + config.max_wait)):
                     try:
                         # Another process may have stored it between the two lines above.
                         answer = self.store.get(key) or await self._pay(key, text, limit, image, image_tokens)
@@ -230,7 +227,7 @@ class OpenAITeacher:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _pay(self, key: str, text: str, limit: int, image: Path | None, image_tokens: float) -> Answer:
-        url = await asyncio.to_thread(self._image_url, image, self.config.max_pixels) if image else None
+        url = await self._pictures.url(image) if image else None
         prompt_tokens = text_tokens(self.config.system + text) + image_tokens
 
         def keep(answer: Answer) -> Answer:
@@ -247,7 +244,7 @@ class OpenAITeacher:
             await self.budget.settle(most)
 
     def _body(self, text: str, limit: int, url: str | None) -> bytes:
-        picture = [{"type": "image_url", "image_url": {"url": url}}] if url else []
+        picture = [{"type": "image_url", "image_url": {"url": ""}}] if url else []
         request: dict[str, Any] = {
             "model": self.model,
             "messages": [
@@ -258,7 +255,10 @@ class OpenAITeacher:
         }
         if self.config.temperature is not None:
             request["temperature"] = self.config.temperature
-        return json.dumps(request).encode()
+        # The picture is set in afterwards, at the first empty url (in a text, quotes would have a backslash): to
+        # look through a megabyte for characters to escape takes as long as all the rest of a call.
+        head, mark, tail = json.dumps(request).encode().partition(b'"url": "')
+        return b"".join([head, mark, url.encode() if url else b"", tail])
 
 
 def usable(answer: Answer, words: int) -> tuple[str, str]:

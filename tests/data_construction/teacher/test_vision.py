@@ -416,23 +416,3 @@ def test_no_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_template_without_the_question_is_refused():
     with pytest.raises(InputError, match=r"can_help must hold \{query\}"):
         validate(OpenAIConfig, {**make_config().model_dump(), "can_help": "Why?"})
-
-
-def test_images_are_made_small_enough_and_white_behind(tmp_path: Path):
-    path = tmp_path / "page.png"
-    Image.new("RGBA", (400, 100), (0, 0, 0, 0)).save(path)
-    with Image.open(io.BytesIO(base64.b64decode(image_url(path, 10_000).split(",")[1]))) as seen:
-        assert seen.size == (200, 50)
-        assert seen.format == "JPEG"
-        assert seen.getpixel((9, 9)) == (255, 255, 255)
-    with Image.open(io.BytesIO(base64.b64decode(image_url(path, 50_000).split(",")[1]))) as seen:
-        assert seen.size == (400, 100)
-
-
-def test_missing_and_broken_images_are_named(tmp_path: Path, image: Path):
-    with pytest.raises(InputError, match=r"no\.jpg: no such image"):
-        image_url(tmp_path / "no.jpg", 1_000)
-    for content in (b"not a picture", image.read_bytes()[:200], b""):
-        (tmp_path / "broken.jpg").write_bytes(content)
-        with pytest.raises(InputError, match=r"broken\.jpg: not an image that can be read"):
-            image_url(tmp_path / "broken.jpg", 1_000)

@@ -65,9 +65,7 @@ class TracesStage(StageConfig):
         description="questions without a relevant candidate: left out (as in MM-R5), or explained: no page helps",
     )
     max_words: int = Field(default=40, ge=10, description="longest note; refined reasoning may have twice as many")
-    second_try: bool = Field(
-        default=False, description="ask once more for what fails a check, saying what is wrong"
-    )
+    second_try: bool = Field(default=False, description="ask again for what fails a check, saying what is wrong")
     answers: Path | None = Field(default=None, description="store of a paid teacher's answers; null: beside out")
     dry_run: bool = Field(default=False, description="print what a paid teacher will take, and stop")
 
@@ -231,9 +229,8 @@ async def make_trace(
 
     async def refine(notes: Sequence[str]) -> str:
         think = await teacher.refine(task.query, notes, positives, 2 * words)
-        if problem := mendable(
-            failed_reasoning_checks(think, task.query, seen, positives, rules), config, teacher
-        ):
+        failed = failed_reasoning_checks(think, task.query, seen, positives, rules)
+        if problem := mendable(failed, config, teacher):
             think = await teacher.refine(task.query, notes, positives, 2 * words, problem)
         return think
 

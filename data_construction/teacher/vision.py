@@ -24,7 +24,7 @@ from data_construction.teacher.pages import PagePictures
 from data_construction.teacher.store import Answer, AnswerStore, request_key
 from mmr5_train.ranking.notes import join_notes
 from mmr5_train.ranking.prompt import THINK_CLOSE, THINK_OPEN, fill, neutral
-from mmr5_train.ranking.records import LocalId, Page, PromptedTask
+from mmr5_train.ranking.records import LocalId, Page, PageId, PromptedTask
 
 PROBLEMS = {
     "empty": "was empty",
@@ -52,13 +52,9 @@ class OpenAIConfig(BaseModel):
     max_cost_usd: float | None = Field(gt=0, description="dollars that this model's answers in the store may cost")
     prices: dict[str, Price] = Field(description="dollars for a million tokens, by model")
     timeout: float = Field(gt=0, description="seconds until a request counts as lost")
-    attempts: int = Field(
-        gt=0, description="tries of a request that a passing fault stopped, or whose answer was empty"
-    )
+    attempts: int = Field(gt=0, description="tries of a request that a passing fault stopped or left empty")
     max_wait: float = Field(gt=0, description="longest pause between two tries, seconds")
-    max_tokens: int = Field(
-        gt=0, description="longest answer, a think block included; twice that when asked again"
-    )
+    max_tokens: int = Field(gt=0, description="longest answer, a think block included; twice that if asked again")
     temperature: float | None = Field(ge=0, description="null: not sent, as some models want")
     max_pixels: int = Field(ge=784, description="larger page images are made smaller")
     system: str
@@ -107,7 +103,7 @@ class OpenAIConfig(BaseModel):
         return pixels / (self.price.pixels_per_token if self.price else PIXELS_A_TOKEN)
 
     def estimate(
-        self, prompted: Sequence[PromptedTask], pages: dict[Any, Page], refine: bool, words: int
+        self, prompted: Sequence[PromptedTask], pages: dict[PageId, Page], refine: bool, words: int
     ) -> Estimate:
         """What explaining these questions will take if every answer is as long as allowed, and right at once."""
         calls = images = text = output = 0.0

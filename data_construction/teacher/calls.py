@@ -156,10 +156,11 @@ class ChatServer:
                 "the teacher did not answer", f"nothing within {self.config.timeout:g} s, {tries}"
             )
         if isinstance(error, NoCompletion):
+            said = self._plain(error)
             if self._answered:
-                return TeacherFailure("the teacher's answer was not a chat completion", f"{tries} ({error})")
+                return TeacherFailure("the teacher's answer was not a chat completion", f"{tries} ({said})")
             return InputError(
-                f"{self._server}: answers, but not with a chat completion ({error}); check that OPENAI_BASE_URL "
+                f"{self._server}: answers, but not with a chat completion ({said}); check that OPENAI_BASE_URL "
                 "ends as the server wants it, mostly in /v1"
             )
         return InputError(

@@ -287,8 +287,8 @@ def test_garbage_fails_the_question_or_the_run_if_nothing_else_ever_came(
     scripted_server.replies(completion("fine"), Reply(body="{ not json"))
     with pytest.raises(TeacherFailure, match="not a chat completion: 2 times"):
         asyncio.run(ask())
-    scripted_server.replies(Reply(body="{ not json"))
-    with pytest.raises(InputError, match=r"answers, but not with a chat completion \(found '{ not json'\)"):
+    scripted_server.replies(Reply(body=f"{{ {KEY}"))
+    with pytest.raises(InputError, match=r"answers, but not with a chat completion \(found '{ \[key\]'\)"):
         asyncio.run(ask())
 
 

@@ -11,13 +11,14 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test bench-grpo lint format lock clean
+.PHONY: help setup demo test bench-grpo bench-data lint format lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo [SEED=n]  train and evaluate a tiny reasoning reranker, write outputs/demo/report.html"
 	@echo "make test           run the tests"
 	@echo "make bench-grpo     time GRPO with shared prompts beside TRL's trainer, write outputs/bench/grpo.json"
+	@echo "make bench-data     time the data stages, and kill them while calls fail, write outputs/bench/data.json"
 	@echo "make lint           ruff (lint, format) and mypy"
 	@echo "make format         let ruff rewrite what it can"
 	@echo "make setup          make .venv and install (the other targets do it too)"
@@ -41,6 +42,9 @@ test: setup
 
 bench-grpo: setup
 	$(BIN)/python scripts/bench_grpo.py --figure outputs/bench/grpo.svg
+
+bench-data: setup
+	$(BIN)/python scripts/bench_data.py
 
 lint: setup
 	$(BIN)/ruff check .

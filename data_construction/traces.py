@@ -8,26 +8,35 @@ of its label; shown in shuffled order, the notes are the think block ("Image i: 
 answer is all relevant ids, then the rest, each ascending. With `refine` a second call makes two sentences of
 the notes. A question with a failed call or check is dropped and listed in skipped.jsonl. So is one without a
 relevant page among its candidates, unless `missed: keep`: then every note says no, and the answer is 1..n.
+
+Every answer of a paid teacher is kept as it arrives, in a file beside `out`. A run that was stopped, by whatever,
+goes on with the same command: it asks for nothing again that was answered, and ends in the same bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
+import sys
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from tqdm import tqdm
 
-from data_construction.teacher import Teacher, TeacherConfig, TeacherFailure, make_teacher
+from data_construction.checks import (
+    WRONG,
+    Failed,
+    Rules,
+    failed_checks,
+    failed_note_checks,
+    failed_reasoning_checks,
+)
+from data_construction.teacher import OpenAIConfig, Teacher, TeacherConfig, TeacherFailure, make_teacher
 from mmr5_train.config import StageConfig, run_stage
-from mmr5_train.ranking.answer import parse_answer
 from mmr5_train.ranking.files import InputError, open_output, read_records, write_manifest, write_records
-from mmr5_train.ranking.notes import join_notes, verdict
-from mmr5_train.ranking.prompt import neutral, render_completion
+from mmr5_train.ranking.notes import join_notes
 from mmr5_train.ranking.records import (
     LocalId,
     Order,
@@ -41,25 +50,6 @@ from mmr5_train.ranking.records import (
 )
 
 NO_POSITIVE = "no relevant page among the candidates"
-PARTIAL = "traces.partial.jsonl"
-
-_HELPS_NOT = re.compile(
-    r"(?:\b(?:no|not|never|cannot|nothing)\b|n[’']t\b)(?:\W+\w+){0,3}?\W+"
-    r"(?:help\w*|answer\w*|relevant|useful|use|bear\w*|address\w*)\b|\b(?:irrelevant|unrelated|unhelpful|useless)\b",
-    re.IGNORECASE,
-)
-_HELPS = re.compile(r"\b(?:helps?|helpful|answers|relevant|useful)\b", re.IGNORECASE)
-_QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”")
-# Words that a page or a question may hold for its own reasons, and turns of phrase that only a label explains.
-_LABEL_WORD = re.compile(r"\b(?:labels?|positives?|negatives?)\b", re.IGNORECASE)
-_LABEL_TOLD = re.compile(
-    r"\bground[- ]?truth\b|\b(?:positive|negative) (?:page|image|candidate|example)s?\b"
-    r"|\blabell?ed (?:as )?(?:a )?(?:ir)?(?:relevant|positive|negative|correct|wrong|helpful|useful)\b"
-    r"|\b(?:the|given|its) label (?:is|says|states)\b|\b(?:according to|by|given) (?:the|its) label\b"
-    r"|\b(?:was|am|were|been) told\b",
-    re.IGNORECASE,
-)
-_NAMED = re.compile(r"\bImages? (\d+(?:(?:, ?and |, ?| ?and | ?& ?)\d+)*)", re.IGNORECASE)
 
 
 class TracesStage(StageConfig):
@@ -75,6 +65,23 @@ class TracesStage(StageConfig):
         description="questions without a relevant candidate: left out (as in MM-R5), or explained: no page helps",
     )
     max_words: int = Field(default=40, ge=10, description="longest note; refined reasoning may have twice as many")
+    second_try: bool = Field(default=False, description="ask again for what fails a check, saying what is wrong")
+    answers: Path | None = Field(default=None, description="store of a paid teacher's answers; null: beside out")
+    dry_run: bool = Field(default=False, description="print what a paid teacher will take, and stop")
+
+    @property
+    def answers_file(self) -> Path:
+        out = self.out.resolve()
+        return self.answers or out.with_name(f"{out.name}.answers.sqlite")
+
+    @property
+    def is_paid(self) -> bool:
+        return isinstance(self.teacher, OpenAIConfig)
+
+    @property
+    def rules(self) -> Rules:
+        """The offline teacher's sentences are English, whatever the question's language."""
+        return Rules(self.max_words, self.refine, same_language=self.is_paid)
 
 
 def main(config: TracesStage) -> None:
@@ -83,26 +90,40 @@ def main(config: TracesStage) -> None:
     pages = {page.id: page for page in read_records(pages_file, Page, unique="id")}
     for task in tasks:
         check_pages(task, pages, config.data, pages_file)
-    teacher = make_teacher(config.teacher)
-    out = open_output(config.out, config.overwrite, inputs=[config.data, pages_file])
-
     prompted = [task.prompted(config.order, config.seed) for task in tasks]
-    with (out / PARTIAL).open("w", encoding="utf-8") as partial:
-        try:
-            results = asyncio.run(make_traces(prompted, pages, teacher, config, partial))
-        except InputError as error:
-            raise InputError(f"{error}\n{partial_message(out)}") from None
-        except KeyboardInterrupt:
-            print(partial_message(out))
-            raise
+    if config.dry_run:
+        print(estimate(prompted, pages, config))
+        return
+    teacher = make_teacher(config.teacher, config.answers_file, config.max_words, config.overwrite)
+    out = open_output(config.out, config.overwrite, inputs=[config.data, pages_file], stage="traces")
+    try:
+        results = asyncio.run(make_traces(prompted, pages, teacher, config))
+    except InputError as error:
+        raise InputError(f"{error}\n{kept(config)}") from None
+    except KeyboardInterrupt:
+        print(kept(config))
+        raise
+    try:
+        write_results(out, results, teacher, config, pages_file)
+    except OSError as error:
+        raise InputError(f"{out}: can't be written ({error.strerror}); {kept(config)}") from None
+
+
+def kept(config: TracesStage) -> str:
+    paid = f"what was answered is kept in {config.answers_file}: " if config.is_paid else ""
+    return f"{paid}the same command goes on from here"
+
+
+def write_results(
+    out: Path, results: Sequence[Trace | Skipped], teacher: Teacher, config: TracesStage, pages_file: Path
+) -> None:
+    """The stage's files, and its line. Raises `InputError` where there is not one trace."""
     traces = [result for result in results if isinstance(result, Trace)]
     skipped = [result for result in results if isinstance(result, Skipped)]
-    reasons = Counter(skip.reason for skip in skipped)
     write_records(out / "skipped.jsonl", skipped)
-    (out / PARTIAL).unlink()
     if not traces:
         raise InputError(
-            f"{config.data}: none of {len(tasks)} questions got a trace; the first, {skipped[0].query_id}: "
+            f"{config.data}: none of {len(results)} questions got a trace; the first, {skipped[0].query_id}: "
             f"{skipped[0].reason} ({skipped[0].detail}); all are listed in {out / 'skipped.jsonl'}"
         )
     write_records(out / "traces.jsonl", traces)
@@ -112,16 +133,34 @@ def main(config: TracesStage) -> None:
         config=config.model_dump(mode="json"),
         inputs=[config.data, pages_file],
         counts={
-            "questions": len(tasks),
+            "questions": len(results),
             "traces": len(traces),
-            "skipped": dict(sorted(reasons.items())),
+            "skipped": dict(sorted(Counter(skip.reason for skip in skipped).items())),
             "teacher": dict(sorted(teacher.counts.items())),
         },
     )
     print(
-        f"traces: {len(traces)} of {len(tasks)} questions explained by the {config.teacher.name} teacher "
+        f"traces: {len(traces)} of {len(results)} questions explained by the {config.teacher.name} teacher "
         f"({len(skipped)} skipped) → {out / 'traces.jsonl'}"
     )
+
+
+def estimate(prompted: Sequence[PromptedTask], pages: dict[PageId, Page], config: TracesStage) -> str:
+    """What a dry run prints: no key, no network and no output folder is needed for it."""
+    if not isinstance(config.teacher, OpenAIConfig):
+        return f"dry run: the {config.teacher.name} teacher costs nothing"
+    asked = [task for task in prompted if is_explained(task, config)]
+    teacher = config.teacher
+    found = teacher.estimate(asked, pages, config.refine, config.max_words)
+    return (
+        f"dry run: {len(asked)} of {len(prompted)} questions, if every answer is as long as allowed and right at "
+        f"once; answers in {config.answers_file}, if any, are not paid for again\n"
+        + found.report(teacher.model or "model", teacher.price, teacher.concurrency)
+    )
+
+
+def is_explained(task: PromptedTask, config: TracesStage) -> bool:
+    return bool(task.local_positives) or config.missed == "keep"
 
 
 def check_pages(task: RankingTask, pages: dict[PageId, Page], tasks_file: Path, pages_file: Path) -> None:
@@ -140,31 +179,20 @@ def check_pages(task: RankingTask, pages: dict[PageId, Page], tasks_file: Path, 
             )
 
 
-def partial_message(out: Path) -> str:
-    with (out / PARTIAL).open(encoding="utf-8") as lines:
-        done = sum(1 for _ in lines)
-    return f"{done} finished traces are kept in {out / PARTIAL} (overwrite=true removes them)"
-
-
 async def make_traces(
-    prompted: Sequence[PromptedTask],
-    pages: dict[PageId, Page],
-    teacher: Teacher,
-    config: TracesStage,
-    partial: IO[str],
+    prompted: Sequence[PromptedTask], pages: dict[PageId, Page], teacher: Teacher, config: TracesStage
 ) -> list[Trace | Skipped]:
     """One result a question, in the questions' order whatever the concurrency.
 
-    Finished traces are appended to `partial` at once, so that a run which is stopped keeps them.
+    As many questions as calls may be on their way at a time: while one waits for its last page or its refinement,
+    the others keep the server busy, and the first are done early.
     """
-    slots = asyncio.Semaphore(teacher.concurrency)  # few questions at a time: the first are done early
+    slots = asyncio.Semaphore(teacher.concurrency)
 
     async def bounded(task: PromptedTask) -> Trace | Skipped:
         async with slots:
             result = await make_trace(task, pages, teacher, config)
-        if isinstance(result, Trace):
-            partial.write(result.model_dump_json() + "\n")
-            partial.flush()
+        bar.set_postfix_str(teacher.status(), refresh=False)
         bar.update()
         return result
 
@@ -172,6 +200,9 @@ async def make_traces(
         running = [asyncio.create_task(bounded(task)) for task in prompted]
         try:
             return await asyncio.gather(*running)
+        except BaseException:
+            print(f"\ntraces: stops after {bar.n} questions; waits for answers on their way", file=sys.stderr)
+            raise
         finally:
             for task in running:
                 task.cancel()
@@ -184,25 +215,33 @@ async def make_trace(
 ) -> Trace | Skipped:
     """Explain each page, assemble, refine, verify. Raises `InputError` where no question can succeed."""
     task, positives = prompted.task, prompted.local_positives
-    if not positives and config.missed == "drop":
+    if not is_explained(prompted, config):
         return Skipped(query_id=task.query_id, reason=NO_POSITIVE, detail=f"{len(task.candidates)} candidates")
-    folder, words = config.data.parent, config.max_words
+    folder, words, rules = config.data.parent, config.max_words, config.rules
     seen = [pages[candidate.id] for candidate in prompted.shown]
 
-    async def explain(i: int) -> str:
-        image = folder / prompted.shown[i - 1].image
-        return await teacher.explain(task.query, seen[i - 1], image, i in positives, words)
+    async def explain(i: LocalId) -> str:
+        page, image, helps = seen[i - 1], folder / prompted.shown[i - 1].image, i in positives
+        note = await teacher.explain(task.query, page, image, helps, words)
+        if problem := mendable(failed_note_checks(i, note, task.query, page, helps, rules), config, teacher):
+            note = await teacher.explain(task.query, page, image, helps, words, problem)
+        return note
+
+    async def refine(notes: Sequence[str]) -> str:
+        think = await teacher.refine(task.query, notes, positives, 2 * words)
+        failed = failed_reasoning_checks(think, task.query, seen, positives, rules)
+        if problem := mendable(failed, config, teacher):
+            think = await teacher.refine(task.query, notes, positives, 2 * words, problem)
+        return think
 
     try:
-        notes = await all_in_order([explain(i) for i in range(1, len(seen) + 1)])
-        think = (
-            await teacher.refine(task.query, notes, positives, 2 * words) if config.refine else join_notes(notes)
-        )
+        notes = await all_in_order([explain(LocalId(i)) for i in range(1, len(seen) + 1)])
+        think = await refine(notes) if config.refine else join_notes(notes)
     except TeacherFailure as failure:
         return Skipped(query_id=task.query_id, reason=failure.reason, detail=failure.detail)
     rest = [LocalId(i) for i in range(1, len(seen) + 1) if i not in positives]
     answer = (*positives, *rest)
-    for name, detail in failed_checks(task.query, seen, notes, think, answer, positives, config):
+    for name, detail in failed_checks(task.query, seen, notes, think, answer, positives, rules):
         return Skipped(query_id=task.query_id, reason=f"check {name}", detail=detail)
     trace = Trace(
         query_id=task.query_id,
@@ -217,6 +256,14 @@ async def make_trace(
     return next(rebase_images([trace], folder, config.out))
 
 
+def mendable(failed: Failed, config: TracesStage, teacher: Teacher) -> str:
+    """What to tell the teacher on a second try, where there is one for what failed; else ""."""
+    problem = next((WRONG[name] for name, _ in failed if name in WRONG), "") if config.second_try else ""
+    if problem:
+        teacher.counts["second_try"] += 1
+    return problem
+
+
 async def all_in_order(calls: Sequence[Coroutine[Any, Any, str]]) -> list[str]:
     """The calls' results. The error raised is that of the first failed call in order, not in time."""
     results = await asyncio.gather(*calls, return_exceptions=True)
@@ -224,67 +271,6 @@ async def all_in_order(calls: Sequence[Coroutine[Any, Any, str]]) -> list[str]:
     for error in sorted(errors, key=lambda error: isinstance(error, TeacherFailure)):
         raise error
     return [result for result in results if isinstance(result, str)]
-
-
-def failed_checks(
-    query: str,
-    seen: Sequence[Page],
-    notes: Sequence[str],
-    think: str,
-    answer: tuple[LocalId, ...],
-    positives: tuple[LocalId, ...],
-    config: TracesStage,
-) -> Iterator[tuple[str, str]]:
-    """(name, what was found) of each check that a trace does not pass. Everything local refers to `seen`."""
-    if len(notes) != len(seen) or not all(note.strip() and "\n" not in note for note in notes):
-        yield "one_note_a_page", f"{len(notes)} notes on {len(seen)} pages"
-    for i, (page, note) in enumerate(zip(seen, notes, strict=False), 1):
-        if len(note.split()) > config.max_words:
-            yield "short_notes", f"image {i}: {len(note.split())} words, at most {config.max_words} asked for"
-        if direction(note) not in (None, i in positives):
-            yield "direction", f"image {i} {'helps' if i in positives else 'does not help'}; the note: {note}"
-        if word := label_word(note, query, [page]):
-            yield "no_label_words", f"image {i}: {word!r} in: {note}"
-    if config.refine:
-        named = named_pages(think)
-        if not set(positives) <= named or not named <= set(answer):
-            yield "names_pages", f"images {sorted(named)} named, relevant are {list(positives)}, in: {think}"
-        if len(think.split()) > 2 * config.max_words:
-            yield "short_reasoning", f"{len(think.split())} words, at most {2 * config.max_words} asked for"
-        if word := label_word(think, query, seen):
-            yield "no_label_words", f"{word!r} in: {think}"
-    if neutral(think) != think:
-        yield "no_tags", f"a tag in: {think}"
-    read = parse_answer(render_completion(think, answer), len(seen))
-    relevant_first = set(answer[: len(positives)]) == set(positives)
-    if read.defects or not read.structure_valid or not relevant_first:
-        yield "answer", f"{list(answer)} reads as {list(read.ids)}, relevant are {list(positives)}"
-
-
-def direction(note: str) -> bool | None:
-    """Whether a note says that its page helps; None where it can't be told."""
-    told = verdict(note)
-    if told is not None:
-        return told
-    own_words = _QUOTED.sub(" ", note)
-    rest = _HELPS_NOT.sub(" ", own_words)
-    against, for_it = rest != own_words, bool(_HELPS.search(rest))
-    return None if against == for_it else for_it
-
-
-def label_word(text: str, query: str, seen: Sequence[Page]) -> str | None:
-    """A word that gives away that the teacher knew the label; those of the pages and the question are none."""
-    own_words = _QUOTED.sub(" ", text)
-    if told := _LABEL_TOLD.search(own_words):
-        return told[0]
-    words = _LABEL_WORD.findall(own_words)
-    given = " ".join([query, *(f"{page.text} {page.description}" for page in seen)]).lower() if words else ""
-    return next((word for word in words if word.lower() not in given), None)
-
-
-def named_pages(text: str) -> set[int]:
-    """Local ids that a text names, as in "Image 2" or "Images 1, 3 and 4"."""
-    return {int(i) for ids in _NAMED.findall(text) for i in re.findall(r"\d+", ids)}
 
 
 if __name__ == "__main__":

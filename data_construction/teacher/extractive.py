@@ -59,8 +59,13 @@ class ExtractiveTeacher:
         self.config = config
         self.counts: Counter[str] = Counter()
 
-    async def explain(self, query: str, page: Page, image: Path, helps: bool, words: int) -> str:
-        """A note of at most `words` words, where the templates leave room for it. `image` is not looked at."""
+    async def explain(
+        self, query: str, page: Page, image: Path, helps: bool, words: int, problem: str = ""
+    ) -> str:
+        """A note of at most `words` words, where the templates leave room for it.
+
+        `image` is not looked at, and a second try is the same as the first.
+        """
         if page.description:
             return described_note(page.description, helps)
         lines = _lines(page.text)
@@ -90,11 +95,16 @@ class ExtractiveTeacher:
         text = fill(sentence, where=where, quote=quote, shared=listed(shared), missing=listed(missing))
         return described_note(text, helps)
 
-    async def refine(self, query: str, notes: Sequence[str], positives: Sequence[LocalId], words: int) -> str:
+    async def refine(
+        self, query: str, notes: Sequence[str], positives: Sequence[LocalId], words: int, problem: str = ""
+    ) -> str:
         """A sentence on the relevant pages and one on the others, where there are any."""
         rest = [i for i in range(1, len(notes) + 1) if i not in positives]
         sides = ((positives, True), (rest, False))
         return " ".join(_summary(notes, ids, helps, words // 2) for ids, helps in sides if ids)
+
+    def status(self) -> str:
+        return ""
 
     async def close(self) -> None:
         """Nothing is open."""

@@ -151,17 +151,22 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def open_output(path: Path, overwrite: bool = False, inputs: Iterable[Path] = ()) -> Path:
+def open_output(
+    path: Path, overwrite: bool = False, inputs: Iterable[Path] = (), stage: str | None = None
+) -> Path:
     """Makes the output folder of a stage.
 
     A folder that already holds something is refused unless `overwrite` is set, and even then only a
-    folder which carries this project's manifest, and none of the stage's `inputs`, is emptied.
+    folder which carries this project's manifest, and none of the stage's `inputs`, is emptied. A `stage` that goes
+    on where it was stopped gives its name: then a folder in which it did not end is emptied without `overwrite`.
 
     Raises `InputError` for a folder that can't be made, written or emptied.
     """
+    # Marks the folder as ours from the start: a run that was stopped can be overwritten.
+    opened = {"finished": False} if stage is None else {"finished": False, "stage": stage}
     try:
-        if path.exists() and any(path.iterdir()):
-            if not overwrite:
+        if path.exists() and any(not _is_beginning(child) for child in path.iterdir()):
+            if not overwrite and (stage is None or _manifest(path) != opened):
                 raise InputError(f"{path}: is not empty; choose another folder with out=…, or set overwrite=true")
             if not _is_ours(path):
                 raise InputError(
@@ -171,24 +176,36 @@ def open_output(path: Path, overwrite: bool = False, inputs: Iterable[Path] = ()
             for source in inputs:
                 if source.resolve().is_relative_to(path.resolve()):
                     raise InputError(f"{path}: holds {source}, which this stage reads; choose another out=…")
-            shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(13, "Permission denied")
+        write_json(path / MANIFEST, opened)
+        for child in path.iterdir():  # after the manifest: stopped in here, the folder is still ours
+            if child.is_dir() and not child.is_symlink():
+                shutil.rmtree(child)
+            elif child.name != MANIFEST:
+                child.unlink()
     except OSError as error:
         raise InputError(f"{path}: can't be used as an output folder ({error.strerror})") from None
-    # Marks the folder as ours from the start: a run that was stopped can be overwritten.
-    write_json(path / MANIFEST, {"finished": False})
     return path
+
+
+def _is_beginning(child: Path) -> bool:
+    """Whether a file is all that is left of a run that was killed while it wrote its first manifest."""
+    return child.name.startswith(f".{MANIFEST}.") and child.suffix == ".tmp"
 
 
 def _is_ours(folder: Path) -> bool:
     """Whether a stage wrote the folder. The file name alone says little: web projects have such a file too."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return False
+    manifest = _manifest(folder)
     return isinstance(manifest, dict) and isinstance(manifest.get("finished"), bool)
+
+
+def _manifest(folder: Path) -> Any:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def write_manifest(

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import email.utils
 import io
+import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from packaging.version import Version
 from PIL import Image
 from servers import RECITED, THOUGHT, OpenAIServer, Reply, ScriptedServer, completion
 
-from data_construction.teacher.vision import OpenAIConfig, OpenAITeacher, TeacherFailure, image_url
+from data_construction.teacher import TeacherFailure, make_teacher
+from data_construction.teacher.pages import image_url
+from data_construction.teacher.vision import OpenAIConfig, OpenAITeacher
 from mmr5_train.config import CONFIGS, validate
 from mmr5_train.ranking.files import InputError
 from mmr5_train.ranking.prompt import fill
@@ -45,6 +48,13 @@ def make_config(**fields: Any) -> OpenAIConfig:
     return OpenAIConfig(**{**values, "model": "m", "attempts": 3, "timeout": 20, "max_wait": 5, **fields})
 
 
+def new_teacher(folder: Path, **fields: Any) -> OpenAITeacher:
+    """With an empty store."""
+    teacher = make_teacher(make_config(**fields), folder / f"{secrets.token_hex(4)}.sqlite", 40, False)
+    assert isinstance(teacher, OpenAITeacher)
+    return teacher
+
+
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = tmp_path / "page.jpg"
@@ -52,36 +62,44 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def explain(image: Path, helps: bool = True, words: int = 40, **fields: Any) -> tuple[str, dict[str, int]]:
-    """The answer and the counts of one request."""
+Counts = dict[str, int]
 
-    async def ask() -> tuple[str, dict[str, int]]:
-        teacher = OpenAITeacher(make_config(**fields))
+
+def explain(image: Path, helps: bool = True, words: int = 40, **fields: Any) -> tuple[str, Counts, Counts]:
+    """The answer of one request, the counts of answers and those of faults."""
+
+    async def ask() -> tuple[str, Counts, Counts]:
+        teacher = new_teacher(image.parent, **fields)
         try:
-            return await teacher.explain("What is red?", PAGE, image, helps, words), dict(teacher.counts)
+            answer = await teacher.explain("What is red?", PAGE, image, helps, words)
+            return answer, without_tokens(teacher), dict(teacher.server.faults)
         finally:
             await teacher.close()
 
     return asyncio.run(ask())
 
 
-def failure(image: Path, **fields: Any) -> tuple[TeacherFailure, dict[str, int]]:
-    async def ask() -> tuple[TeacherFailure, dict[str, int]]:
-        teacher = OpenAITeacher(make_config(**fields))
+def failure(image: Path, **fields: Any) -> tuple[TeacherFailure, Counts, Counts]:
+    async def ask() -> tuple[TeacherFailure, Counts, Counts]:
+        teacher = new_teacher(image.parent, **fields)
         with pytest.raises(TeacherFailure) as caught:
             await teacher.explain("What is red?", PAGE, image, True, 40)
         await teacher.close()
-        return caught.value, dict(teacher.counts)
+        return caught.value, without_tokens(teacher), dict(teacher.server.faults)
 
     return asyncio.run(ask())
+
+
+def without_tokens(teacher: OpenAITeacher) -> Counts:
+    return {name: count for name, count in teacher.counts.items() if "tokens" not in name}
 
 
 # --- a real server: transformers serve with a tiny Qwen2.5-VL
 
 
-def ask_server(server: OpenAIServer, model: str, request: Callable[[OpenAITeacher], Any], **fields: Any) -> Any:
+def ask_server(folder: Path, model: str, request: Callable[[OpenAITeacher], Any], **fields: Any) -> Any:
     async def ask() -> Any:
-        teacher = OpenAITeacher(make_config(model=model, temperature=0, **fields))
+        teacher = new_teacher(folder, model=model, temperature=0, **fields)
         try:
             return await request(teacher)
         finally:
@@ -103,7 +121,7 @@ def test_pages_are_explained_by_a_real_server(
     helps: bool, served: OpenAIServer, reciting_model: Path, image: Path
 ):
     ask = lambda teacher: teacher.explain("What is red?", PAGE, image, helps, 40)  # noqa: E731
-    assert ask_server(served, str(reciting_model), ask) == RECITED
+    assert ask_server(image.parent, str(reciting_model), ask) == RECITED
 
 
 def test_the_server_returns_the_think_block_apart_and_the_teacher_passes_over_it(
@@ -131,7 +149,7 @@ def test_a_second_step_without_images_is_answered(served: OpenAIServer, reciting
     notes = ["a red bar chart, so it helps.", "text, so it does not help."]
     for positives in ([LocalId(1)], [LocalId(1), LocalId(2)], []):
         ask = lambda teacher, ids=positives: teacher.refine("What is red?", notes, ids, 80)  # noqa: E731
-        assert ask_server(served, str(reciting_model), ask) == RECITED
+        assert ask_server(image.parent, str(reciting_model), ask) == RECITED
 
 
 @pytest.mark.skipif(SAYS_STOP, reason="this version of transformers serve calls every answer finished")
@@ -165,9 +183,9 @@ def test_the_shipped_model_takes_images_from_the_server(served: OpenAIServer, im
 
 def test_what_is_sent(scripted_server: ScriptedServer, image: Path):
     scripted_server.replies(completion(" It shows\n the  sum. "))
-    answer, counts = explain(image, helps=False, max_pixels=30_000)
+    answer, counts, faults = explain(image, helps=False, max_pixels=30_000)
     assert answer == "It shows the sum."
-    assert counts == {"requests": 1}
+    assert (counts, faults) == ({"answers": 1}, {})
     sent = scripted_server.requests[0]
     picture, text = sent["messages"][1]["content"]
     assert text["text"] == fill(make_config().cannot_help, query="What is red?", words=40)
@@ -186,9 +204,9 @@ def test_temperature_can_be_left_to_the_server(scripted_server: ScriptedServer, 
     assert "temperature" not in scripted_server.requests[0]
 
 
-def test_a_question_cannot_act_as_structure(scripted_server: ScriptedServer):
+def test_a_question_cannot_act_as_structure(scripted_server: ScriptedServer, tmp_path: Path):
     async def ask() -> None:
-        teacher = OpenAITeacher(make_config())
+        teacher = new_teacher(tmp_path)
         await teacher.refine("is <|image_pad|> {notes} <think>", ["a", "b"], [LocalId(2)], 80)
         await teacher.close()
 
@@ -203,10 +221,10 @@ def test_a_question_cannot_act_as_structure(scripted_server: ScriptedServer):
 def test_a_rate_limit_is_waited_out_as_told(scripted_server: ScriptedServer, image: Path):
     scripted_server.replies(Reply(429, {"error": {"message": "slow"}}, {"Retry-After": "1.2"}), completion("fine"))
     start = time.monotonic()
-    answer, counts = explain(image)
+    answer, counts, faults = explain(image)
     assert time.monotonic() - start >= 1.2
     assert answer == "fine"
-    assert counts == {"requests": 1, "retried_rate_limit": 1}
+    assert (counts, faults) == ({"answers": 1}, {"rate_limit": 1})
 
 
 def test_a_rate_limit_date_is_understood(scripted_server: ScriptedServer, image: Path):
@@ -219,14 +237,14 @@ def test_a_rate_limit_date_is_understood(scripted_server: ScriptedServer, image:
 
 def test_server_errors_and_lost_connections_are_tried_again(scripted_server: ScriptedServer, image: Path):
     scripted_server.replies(Reply(500, "oops"), Reply(0), completion("fine"))
-    answer, counts = explain(image)
+    answer, counts, faults = explain(image)
     assert answer == "fine"
-    assert counts == {"requests": 1, "retried_server_error": 1, "retried_lost": 1}
+    assert (counts, faults) == ({"answers": 1}, {"server_error": 1, "lost": 1})
 
 
 def test_a_server_that_keeps_failing_fails_the_question(scripted_server: ScriptedServer, image: Path):
     scripted_server.replies(Reply(503, {"error": {"message": "overloaded"}}))
-    error, _ = failure(image, attempts=2)
+    error, _, _ = failure(image, attempts=2)
     assert error.reason == "the teacher's server failed"
     assert error.detail == "2 times (503: overloaded)"
     assert len(scripted_server.requests) == 2
@@ -234,8 +252,8 @@ def test_a_server_that_keeps_failing_fails_the_question(scripted_server: Scripte
 
 def test_a_slow_server_fails_the_question(scripted_server: ScriptedServer, image: Path):
     scripted_server.replies(Reply(delay=1.5))
-    error, _ = failure(image, attempts=1, timeout=0.3)
-    assert str(error) == "the teacher did not answer: nothing within 0.3 s"
+    error, _, _ = failure(image, attempts=1, timeout=0.3)
+    assert str(error) == "the teacher did not answer: nothing within 0.3 s, 1 times"
 
 
 def test_no_network_stops_with_a_clear_message(image: Path, monkeypatch: pytest.MonkeyPatch):
@@ -250,13 +268,44 @@ def test_no_network_stops_with_a_clear_message(image: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("garbage", GARBAGE)
-def test_garbage_is_asked_for_once_more_and_fails_the_question(
-    garbage: Reply, scripted_server: ScriptedServer, image: Path
+def test_garbage_is_tried_again_as_a_fault(garbage: Reply, scripted_server: ScriptedServer, image: Path):
+    scripted_server.replies(garbage, completion("fine"))
+    assert explain(image) == ("fine", {"answers": 1}, {"garbage": 1})
+
+
+def test_garbage_fails_the_question_or_the_run_if_nothing_else_ever_came(
+    scripted_server: ScriptedServer, image: Path
 ):
-    scripted_server.replies(garbage)
-    error, counts = failure(image)
-    assert error.reason == "the teacher's answer was not a chat completion"
-    assert counts == {"requests": 2, "garbage": 2}
+    async def ask() -> None:
+        teacher = new_teacher(image.parent, attempts=2)
+        try:
+            for query in ("What is red?", "What is blue?"):
+                await teacher.explain(query, PAGE, image, True, 40)
+        finally:
+            await teacher.close()
+
+    scripted_server.replies(completion("fine"), Reply(body="{ not json"))
+    with pytest.raises(TeacherFailure, match="not a chat completion: 2 times"):
+        asyncio.run(ask())
+    scripted_server.replies(Reply(body=f"{{ {KEY}"))
+    with pytest.raises(InputError, match=r"answers, but not with a chat completion \(found '{ \[key\]'\)"):
+        asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        completion(None, refusal="I can't."),
+        completion("", "content_filter"),
+        Reply(400, {"error": {"message": "filtered", "code": "content_filter"}}),
+    ],
+)
+def test_a_refusal_fails_the_question_at_once(refusal: Reply, scripted_server: ScriptedServer, image: Path):
+    scripted_server.replies(refusal)
+    error, counts, faults = failure(image)
+    assert "refus" in error.reason
+    assert counts.get("refused", 0) + faults.get("refused", 0) == 1
+    assert len(scripted_server.requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -273,9 +322,9 @@ def test_a_useless_answer_is_asked_for_once_more(
     bad: Reply, problem: str, scripted_server: ScriptedServer, image: Path
 ):
     scripted_server.replies(bad, completion("fine"))
-    answer, counts = explain(image)
+    answer, counts, _faults = explain(image)
     assert answer == "fine"
-    assert counts == {"requests": 2, problem: 1}
+    assert counts == {"answers": 2, problem: 1}
     first, second = scripted_server.requests
     assert second["messages"][1]["content"][1]["text"].startswith(first["messages"][1]["content"][1]["text"])
     assert "Your last reply was" in second["messages"][1]["content"][1]["text"]
@@ -284,9 +333,9 @@ def test_a_useless_answer_is_asked_for_once_more(
 
 def test_a_useless_answer_given_twice_fails_the_question(scripted_server: ScriptedServer, image: Path):
     scripted_server.replies(completion(""), completion("so " * 41))
-    error, counts = failure(image)
+    error, counts, _ = failure(image)
     assert error.reason == "the teacher's answer was too long"
-    assert counts == {"requests": 2, "empty": 1, "too_long": 1}
+    assert counts == {"answers": 3, "empty": 1, "too_long": 2}
 
 
 def test_reasoning_left_in_the_answer_is_passed_over(scripted_server: ScriptedServer, image: Path):
@@ -325,8 +374,8 @@ def test_no_more_requests_at_once_than_asked_for(scripted_server: ScriptedServer
     scripted_server.script = wait_for_others
 
     async def ask() -> None:
-        teacher = OpenAITeacher(make_config(concurrency=3))
-        await asyncio.gather(*(teacher.explain("?", PAGE, image, True, 40) for _ in range(12)))
+        teacher = new_teacher(image.parent, concurrency=3)
+        await asyncio.gather(*(teacher.explain(f"{k}?", PAGE, image, True, 40) for k in range(12)))
         await teacher.close()
 
     asyncio.run(ask())
@@ -344,7 +393,9 @@ def test_no_more_requests_at_once_than_asked_for(scripted_server: ScriptedServer
         ("OPENAI_BASE_URL", "localhost:8000/v1", "expected one like http://localhost:8000/v1"),
     ],
 )
-def test_wrong_environment_is_named(name: str, value: str | None, match: str, monkeypatch: pytest.MonkeyPatch):
+def test_wrong_environment_is_named(
+    name: str, value: str | None, match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     if value is None:
@@ -352,35 +403,16 @@ def test_wrong_environment_is_named(name: str, value: str | None, match: str, mo
     else:
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=match):
-        OpenAITeacher(make_config())
+        new_teacher(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_no_model_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_no_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with pytest.raises(InputError, match=r"teacher.model is not set: give teacher.model=… or export OPENAI_MODEL"):
-        OpenAITeacher(make_config(model=None))
+        new_teacher(tmp_path, model=None)
 
 
 def test_a_template_without_the_question_is_refused():
     with pytest.raises(InputError, match=r"can_help must hold \{query\}"):
         validate(OpenAIConfig, {**make_config().model_dump(), "can_help": "Why?"})
-
-
-def test_images_are_made_small_enough_and_white_behind(tmp_path: Path):
-    path = tmp_path / "page.png"
-    Image.new("RGBA", (400, 100), (0, 0, 0, 0)).save(path)
-    with Image.open(io.BytesIO(base64.b64decode(image_url(path, 10_000).split(",")[1]))) as seen:
-        assert seen.size == (200, 50)
-        assert seen.format == "JPEG"
-        assert seen.getpixel((9, 9)) == (255, 255, 255)
-    with Image.open(io.BytesIO(base64.b64decode(image_url(path, 50_000).split(",")[1]))) as seen:
-        assert seen.size == (400, 100)
-
-
-def test_missing_and_broken_images_are_named(tmp_path: Path, image: Path):
-    with pytest.raises(InputError, match=r"no\.jpg: no such image"):
-        image_url(tmp_path / "no.jpg", 1_000)
-    for content in (b"not a picture", image.read_bytes()[:200], b""):
-        (tmp_path / "broken.jpg").write_bytes(content)
-        with pytest.raises(InputError, match=r"broken\.jpg: not an image that can be read"):
-            image_url(tmp_path / "broken.jpg", 1_000)

@@ -147,6 +147,23 @@ def test_only_a_folder_that_a_stage_wrote_is_emptied(tmp_path, content):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_a_stage_takes_up_its_own_unfinished_folder_alone(tmp_path):
+    out = open_output(tmp_path / "out", stage="traces")
+    (out / "half.jsonl").write_text("")
+    (out / "below").mkdir()
+    for other in ({}, {"stage": "select"}):
+        with pytest.raises(InputError, match="is not empty"):
+            open_output(out, **other)
+    open_output(out, stage="traces")
+    assert [path.name for path in out.iterdir()] == [MANIFEST]
+    (out / MANIFEST).rename(out / f".{MANIFEST}.123.tmp")  # killed before the first manifest was there
+    open_output(out, stage="traces")
+    write_manifest(out, stage="traces", config={})
+    (out / "whole.jsonl").write_text("")
+    with pytest.raises(InputError, match="is not empty"):
+        open_output(out, stage="traces")
+
+
 def test_a_folder_that_holds_an_input_is_not_emptied(tmp_path):
     out = open_output(tmp_path / "out")
     (out / "tasks.jsonl").write_text("{}\n")

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_construction.teacher.store import Answer, AnswerStore, Spent, request_key
+from mmr5_train.ranking.files import InputError
+
+ANSWER = Answer("It shows a table.", "stop", 1300, 9)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "answers.sqlite"
+
+
+def in_another_process(code: str, path: Path, **options: object) -> subprocess.Popen[str]:
+    """Runs `code` with an open store named `store`; it may read a line to wait for this test."""
+    head = "import sys\nfrom pathlib import Path\nfrom data_construction.teacher.store import *\n"
+    command = [sys.executable, "-c", f"{head}store = AnswerStore(Path(sys.argv[1]))\n{code}", str(path)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
+
+
+def test_an_answer_is_found_by_all_that_decides_it():
+    request = {"model": "m", "text": "What?", "page": ["hash", 100], "tries": 0}
+    assert request_key(dict(reversed(request.items()))) == request_key(request)
+    others = ({"model": "n"}, {"text": "What"}, {"page": ["hash", 101]}, {"page": None}, {"tries": 1})
+    assert len({request_key({**request, **other}) for other in others} | {request_key(request)}) == 6
+
+
+def test_an_answer_is_kept_and_counted_once(path: Path):
+    store = AnswerStore(path)
+    assert store.get("a") is None
+    assert store.spent("m") == Spent()
+    store.put("a", "m", ANSWER)
+    store.put("a", "m", Answer("Another.", "stop", 1, 1))
+    store.put("b", "other", ANSWER)
+    store.close()
+    again = AnswerStore(path)
+    assert again.get("a") == ANSWER
+    assert again.spent("m") == Spent(1, 1300, 9)
+    assert again.count() == 2
+
+
+def test_a_request_is_claimed_by_one_process_as_long_as_it_lives(path: Path):
+    other = in_another_process("print(store.claim('a', 60), flush=True); sys.stdin.read()", path)
+    assert other.stdout
+    assert other.stdout.readline() == "True\n"
+    store = AnswerStore(path)
+    assert not store.claim("a", 60)
+    assert store.claim("b", 60)
+    assert not store.claim("b", 60)
+    store.release("a")  # not ours to give up
+    assert not store.claim("a", 60)
+    other.kill()
+    other.wait()
+    assert store.claim("a", 60)
+
+
+def test_a_claim_ends(path: Path):
+    store = AnswerStore(path)
+    assert store.claim("late", -1)
+    assert store.claim("late", 60)
+    store.release("late")
+    assert store.claim("late", 60)
+    store.put("late", "m", ANSWER)
+    assert store.claim("late", 60)
+    store.close()
+    assert AnswerStore(path).claim("late", 60)
+
+
+def test_two_processes_write_at_once(path: Path):
+    code = "for i in range(300): store.put(sys.stdin.readline() + str(i), 'm', Answer('x', 'stop', 1, 1))"
+    writers = [in_another_process(code, path) for _ in range(2)]
+    for writer, name in zip(writers, "ab", strict=True):
+        writer.communicate(f"{name}\n" * 300, timeout=120)
+        assert writer.returncode == 0
+    assert AnswerStore(path).spent("m") == Spent(600, 600, 600)
+
+
+def test_other_settings_are_named(path: Path):
+    store = AnswerStore(path)
+    store.expect({"model": "m", "system": "Be brief. " * 20}, accept=False)
+    store.put("a", "m", ANSWER)
+    store.expect({"model": "m", "system": "Be brief. " * 20}, accept=False)
+    with pytest.raises(
+        InputError, match=r'holds 1 answers .*\n  model: "m" there, "n" now\n  system: .*…'
+    ) as caught:
+        store.expect({"model": "n", "system": "Be long."}, accept=False)
+    assert "answers=…" in str(caught.value)
+    assert "overwrite=true" in str(caught.value)
+    store.expect({"model": "n", "system": "Be long."}, accept=True)
+    store.expect({"model": "n", "system": "Be long."}, accept=False)
+    store.expect({"model": "m", "system": "Be brief. " * 20}, accept=False)
+    assert store.get("a") == ANSWER
+
+
+def test_what_is_no_store_is_refused_and_left_alone(tmp_path: Path, path: Path):
+    path.write_text("My notes. " * 100)
+    with pytest.raises(InputError, match=r"answers\.sqlite: can't be used \(file is not a database\)"):
+        AnswerStore(path)
+    assert path.read_text().startswith("My notes.")
+    with sqlite3.connect(tmp_path / "other.sqlite") as other:
+        other.execute("CREATE TABLE mine (x)")
+    with pytest.raises(InputError, match="is no store of answers"):
+        AnswerStore(tmp_path / "other.sqlite")
+    with pytest.raises(InputError, match="can't be made or opened"):
+        AnswerStore(path / "below_a_file.sqlite")
+
+
+def test_a_full_disk_is_told_and_what_was_written_is_kept(path: Path):
+    code = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # as full as a disk can be
+try:
+    for i in range(10_000):
+        store.put(str(i), 'm', Answer('x' * 200, 'stop', 1, 1))
+except Exception as error:
+    print(i, type(error).__name__, error)
+"""
+    told, _ = in_another_process(code, path).communicate(timeout=120)
+    written, kind, message = told.split(" ", 2)
+    assert kind == "InputError"
+    assert "see that the disk has room" in message
+    store = AnswerStore(path)
+    assert int(written) > 10
+    assert store.count() == int(written)
+    store.put("another", "m", ANSWER)

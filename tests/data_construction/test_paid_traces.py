@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_tasks import by_bytes, make_config, make_data, skipped
+from servers import RECITED, OpenAIServer, Reply, ScriptedServer, completion
+
+from data_construction.traces import TracesStage, main
+from mmr5_train.ranking.files import InputError, read_manifest, read_records
+from mmr5_train.ranking.records import RankingTask, Trace
+
+KEY = "sk-secret-0123456789"
+
+
+@pytest.fixture
+def openai_config(monkeypatch: pytest.MonkeyPatch) -> Callable[..., TracesStage]:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def make(data: Path, out: Path, *overrides: str) -> TracesStage:
+        return make_config(data, out, "teacher=openai", "teacher.model=m", "teacher.attempts=2", *overrides)
+
+    return make
+
+
+def test_a_real_server_explains_every_page(
+    openai_config: Callable[..., TracesStage],
+    openai_server: OpenAIServer,
+    reciting_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    monkeypatch.setenv("OPENAI_BASE_URL", openai_server.base_url)
+    data = make_data(tmp_path / "data", questions=2)
+    for concurrency in (1, 4):
+        out = tmp_path / str(concurrency)
+        main(openai_config(data, out, f"teacher.model='{reciting_model}'", f"teacher.concurrency={concurrency}"))
+        for trace in read_records(out / "traces.jsonl", Trace):
+            assert trace.think == "\n".join(f"Image {i}: {RECITED}" for i in (1, 2, 3, 4))
+        assert read_manifest(out)["counts"]["teacher"]["answers"] == 8
+    assert by_bytes(tmp_path / "1") == by_bytes(tmp_path / "4")
+
+
+def scripted_teacher(number: int, body: dict[str, Any]) -> Reply:
+    """Answers that depend on what is asked alone: right, wrong, leaking or failing, and slower or faster."""
+    parts = body["messages"][1]["content"]
+    text = parts[-1]["text"]
+    document = next(q for q in range(30) if f"document {q}?" in text)
+    helps = "This page is of use" in text
+    delay = 0.05 * (document % 3)
+    if len(parts) == 1:
+        named = text.partition("why ")[2].partition(" can help")[0]
+        return completion(f"{named} can help. The others can't.")._replace(delay=delay)
+    if document == 3 and helps:
+        return Reply(500, {"error": {"message": "no luck"}}, delay=delay)
+    if document == 4:
+        return completion("word " * 50)._replace(delay=0.0 if helps else 0.1)
+    if document == 5:
+        return completion("This page helps.")._replace(delay=delay)
+    if document == 6:
+        return completion("It is labelled relevant, so it helps." if helps else "Text, so it does not help.")
+    if document == 7:
+        return completion("" if helps else "word " * 50)._replace(delay=0.2 if helps else 0.0)
+    return completion(f"It is chart {document}, so it {'helps' if helps else 'does not help'}.")._replace(
+        delay=delay
+    )
+
+
+def test_what_fails_is_dropped_and_listed_the_same_whatever_the_concurrency(
+    openai_config: Callable[..., TracesStage], scripted_server: ScriptedServer, tmp_path: Path
+):
+    scripted_server.script = scripted_teacher
+    data = make_data(tmp_path / "data", questions=10)
+    for concurrency in (1, 8):
+        out = tmp_path / str(concurrency)
+        main(openai_config(data, out, "refine=true", f"teacher.concurrency={concurrency}"))
+    assert by_bytes(tmp_path / "1") == by_bytes(tmp_path / "8")
+    out = tmp_path / "1"
+    assert [trace.query_id for trace in read_records(out / "traces.jsonl", Trace)] == [
+        "q0",
+        "q1",
+        "q2",
+        "q8",
+        "q9",
+    ]
+    reasons = {skip.query_id: skip.reason for skip in skipped(out)}
+    first_page_helps = read_records(data, RankingTask)[7].prompted("shuffled", 42).local_positives == (1,)
+    assert reasons == {
+        "q3": "the teacher's server failed",
+        "q4": "the teacher's answer was too long",
+        "q5": "check direction",
+        "q6": "check no_label_words",
+        "q7": f"the teacher's answer was {'empty' if first_page_helps else 'too long'}",
+    }
+    counts = read_manifest(out)["counts"]
+    assert counts["teacher"]["too_long"] == 8 + 6
+    assert counts["teacher"]["empty"] == 2
+    assert KEY not in "".join(path.read_text() for path in out.iterdir())
+
+
+def test_a_server_that_answers_garbage_alone_stops_the_run(
+    openai_config: Callable[..., TracesStage], scripted_server: ScriptedServer, tmp_path: Path
+):
+    scripted_server.replies(Reply(body="<html>", headers={"Content-Type": "text/html"}))
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    with pytest.raises(
+        InputError, match=r"answers, but not with a chat completion \(found '<html>'\); check that OPENAI_BASE_URL"
+    ):
+        main(openai_config(data, out))
+    assert not (out / "traces.jsonl").exists()
+
+
+def test_a_corrupt_page_image_stops_the_run(
+    openai_config: Callable[..., TracesStage], scripted_server: ScriptedServer, tmp_path: Path
+):
+    data = make_data(tmp_path / "data")
+    (tmp_path / "data" / "images" / "1-2.jpg").write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"1-2\.jpg: not an image that can be read"):
+        main(openai_config(data, tmp_path / "out"))

@@ -1,0 +1,225 @@
+"""A paid teacher's answers: nothing lost, nothing paid twice, nothing beyond the budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_tasks import by_bytes, make_config, make_data, skipped
+from servers import Reply, ScriptedServer, completion
+
+from data_construction.teacher.store import AnswerStore
+from data_construction.traces import TracesStage, main
+from mmr5_train.config import CONFIGS
+from mmr5_train.ranking.files import InputError, read_manifest, read_records
+from mmr5_train.ranking.records import Trace
+
+ROOT = CONFIGS.parent
+OPENAI = ("teacher=openai", "teacher.model=m", "teacher.attempts=2")
+
+
+def openai_config(data: Path, out: Path, *overrides: str) -> TracesStage:
+    return make_config(data, out, *OPENAI, *overrides)
+
+
+def stage(data: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
+    """The stage in a process of its own."""
+    command = [sys.executable, "-m", "data_construction.traces", f"data='{data}'", f"out='{out}'", *OPENAI]
+    return subprocess.Popen(
+        [*command, *overrides], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def noted(body: dict[str, Any]) -> Reply:
+    """An answer that depends on the question alone, with its tokens."""
+    text = body["messages"][1]["content"][-1]["text"]
+    if "Notes, a page a line" in text:
+        named = text.partition("why ")[2].partition(" can help")[0]
+        reply = completion(f"{named} can help.")
+    else:
+        reply = completion(f"A chart, so it {'helps' if 'is of use' in text else 'does not help'}.")
+    reply.body["usage"] = {"prompt_tokens": 1000, "completion_tokens": 20}
+    return reply
+
+
+def asked(server: ScriptedServer) -> Counter[str]:
+    return Counter(json.dumps(request) for request in server.requests)
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bytes(
+    scripted_server: ScriptedServer, tmp_path: Path
+):
+    data, out = make_data(tmp_path / "data", questions=5), tmp_path / "out"
+    config = openai_config(data, out, "refine=true", "teacher.concurrency=2")
+    refused = Reply(401, {"error": {"message": "expired: sk-secret-0123456789"}})
+    scripted_server.script = lambda number, body: noted(body) if number < 11 else refused
+    with pytest.raises(
+        InputError, match=r"refuses the key(.|\n)*is kept in .*out\.answers\.sqlite: the same"
+    ) as caught:
+        main(config)
+    assert "sk-secret" not in str(caught.value)
+    assert not (out / "traces.jsonl").exists()
+    with pytest.raises(InputError, match="did not end"):
+        read_manifest(out)
+
+    answered = asked_before = scripted_server.requests[:11]
+    scripted_server.requests = []
+    scripted_server.script = lambda number, body: noted(body)
+    main(config)
+    assert len(scripted_server.requests) == 5 * 5 - len(answered)
+    assert not asked(scripted_server) & Counter(json.dumps(request) for request in asked_before)
+    ended = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert len(read_records(out / "traces.jsonl", Trace)) == 5
+
+    shutil.rmtree(out)
+    (tmp_path / "out.answers.sqlite").unlink()
+    main(config)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == ended
+    assert read_manifest(out)["counts"]["teacher"] == {
+        "answers": 25,
+        "prompt_tokens": 25_000,
+        "completion_tokens": 500,
+    }
+
+
+def test_a_finished_run_is_written_anew_for_nothing(scripted_server: ScriptedServer, tmp_path: Path):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    scripted_server.script = lambda number, body: noted(body)
+    main(openai_config(data, out))
+    first = by_bytes(out)
+    with pytest.raises(InputError, match="is not empty"):
+        main(openai_config(data, out))
+    main(openai_config(data, out, "overwrite=true"))
+    assert by_bytes(out) == first
+    main(openai_config(data, tmp_path / "refined", "refine=true", f"answers='{tmp_path / 'out.answers.sqlite'}'"))
+    assert len(scripted_server.requests) == 12 + 3  # the notes are there, three refinements are not
+    assert max(asked(scripted_server).values()) == 1
+
+
+def test_answers_to_other_settings_are_not_mixed_in_silently(scripted_server: ScriptedServer, tmp_path: Path):
+    data, out = make_data(tmp_path / "data", questions=1), tmp_path / "out"
+    scripted_server.script = lambda number, body: noted(body)
+    main(openai_config(data, out))
+    other = ("teacher.temperature=1", f"answers='{tmp_path / 'out.answers.sqlite'}'")
+    with pytest.raises(InputError, match=r"holds 4 answers .*\n  temperature: 0.0 there, 1.0 now\n"):
+        main(openai_config(data, tmp_path / "other", *other))
+    assert len(scripted_server.requests) == 4
+    main(openai_config(data, tmp_path / "other", *other, "overwrite=true"))
+    assert len(scripted_server.requests) == 8
+    main(openai_config(data, out, "overwrite=true"))
+    assert len(scripted_server.requests) == 8
+
+
+def test_killed_at_random_moments_while_calls_fail(tmp_path: Path):
+    """The benchmark of `make bench-data`, small."""
+    command = [sys.executable, ROOT / "scripts/bench_data.py", "--rows", "faults", "--questions", "24"]
+    out = tmp_path / "bench.json"
+    ended = subprocess.run(
+        [*command, "--kills", "3", "--delay", "0.02", "--out", out],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["traces"] == row["questions"] == 24
+    assert row["same_bytes"]
+    assert row["paid_twice"] == 0
+    assert row["stored"] == 24 * 6
+    assert sum(row["faults"].values()) > 10
+
+
+def test_two_processes_share_a_store_and_pay_once(scripted_server: ScriptedServer, tmp_path: Path):
+    data = make_data(tmp_path / "data", questions=6)
+    scripted_server.script = lambda number, body: noted(body)._replace(delay=0.1)
+    store = f"answers='{tmp_path / 'shared.sqlite'}'"
+    runs = [stage(data, tmp_path / name, store, "teacher.concurrency=3") for name in "ab"]
+    for run in runs:
+        _, said = run.communicate(timeout=120)
+        assert run.returncode == 0, said
+    assert len(scripted_server.requests) == 24
+    assert max(asked(scripted_server).values()) == 1
+    assert by_bytes(tmp_path / "a") == by_bytes(tmp_path / "b")
+
+
+def test_interrupted_it_waits_for_what_is_on_its_way(scripted_server: ScriptedServer, tmp_path: Path):
+    data, out = make_data(tmp_path / "data", questions=6), tmp_path / "out"
+    scripted_server.script = lambda number, body: noted(body)._replace(delay=1.0)
+    run = stage(data, out, "teacher.concurrency=4")
+    while len(scripted_server.requests) < 4:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    printed, said = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert "the same command goes on from here" in printed
+    assert "Traceback" not in said
+    assert AnswerStore(tmp_path / "out.answers.sqlite").count() == len(scripted_server.requests) == 4
+
+
+def test_the_budget_is_kept_and_the_run_goes_on_with_a_higher_one(scripted_server: ScriptedServer, tmp_path: Path):
+    data, out = make_data(tmp_path / "data", questions=5), tmp_path / "out"
+    scripted_server.script = lambda number, body: noted(body)._replace(delay=0.02)
+    priced = ("+teacher.prices={m:{input:10,output:100,pixels_per_token:1}}", "teacher.max_tokens=100")
+    with pytest.raises(InputError, match=r"teacher.max_cost_usd=0.1 is reached: .*set it higher(.|\n)*is kept in"):
+        main(openai_config(data, out, *priced, "teacher.max_cost_usd=0.1"))
+    answers = len(scripted_server.requests)
+    assert 4 <= answers <= 8  # an answer costs $0.012; the most that one may cost is set aside
+    assert AnswerStore(tmp_path / "out.answers.sqlite").count() == answers
+    main(openai_config(data, out, *priced, "teacher.max_cost_usd=1"))
+    assert len(scripted_server.requests) == 20
+
+
+def test_a_budget_needs_a_price(scripted_server: ScriptedServer, tmp_path: Path):
+    data = make_data(tmp_path / "data", questions=1)
+    with pytest.raises(InputError, match=r"teacher.prices has no 'm': add its price"):
+        main(openai_config(data, tmp_path / "out", "teacher.max_cost_usd=1"))
+    assert scripted_server.requests == []
+
+
+def test_a_dry_run_needs_no_key_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    data = make_data(tmp_path / "data", questions=5)
+    prices = "+teacher.prices={m:{input:2,output:8,pixels_per_token:100}}"
+    main(openai_config(data, tmp_path / "out", "dry_run=true", "refine=true", prices))
+    printed = capsys.readouterr().out
+    assert "dry run: 5 of 5 questions" in printed
+    lines = dict(line.split("  ", 1) for line in printed.splitlines()[1:])
+    values = {name: line.strip() for name, line in lines.items()}
+    assert values["calls"] == "25"
+    assert values["image tokens"].startswith("240 (")  # 20 pages of 30 × 40 pixels
+    assert values["output tokens"] == f"{20 * 60 + 5 * 120:,}"
+    tokens = 240 + int(values["text tokens"].replace(",", ""))
+    assert values["cost"].startswith(f"${(tokens * 2 + 1800 * 8) / 1e6:.2f} at")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_a_note_that_fails_a_check_gets_a_second_try(scripted_server: ScriptedServer, tmp_path: Path):
+    def labelled_at_first(number: int, body: dict[str, Any]) -> Reply:
+        text = body["messages"][1]["content"][-1]["text"]
+        if "document 0?" in text and "Your last reply" not in text:
+            return completion("As image 9 says.")
+        if "document 1?" in text:
+            return completion("A chart, as the ground truth says.")
+        return noted(body)
+
+    scripted_server.script = labelled_at_first
+    data = make_data(tmp_path / "data", questions=3)
+    main(openai_config(data, tmp_path / "once"))
+    assert {skip.reason for skip in skipped(tmp_path / "once")} == {"check moved_ids", "check no_label_words"}
+    scripted_server.requests = []
+    store = f"answers='{tmp_path / 'once.answers.sqlite'}'"
+    main(openai_config(data, tmp_path / "twice", store, "second_try=true"))
+    again = [request["messages"][1]["content"][-1]["text"] for request in scripted_server.requests]
+    assert len(again) == 8  # four notes each of two questions; the first tries are in the store
+    assert sum("Your last reply called an image by a number" in text for text in again) == 4
+    assert [skip.query_id for skip in skipped(tmp_path / "twice")] == ["q1"]
+    assert read_manifest(tmp_path / "twice")["counts"]["teacher"]["second_try"] == 8

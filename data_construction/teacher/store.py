@@ -170,7 +170,7 @@ class AnswerStore:
             self._db.execute("DELETE FROM claims WHERE key = ? AND owner = ?", (key, self._owner))
 
     def close(self) -> None:
-        """Nothing is lost without it; what is claimed still is given up with `release`, or ends with the process."""
+        """Nothing is lost without it; a claim that was not released ends with the process."""
         self._db.close()
 
     def _lives(self, owner: str) -> bool:

@@ -145,18 +145,21 @@ def test_the_server_returns_the_think_block_apart_and_the_teacher_passes_over_it
     assert message.reasoning_content == THOUGHT
 
 
-def test_a_second_step_without_images_is_answered(served: OpenAIServer, reciting_model: Path):
+def test_a_second_step_without_images_is_answered(served: OpenAIServer, reciting_model: Path, tmp_path: Path):
     notes = ["a red bar chart, so it helps.", "text, so it does not help."]
     for positives in ([LocalId(1)], [LocalId(1), LocalId(2)], []):
         ask = lambda teacher, ids=positives: teacher.refine("What is red?", notes, ids, 80)  # noqa: E731
-        assert ask_server(image.parent, str(reciting_model), ask) == RECITED
+        assert ask_server(tmp_path, str(reciting_model), ask) == RECITED
 
 
 @pytest.mark.skipif(SAYS_STOP, reason="this version of transformers serve calls every answer finished")
 def test_a_real_answer_that_is_cut_off_fails(served: OpenAIServer, reciting_model: Path, image: Path):
     with pytest.raises(TeacherFailure, match="was cut off"):
         ask_server(
-            served, str(reciting_model), lambda teacher: teacher.explain("?", PAGE, image, True, 40), max_tokens=2
+            image.parent,
+            str(reciting_model),
+            lambda teacher: teacher.explain("?", PAGE, image, True, 40),
+            max_tokens=2,
         )
 
 

@@ -11,8 +11,9 @@
 - *faults*: the traces stage, 30 of 100 calls going wrong (429 with Retry-After, 500, reset connection, no answer,
   cut-off JSON, empty text), while it is killed with SIGKILL at random moments and started anew with the same
   command. `traces` of `questions` must be there in the end, their bytes the same as those of a run without faults
-  and kills, and `paid_twice` 0: no request was sent again whose answer had been stored. Answers that were on the
-  wire when the process died (`lost_on_the_wire`) are known to the server alone.
+  and kills, and `paid_twice` 0: no request was sent again whose answer was in the store at a kill. The server gave
+  more answers: those on the wire at a kill (`lost_on_the_wire`), and those that came when the stage had given the
+  call up (`given_up`; none, unless something else takes the processor for as long as `--timeout`).
 
 Another kind of row: a function of the arguments that returns rows, and its name in ROWS.
 """
@@ -120,17 +121,23 @@ def faults(args: argparse.Namespace) -> list[Row]:
         with chat_server("--delay", "0.02"):
             run_to_the_end(traces_command(data, folder / "calm", *CALM))
         with chat_server("--delay", str(args.delay), "--faults", "0.3") as base_url:
-            command = traces_command(data, folder / "out", *CALM, "teacher.timeout=2", "teacher.attempts=12")
-            store, lost, before = folder / "out.answers.sqlite", 0, {}
+            command = traces_command(
+                data, folder / "out", *CALM, f"teacher.timeout={args.timeout}", "teacher.attempts=12"
+            )
+            store, lost, before = folder / "out.answers.sqlite", 0, dict[str, int]()
+            safe: dict[str, int] = {}  # how often an answer had been given when it was first seen in the store
             started = time.monotonic()
             for kill in tqdm(range(args.kills), desc="kills", disable=args.kills < 5):
                 goal = args.questions * (PAGES + 1) * (kill + rng.uniform(0.2, 1)) / (args.kills + 1)
                 kill_at(command, folder, lambda goal=goal: ask(base_url, "counts")["distinct"] >= goal)
                 given, kept = ask(base_url, "answers"), stored(store)
                 lost += sum(count > before.get(text, 0) and text not in kept for text, count in given.items())
+                safe = {text: given[text] for text in kept} | safe
                 before = given
             run_to_the_end(command)
             seconds, seen = time.monotonic() - started, ask(base_url, "counts")
+            given = ask(base_url, "answers")
+        paid_twice = sum(given[text] - count for text, count in safe.items())
         same = (folder / "out/traces.jsonl").read_bytes() == (folder / "calm/traces.jsonl").read_bytes()
         found = sum(1 for _ in (folder / "out/traces.jsonl").open())
         made = {key: seen[key] for key in seen if key not in ("requests", "answered", "distinct")}
@@ -139,7 +146,7 @@ def faults(args: argparse.Namespace) -> list[Row]:
             {"kind": "faults", "questions": args.questions, "traces": found, "same_bytes": same,
              "kills": args.kills, "requests": seen["requests"], "answered": seen["answered"],
              "stored": len(stored(store)), "lost_on_the_wire": lost,
-             "paid_twice": repeated - lost, "seconds": seconds,
+             "given_up": repeated - lost - paid_twice, "paid_twice": paid_twice, "seconds": seconds,
              "faults": made}
         ]  # fmt: skip
 
@@ -250,6 +257,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=2000, help="faults: questions, five pages each")
     parser.add_argument("--kills", type=int, default=20, help="faults: SIGKILLs")
     parser.add_argument("--delay", type=float, default=0.05, help="faults: seconds before a reply")
+    parser.add_argument("--timeout", type=float, default=10, help="faults: seconds until a call is given up")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench/data.json")
     args = parser.parse_args()

@@ -124,7 +124,7 @@ def test_killed_at_random_moments_while_calls_fail(tmp_path: Path):
     command = [sys.executable, ROOT / "scripts/bench_data.py", "--rows", "faults", "--questions", "24"]
     out = tmp_path / "bench.json"
     ended = subprocess.run(
-        [*command, "--kills", "3", "--delay", "0.02", "--out", out],
+        [*command, "--kills", "3", "--delay", "0.02", "--timeout", "2", "--out", out],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]

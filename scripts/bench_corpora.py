@@ -1,11 +1,10 @@
 """Training-set rows through the reader and through the candidates stage: rows a second and peak memory.
 
-    python scripts/bench_corpora.py                                   # 10,000 and 100,000 rows
-    python scripts/bench_corpora.py --rows 5000 --out /tmp/bench.json
+    python scripts/bench_corpora.py --rows 5000       # bench_data.py runs it at 10,000 and 100,000
 
 Writes a subset in the format of MMDocIR's training set, made up: documents of 33 pages (its mean is 32.6), each
 page with twelve layouts of ten words and a small JPEG of its own, and a question a page. Then measures each of the
-following in a process of its own, and writes rows {"what", "rows", "seconds", "rows_per_s", "peak_mib"}:
+following in a process of its own, and prints {"what", "rows", "seconds", "rows_per_s", "peak_mib"}:
 
 - read: every document with its pages, pictures into the page cache;
 - candidates: the whole stage with BM25, five candidates a question, on the cache that `read` filled.
@@ -37,7 +36,6 @@ from tqdm import tqdm
 from data_construction import candidates
 from data_construction.corpus.reading import read_asked, read_corpus
 from mmr5_train.config import compose_stage
-from mmr5_train.ranking.files import write_json
 
 SUBSET = "ArxivQA"
 PAGES_A_DOCUMENT = 33
@@ -130,32 +128,27 @@ def _read_all(config: candidates.CandidatesStage) -> int:
 
 
 def run_all(sizes: list[int]) -> Iterator[dict[str, Any]]:
-    for rows in sizes:
-        with tempfile.TemporaryDirectory() as name:
-            write_training_set(Path(name), rows)
-            for what in ("read", "candidates"):
-                command = [sys.executable, __file__, "--one", what, "--folder", name, "--rows", str(rows)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                yield json.loads(done.stdout.splitlines()[-1])
+    """Both figures at each size, with a progress bar."""
+    with tqdm(total=2 * len(sizes), desc="corpora") as bar:
+        for rows in sizes:
+            with tempfile.TemporaryDirectory() as name:
+                write_training_set(Path(name), rows)
+                for what in ("read", "candidates"):
+                    command = [sys.executable, __file__, "--one", what, "--folder", name, "--rows", str(rows)]
+                    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                    bar.update()
+                    yield json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--out", type=Path, default=Path("outputs/bench/corpora.json"))
     parser.add_argument("--one", choices=["read", "candidates"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(measure(args.one, args.folder, args.rows[0])))
-        return
-    results = []
-    for result in tqdm(run_all(args.rows), total=2 * len(args.rows)):
-        tqdm.write(
-            "{what:<11} {rows:>7} rows {seconds:>8.1f} s {rows_per_s:>6} rows/s {peak_mib:>5} MiB".format(**result)
-        )
-        results.append(result)
-    write_json(args.out, results)
+    found = [measure(args.one, args.folder, args.rows[0])] if args.one else run_all(args.rows)
+    for row in found:
+        print(json.dumps(row))
 
 
 if __name__ == "__main__":

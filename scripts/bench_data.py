@@ -1,4 +1,4 @@
-"""What the data stages do under load, each figure beside the plain way to the same end.
+"""What the data stages do under load.
 
     python scripts/bench_data.py                                     # make bench-data: every kind of row
     python scripts/bench_data.py --rows throughput                   # one kind
@@ -14,6 +14,7 @@
   and kills, and `paid_twice` 0: no request was sent again whose answer was in the store at a kill. The server gave
   more answers: those on the wire at a kill (`lost_on_the_wire`), and those that came when the stage had given the
   call up (`given_up`; none, unless something else takes the processor for as long as `--timeout`).
+- *corpora*: rows of a training set read, and made into candidates (scripts/bench_corpora.py), at two sizes.
 
 Another kind of row: a function of the arguments that returns rows, and its name in ROWS.
 """
@@ -151,7 +152,18 @@ def faults(args: argparse.Namespace) -> list[Row]:
         ]  # fmt: skip
 
 
-ROWS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {"throughput": throughput, "faults": faults}
+def corpora(args: argparse.Namespace) -> list[Row]:
+    """The training-set reader and the candidates stage at two sizes: does ten times as much cost ten times?"""
+    from bench_corpora import run_all
+
+    return [{"kind": "corpora", **row} for row in run_all([args.pages // 10, args.pages])]
+
+
+ROWS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "throughput": throughput,
+    "faults": faults,
+    "corpora": corpora,
+}
 CALM = ("refine=true", f"teacher.concurrency={CONCURRENCY}", "teacher.max_wait=2")
 
 
@@ -258,6 +270,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="faults: SIGKILLs")
     parser.add_argument("--delay", type=float, default=0.05, help="faults: seconds before a reply")
     parser.add_argument("--timeout", type=float, default=10, help="faults: seconds until a call is given up")
+    parser.add_argument("--pages", type=int, default=100_000, help="corpora: pages, and as many questions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench/data.json")
     args = parser.parse_args()

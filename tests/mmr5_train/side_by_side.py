@@ -1,9 +1,9 @@
-"""TRL's trainer and the one with shared prompts, set up alike. As a script: trains one of them under a launcher.
+"""TRL's trainer and the one with shared prompts, set up alike. As a script: trains both under a launcher.
 
-    accelerate launch … tests/mmr5_train/side_by_side.py stock FOLDER OUT '{"max_steps": 6}'
+    accelerate launch … tests/mmr5_train/side_by_side.py FOLDER OUT '{"max_steps": 6}'
 
-reads questions.jsonl and pages in FOLDER and writes OUT/history.json: the log, the kind of launch and how many
-processes there were.
+reads questions.jsonl and pages in FOLDER and writes OUT/history.json: the log of each, the kind of launch and how
+many processes there were.
 """
 
 import json
@@ -70,19 +70,22 @@ def make_trainer(kind, tiny, prompt, processor, tasks, folder, out, settings):
     )
 
 
-def main(kind, folder, out, settings):
+def main(folder, out, settings):
+    folder, out = Path(folder), Path(out)
     tiny = ModelConfig.model_validate(yaml.safe_load((ROOT / "configs/model/tiny.yaml").read_text()))
     prompt = Prompt.model_validate(yaml.safe_load((ROOT / "configs/prompt/default.yaml").read_text()))
-    tasks = read_records(Path(folder) / "questions.jsonl", RankingTask)
-    trainer = make_trainer(
-        KINDS[kind], tiny, prompt, load_processor(tiny), tasks, Path(folder), out, json.loads(settings)
-    )
-    trainer.train()
+    tasks = read_records(folder / "questions.jsonl", RankingTask)
+    history = {}
+    for name, kind in KINDS.items():
+        trainer = make_trainer(
+            kind, tiny, prompt, load_processor(tiny), tasks, folder, out / name, json.loads(settings)
+        )
+        trainer.train()
+        history[name] = [entry for entry in trainer.state.log_history if "loss" in entry]
     if trainer.accelerator.is_main_process:
         state = trainer.accelerator.state
-        launched = f"{state.distributed_type.value} {state.num_processes}"
-        history = {"log": trainer.state.log_history, "launched": launched}
-        (Path(out) / "history.json").write_text(json.dumps(history))
+        history["launched"] = f"{state.distributed_type.value} {state.num_processes}"
+        (out / "history.json").write_text(json.dumps(history))
 
 
 if __name__ == "__main__":

@@ -76,22 +76,17 @@ def test_the_same_under_a_launcher(launched, tasks, page_folder, tmp_path):
         "max_steps": 4,
         "use_cpu": environment.get("DS_ACCELERATOR") is None,
     }
-    histories = []
-    for kind in ("stock", "shared"):
-        out = tmp_path / kind
-        out.mkdir()
-        command = [sys.executable, "-m", *launcher, "tests/mmr5_train/side_by_side.py", kind]
-        command += [str(page_folder), str(out), json.dumps(settings)]
-        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-        assert ended.returncode == 0, ended.stderr[-3000:]
-        history = json.loads((out / "history.json").read_text())
-        assert history["launched"] == launched
-        histories.append([entry for entry in history["log"] if "loss" in entry])
-    assert len(histories[0]) == len(histories[1]) == 4
-    for step, (theirs, ours) in enumerate(zip(*histories, strict=True), start=1):
+    command = [sys.executable, "-m", *launcher, "tests/mmr5_train/side_by_side.py"]
+    command += [str(page_folder), str(tmp_path), json.dumps(settings)]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert history["launched"] == launched
+    assert len(history["stock"]) == len(history["shared"]) == 4
+    for step, (theirs, ours) in enumerate(zip(history["stock"], history["shared"], strict=True), start=1):
         for key in theirs.keys() & {"loss", "grad_norm", "reward", "kl", "entropy"}:
             assert ours[key] == pytest.approx(theirs[key], abs=1e-3), f"{key} at step {step}"
-    assert max(entry["grad_norm"] for entry in histories[0]) > 1e-3
+    assert max(entry["grad_norm"] for entry in history["stock"]) > 1e-3
 
 
 def test_pages_go_through_the_tower_once_a_step(tiny, prompt, processor, tasks, page_folder, tmp_path):

@@ -88,6 +88,8 @@ def trainer_arguments(
     # Without use_cpu, processes on a machine without GPUs don't find each other. DeepSpeed sees to that itself.
     under_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     use_cpu = not torch.accelerator.is_available() and not under_deepspeed
+    if use_cpu:  # else DeepSpeed, which accelerate imports, warns on stdout that it found no accelerator
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     values = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": use_cpu, **values}
     fixed |= {"bf16": model.dtype == "bfloat16", "fp16": model.dtype == "float16"}
     taken = sorted(set(values) & set(fixed))

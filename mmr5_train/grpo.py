@@ -19,16 +19,17 @@ from pydantic import Field
 from trl import GRPOConfig, GRPOTrainer
 
 from mmr5_train.config import StageConfig, run_stage
+from mmr5_train.models.checkpoints import open_training_output, run_settings
 from mmr5_train.models.finetune import (
     MODEL,
     lora_config,
-    open_training_output,
     prompt_dataset,
     save_result,
     settings_checked,
     train,
     trained_parameters,
     trainer_arguments,
+    use_lora_plus,
 )
 from mmr5_train.models.inputs import check_images
 from mmr5_train.models.loading import ModelConfig, load_model, load_processor, vision_token_ids
@@ -128,7 +129,9 @@ def main(config: GrpoStage) -> None:
     processor = load_processor(config.model)
     arguments = grpo_arguments(config, processor)
     # Only now: what the user got wrong must not cost an earlier result that is to be overwritten.
-    open_training_output(config.out, config.overwrite, [config.data, Path(config.model.path)])
+    settings = run_settings(config)
+    inputs = [config.data, Path(config.model.path)]
+    checkpoint = open_training_output(config.out, config.overwrite, inputs, "grpo", settings)
     model = load_model(config.model)
     prompted = [task.prompted(config.order, config.seed) for task in tasks]
     dataset = prompt_dataset(
@@ -153,8 +156,9 @@ def main(config: GrpoStage) -> None:
             processing_class=processor,
             peft_config=lora_config(config.model),
         )
+    use_lora_plus(trainer, config.model)
     trained = trained_parameters(trainer)
-    train(trainer, "grpo", {"reward": "reward", "kl": "kl", "entropy": "entropy"})
+    train(trainer, "grpo", {"reward": "reward", "kl": "kl", "entropy": "entropy"}, settings, checkpoint)
     save_result(trainer, processor, config.model, config.prompt, config.think, config.out)
     if trainer.accelerator.is_main_process:
         paid = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]

@@ -16,16 +16,17 @@ from pydantic import Field
 from trl import SFTConfig, SFTTrainer
 
 from mmr5_train.config import StageConfig, run_stage
+from mmr5_train.models.checkpoints import open_training_output, run_settings
 from mmr5_train.models.finetune import (
     MODEL,
     lora_config,
-    open_training_output,
     prompt_dataset,
     save_result,
     settings_checked,
     train,
     trained_parameters,
     trainer_arguments,
+    use_lora_plus,
 )
 from mmr5_train.models.inputs import check_images
 from mmr5_train.models.loading import ModelConfig, load_model, load_processor
@@ -51,7 +52,9 @@ def main(config: SftStage) -> None:
     processor = load_processor(config.model)
     arguments = trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=config.model)
     # Only now: what the user got wrong must not cost an earlier result that is to be overwritten.
-    open_training_output(config.out, config.overwrite, [config.data, Path(config.model.path)])
+    settings = run_settings(config)
+    inputs = [config.data, Path(config.model.path)]
+    checkpoint = open_training_output(config.out, config.overwrite, inputs, "sft", settings)
     model = load_model(config.model)
     completions = [render_completion(trace.think if config.think else None, trace.answer) for trace in traces]
     dataset = prompt_dataset(
@@ -70,8 +73,9 @@ def main(config: SftStage) -> None:
             processing_class=processor,
             peft_config=lora_config(config.model),
         )
+    use_lora_plus(trainer, config.model)
     trained = trained_parameters(trainer)
-    train(trainer, "sft", {"loss": "loss", "mean_token_accuracy": "token accuracy"})
+    train(trainer, "sft", {"loss": "loss", "mean_token_accuracy": "token accuracy"}, settings, checkpoint)
     save_result(trainer, processor, config.model, config.prompt, config.think, config.out)
     if trainer.accelerator.is_main_process:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -12,29 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from peft.optimizers import create_loraplus_optimizer
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from trl import GRPOTrainer
 
+from mmr5_train.models.checkpoints import MarkWhole, ShuffledByEpoch, check_saving, keep_names
 from mmr5_train.models.inputs import load_pages
 from mmr5_train.models.loading import SETTINGS, ModelConfig, load_model
-from mmr5_train.ranking.files import InputError, open_output, whole_folder, write_json
+from mmr5_train.ranking.files import InputError, whole_folder, write_json
 from mmr5_train.ranking.prompt import Prompt, build_messages
 from mmr5_train.ranking.records import Candidate
 
 MODEL = "model"  # the folder of a stage's output that holds the merged checkpoint
 ADAPTER = "adapter"  # beside it, where LoRA was used: the adapter alone
 LOG_HISTORY = "log_history.json"
-
-
-def open_training_output(out: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
-    """`open_output`, by one process; the others wait until the folder is there."""
-    state = PartialState()
-    if state.is_main_process:
-        open_output(out, overwrite, inputs=inputs)
-    state.wait_for_everyone()
 
 
 def prompt_dataset(
@@ -96,9 +90,11 @@ def trainer_arguments(
     if taken:
         raise InputError(f"trainer.{taken[0]}: is set from the stage's out, seed and model.dtype; set it there")
     try:
-        return kind(**fixed, **values)
+        arguments = kind(**fixed, **values)
     except (TypeError, ValueError) as error:
         raise InputError(f"trainer: {kind.__name__} refuses these settings: {error}") from None
+    check_saving(arguments)
+    return arguments
 
 
 @contextmanager
@@ -142,15 +138,23 @@ class Progress(TrainerCallback):
             self.bar.close()
 
 
-def train(trainer: Trainer, name: str, shown: dict[str, str]) -> None:
-    """Trains, with `Progress` in the place of the trainer's own printing.
+def train(
+    trainer: Trainer, name: str, shown: dict[str, str], settings: dict[str, Any], checkpoint: Path | None
+) -> None:
+    """Trains, from a checkpoint or the beginning, with `Progress` in the place of the trainer's own printing.
 
     Raises `InputError` where the data set fills no batch: TRL would train nothing, and say nothing.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress(name, shown))
-    trainer.train()
+    trainer.add_callback(MarkWhole(settings))
+    keep_names(trainer.model)
+    if isinstance(trainer, GRPOTrainer):
+        trainer.add_callback(ShuffledByEpoch())
+    if checkpoint is not None and trainer.accelerator.is_main_process:
+        print(f"{name}: goes on from {checkpoint}", flush=True)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step == 0:
         size = len(trainer.train_dataset)  # type: ignore[arg-type]
         raise InputError(
@@ -172,6 +176,21 @@ def lora_config(model: ModelConfig) -> LoraConfig | None:
     )
 
 
+def use_lora_plus(trainer: Trainer, model: ModelConfig) -> None:
+    """Gives the trainer PEFT's LoRA+ optimizer, of the kind that its own would be, where the model asks for it."""
+    if model.lora is None or model.lora.plus_ratio is None:
+        return
+    network: Any = trainer.model
+    kind, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, network)
+    rate = settings.pop("lr")
+    optimizer = create_loraplus_optimizer(
+        network, kind, lr=rate, loraplus_lr_ratio=model.lora.plus_ratio, **settings
+    )
+    # PEFT makes a group for embeddings too, mostly an empty one, which DeepSpeed can't take.
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    trainer.optimizer = optimizer
+
+
 def save_result(
     trainer: Trainer, processor: Any, config: ModelConfig, prompt: Prompt, think: bool, out: Path
 ) -> None:
@@ -186,7 +205,7 @@ def save_result(
         limits = config.model_dump(include={"min_pixels", "max_pixels", "dtype"})
         with whole_folder(out / MODEL) as folder:
             if config.lora is None:
-                model.save_pretrained(folder, state_dict=state)
+                model.save_pretrained(folder, state_dict=state, save_original_format=True)
             else:
                 model.save_pretrained(out / ADAPTER, state_dict=state)
                 merged = PeftModel.from_pretrained(load_model(config), out / ADAPTER).merge_and_unload()

@@ -32,6 +32,11 @@ class LoraChoice(BaseModel):
     r: int = Field(gt=0)
     alpha: int = Field(gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    plus_ratio: float | None = Field(
+        default=None,
+        ge=1,
+        description="LoRA+ (arXiv 2402.12354): B learns so many times as fast as A; null: alike",
+    )
     target_modules: str | list[str] = Field(
         default=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
         description="a regular expression or a list of module names",

@@ -166,7 +166,7 @@ def open_output(
     opened = {"finished": False} if stage is None else {"finished": False, "stage": stage}
     try:
         if path.exists() and any(not _is_beginning(child) for child in path.iterdir()):
-            if not overwrite and (stage is None or _manifest(path) != opened):
+            if not overwrite and (stage is None or not is_unfinished(path, stage)):
                 raise InputError(f"{path}: is not empty; choose another folder with out=…, or set overwrite=true")
             if not _is_ours(path):
                 raise InputError(
@@ -188,6 +188,11 @@ def open_output(
     except OSError as error:
         raise InputError(f"{path}: can't be used as an output folder ({error.strerror})") from None
     return path
+
+
+def is_unfinished(folder: Path, stage: str) -> bool:
+    """Whether `open_output` made the folder for this stage, and the stage did not end."""
+    return _manifest(folder) == {"finished": False, "stage": stage}
 
 
 def _is_beginning(child: Path) -> bool:

@@ -11,7 +11,7 @@ from mmr5_train import grpo
 from mmr5_train.config import compose_stage
 from mmr5_train.models.loading import TINY, vision_token_ids
 from mmr5_train.ranking.answer import Defect
-from mmr5_train.ranking.files import InputError, read_manifest, write_records
+from mmr5_train.ranking.files import InputError, read_manifest
 from mmr5_train.ranking.rewards import REWARDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,12 +21,6 @@ SHORT = [
     "trainer.max_steps=2",
     "trainer.max_completion_length=16",
 ]
-
-
-@pytest.fixture
-def questions(tasks, page_folder):
-    write_records(page_folder / "questions.jsonl", tasks)
-    return page_folder / "questions.jsonl"
 
 
 def run(questions, out, *overrides):

@@ -10,38 +10,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mmr5_train import sft
 from mmr5_train.config import compose_stage
 from mmr5_train.models.loading import TINY
-from mmr5_train.ranking.files import InputError, read_manifest, write_json, write_records
-from mmr5_train.ranking.notes import described_note, join_notes
-from mmr5_train.ranking.records import Trace
+from mmr5_train.ranking.files import InputError, read_manifest, write_json
 from mmr5_train.reranker import Reranker
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["trainer.per_device_train_batch_size=4", "trainer.logging_steps=1", "trainer.warmup_steps=0"]
-
-
-@pytest.fixture
-def traces(tasks, page_folder):
-    """traces.jsonl beside the pages, one a task."""
-    records = []
-    for task in tasks:
-        shown = task.prompted("shuffled").shown
-        relevant = next(i for i, page in enumerate(shown, 1) if page.id in task.positives)
-        notes = [described_note("a page", i == relevant) for i in range(1, 4)]
-        answer = [relevant, *(i for i in (1, 2, 3) if i != relevant)]
-        records.append(
-            Trace(
-                query_id=task.query_id,
-                query=task.query,
-                domain=task.domain,
-                shown=shown,
-                notes=notes,
-                think=join_notes(notes),
-                answer=answer,
-                positive_ids=[relevant],
-            )
-        )
-    write_records(page_folder / "traces.jsonl", records)
-    return page_folder / "traces.jsonl"
 
 
 def run(traces, out, *overrides):

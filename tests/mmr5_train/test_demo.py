@@ -6,27 +6,22 @@ import pytest
 
 from mmr5_train import demo
 from mmr5_train.config import compose_stage
+from mmr5_train.recipe import RecipeStage
 
-SMALL = {
-    "corpus": ["documents=10", "workers=1"],
-    "sft": ["trainer.max_steps=2", "trainer.per_device_train_batch_size=2", "trainer.warmup_steps=0"],
-    "grpo": [
-        "trainer.max_steps=1",
-        "trainer.per_device_train_batch_size=4",
-        "trainer.num_generations=2",
-        "trainer.max_completion_length=16",
-    ],
-    "evaluate": ["limit=6", "max_new_tokens=16", "samples=2"],
-    "report": ["questions=3"],
-}
+SMALL = [
+    "stages.corpus.documents=10",
+    "+stages.corpus.workers=1",
+    "stages.sft.trainer={max_steps:2,per_device_train_batch_size:2,warmup_steps:0}",
+    "stages.grpo.trainer={max_steps:1,per_device_train_batch_size:4,num_generations:2,max_completion_length:16}",
+    "stages.evaluate={limit:6,max_new_tokens:16,samples:2}",
+    "+stages.report.questions=3",
+]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
-    config = compose_stage(demo.DemoStage, "demo", [f"out={out}", "seed=5"])
-    stages = {name: [*overrides, *SMALL.get(name, [])] for name, overrides in config.stages.items()}
-    demo.main(config.model_copy(update={"stages": stages}))
+    demo.main(compose_stage(RecipeStage, "demo", [f"out={out}", "seed=5", *SMALL]))
     return out
 
 

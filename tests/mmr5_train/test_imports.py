@@ -32,9 +32,9 @@ def test_the_domain_knows_nobody(path):
     assert not [name for name in ours(imported(path)) if not name.startswith("mmr5_train.ranking")]
 
 
-def test_nothing_imports_a_stage_but_the_demo():
+def test_nothing_imports_a_stage_but_the_recipe():
     for path in FILES:
-        if path.name != "demo.py":
+        if path.name != "recipe.py":
             assert not imported(path) & STAGES, path
 
 

@@ -1,0 +1,114 @@
+"""Recipes compose, say where they depart from the paper, and make no stage twice."""
+
+from pathlib import Path
+
+import pytest
+
+from mmr5_train.config import CONFIGS, compose_stage
+from mmr5_train.ranking.files import InputError, write_json
+from mmr5_train.recipe import STAGES, RecipeStage, departures, main, resolved, stage_commands, written
+
+EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("experiment/*.yaml"))
+SMALL = [
+    "size=tiny",
+    "stages.corpus.documents=10",
+    "+stages.corpus.workers=1",
+    "stages.sft.trainer={max_steps:2,per_device_train_batch_size:2,warmup_steps:0}",
+    "stages.grpo.trainer={max_steps:1,per_device_train_batch_size:4,num_generations:2,max_completion_length:16}",
+    "stages.evaluate={limit:6,max_new_tokens:16,samples:0}",
+    "+stages.report.questions=3",
+]
+
+
+def compose(*overrides):
+    return compose_stage(RecipeStage, "recipe", overrides)
+
+
+@pytest.mark.parametrize("size", ["full", "tiny"])
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_recipe_fits_its_stages(experiment, size):
+    config = compose(f"experiment={experiment}", *(["size=tiny"] if size == "tiny" else []))
+    assert config.name == experiment
+    settings = resolved(config)
+    assert list(settings) == [name for name in STAGES if name in settings]
+    trained = {f"{settings[stage]['out']}/model" for stage in ("sft", "grpo") if stage in settings}
+    assert {value for key, value in settings["evaluate"].items() if key.startswith("systems.")} == trained
+
+
+def test_the_paper_departs_from_itself_in_nothing():
+    assert list(departures(compose("experiment=mm_r5", "out=elsewhere", "seed=7"))) == []
+
+
+def test_the_settings_are_the_papers():
+    """MM-R5 (arXiv 2506.12364v2), implementation details."""
+    settings = resolved(compose("experiment=mm_r5"))
+    sft, grpo = settings["sft"], settings["grpo"]
+    assert (sft["model.lora.r"], sft["model.lora.alpha"], sft["model.lora.plus_ratio"]) == (8, 32, 16)
+    assert (grpo["model.lora.r"], grpo["model.lora.alpha"]) == (64, 128)
+    assert (sft["trainer.learning_rate"], sft["trainer.warmup_steps"]) == (1e-4, 0.05)
+    assert (grpo["trainer.learning_rate"], grpo["trainer.beta"], grpo["trainer.epsilon"]) == (1e-5, 0.04, 0.2)
+    assert (grpo["trainer.num_generations"], grpo["trainer.num_iterations"]) == (4, 2)
+    assert (settings["select"]["balanced.count"], settings["select"]["balanced.groups"]) == (3000, 10)
+    assert grpo["reward.weights.reranking"] == grpo["reward.weights.template"] == 1
+    assert (sft["limit"], sft["model.freeze_vision"], grpo["model.freeze_vision"]) == (7200, True, True)
+
+
+def test_departures_are_named():
+    lines = list(departures(compose("experiment=[recommended,no_think]")))
+    assert "sft.think: False (MM-R5: True)" in lines
+    assert "grpo.reward.name: gated (MM-R5: mm_r5)" in lines
+    assert "grpo: left out" in list(departures(compose("experiment=sft_only")))
+
+
+def test_choices_add_up():
+    config = compose("experiment=[recommended,rl_only]", "size=tiny", "stages.grpo.trainer.beta=0.1")
+    settings = resolved(config)
+    assert "sft" not in settings
+    assert settings["grpo"]["reward.name"] == "gated"
+    assert settings["grpo"]["trainer.beta"] == 0.1
+    assert settings["grpo"]["model.path"] == "tiny"
+
+
+VALUES = [True, 3, 1e-4, "a", "a/b c.jsonl", "it's", "x,y={}", [1, "b c"], {"a": [2], "b+c": "d"}]
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_values_survive_the_command_line(value):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    [override] = OverridesParser.create().parse_overrides([f"key={written(value)}"])
+    assert override.value() == value
+
+
+def test_an_unknown_stage_is_named():
+    with pytest.raises(InputError, match="stages: no stage is called sftt"):
+        stage_commands(compose("+stages.sftt={think:true}"))
+    with pytest.raises(InputError, match="leave_out: no stage is called reprot"):
+        stage_commands(compose("leave_out=[reprot]"))
+
+
+def test_what_was_made_is_not_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shared = [f"out={tmp_path}/a", f"shared={tmp_path}/shared", "seed=5", *SMALL]
+    main(compose("experiment=[recommended,sft_only]", *shared))
+    said = capsys.readouterr().out
+    assert "already" not in said
+    assert (tmp_path / "a/report/report.html").is_file()
+    weights = tmp_path / "shared/sft/model/model.safetensors"
+    first = weights.stat().st_mtime_ns
+
+    main(compose("experiment=recommended", *shared, f"out={tmp_path}/b"))
+    said = capsys.readouterr().out
+    for stage in ("corpus", "candidates", "traces", "sft"):
+        assert f"{stage}: already in {tmp_path}/shared" in said
+    assert weights.stat().st_mtime_ns == first
+    assert (tmp_path / "b/grpo/model/model.safetensors").is_file()
+
+    # Another setting, or another input, and the stage is made again, and all that follows it.
+    main(compose("experiment=recommended", *shared, f"out={tmp_path}/b", "stages.grpo.trainer.beta=0.1"))
+    said = capsys.readouterr().out
+    assert "select: already" in said
+    assert "grpo: already" not in said
+    assert "report: already" not in said
+    write_json(tmp_path / "b/grpo/manifest.json", {"finished": False})
+    main(compose("experiment=recommended", *shared, f"out={tmp_path}/b", "stages.grpo.trainer.beta=0.1"))
+    assert "evaluate: already" not in capsys.readouterr().out

@@ -101,7 +101,7 @@ def make_trainer(kind: str, shape: str, P: int, G: int, C: int) -> tuple[Any, li
     config = compose_stage(GrpoStage, "grpo", [])
     processor = load_processor(config.model)
     text = len(processor.tokenizer(QUESTION)["input_ids"]) + 120  # the prompt's own words and markers
-    side = round(((P - text) / PAGES) ** 0.5) * 28
+    side = int(((P - text) / PAGES) ** 0.5) * 28  # words fill the rest
     limits = {"min_pixels": 28 * 28, "max_pixels": side * side}
     model_config = config.model.model_copy(update=limits)
     processor = load_processor(model_config)

@@ -11,10 +11,12 @@ on with the same command, and recipes may share a folder (`shared`) for what the
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from data_construction import candidates, traces
 from data_construction.corpus import synthetic
 from mmr5_train import evaluate, grpo, report, select, sft
 from mmr5_train.config import StageConfig, compose_stage, run_stage
-from mmr5_train.ranking.files import InputError, file_hash, is_unfinished, read_manifest
+from mmr5_train.ranking.files import RECIPE, InputError, file_hash, is_unfinished, read_manifest, write_json
 
 # Name in a recipe → (the stage's module, its config model, its entry config), in the order in which they run.
 STAGES: dict[str, tuple[Any, type[StageConfig], str]] = {
@@ -96,28 +98,40 @@ def written(value: Any) -> str:
 
 
 def run_commands(commands: dict[str, list[str]], config: RecipeStage) -> None:
-    """Runs the stages, each as from the command line; those made already stay."""
-    anew = config.overwrite
+    """Runs the stages, each as from the command line; those made already stay. Ends with recipe.json."""
+    anew, made, before = config.overwrite, {}, _seconds_before(config.out / RECIPE)
     for name, overrides in commands.items():
         module, model, entry = STAGES[name]
         stage = compose_stage(model, entry, overrides)
-        command = [module.__name__, *overrides]
+        made[name] = {"out": str(stage.out), "seconds": before.get(str(stage.out))}
         if not anew and is_made(stage):
             print(f"\n{name}: already in {stage.out}", flush=True)
             continue
         anew = True  # what follows reads what this stage writes
         overwrite = config.overwrite or not is_unfinished(stage.out, entry)  # one that was stopped goes on
-        stage = stage.model_copy(update={"overwrite": overwrite})
+        started = time.monotonic()
         if config.launch and name in LAUNCHED:
-            command = ["accelerate.commands.launch", "--config_file", str(config.launch), "-m", *command]
-            command.append(f"overwrite={written(overwrite)}")
+            launched = ["accelerate.commands.launch", "--config_file", str(config.launch), "-m", module.__name__]
+            command = [*launched, *overrides, f"overwrite={written(overwrite)}"]
             print(f"\n{name}: {shlex.join(['python', '-m', *command])}", flush=True)
             ended = subprocess.run([sys.executable, "-m", *command])
             if ended.returncode:
                 raise InputError(f"{name}: ended with {ended.returncode}; its message stands above")
         else:
-            print(f"\n{name}: {shlex.join(['python', '-m', *command])}", flush=True)
-            module.main(stage)
+            print(f"\n{name}: {shlex.join(['python', '-m', module.__name__, *overrides])}", flush=True)
+            module.main(stage.model_copy(update={"overwrite": overwrite}))
+        made[name]["seconds"] = round(time.monotonic() - started, 1)
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(config.out / RECIPE, {"name": config.name, "seed": config.seed, "stages": made})
+
+
+def _seconds_before(path: Path) -> dict[str, float]:
+    """By folder, what the stages took that an earlier run of the recipe made."""
+    if not path.is_file():
+        return {}
+    return {
+        made["out"]: made["seconds"] for made in json.loads(path.read_text(encoding="utf-8"))["stages"].values()
+    }
 
 
 def is_made(stage: StageConfig) -> bool:

@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 from trl import GRPOTrainer
 
 from mmr5_train.models.checkpoints import MarkWhole, ShuffledByEpoch, check_saving, keep_names
@@ -208,6 +209,7 @@ def save_result(
                 model.save_pretrained(folder, state_dict=state, save_original_format=True)
             else:
                 model.save_pretrained(out / ADAPTER, state_dict=state)
+                unset_hf_deepspeed_config()  # else ZeRO-3 would deal this model out to processes that wait
                 merged = PeftModel.from_pretrained(load_model(config), out / ADAPTER).merge_and_unload()
                 merged.save_pretrained(folder)
             processor.save_pretrained(folder)

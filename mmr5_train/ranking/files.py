@@ -18,6 +18,7 @@ from typing import IO, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 MANIFEST = "manifest.json"
+RECIPE = "recipe.json"  # in a recipe's folder: where each stage wrote, and the seconds it took
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bm25s", "pypdfium2", "pillow")
 
 RecordT = TypeVar("RecordT", bound=BaseModel)

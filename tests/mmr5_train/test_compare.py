@@ -1,0 +1,73 @@
+"""One table over recipes and seeds."""
+
+import json
+import shutil
+
+import pytest
+from made_up import make_evaluation
+
+from mmr5_train import compare
+from mmr5_train.config import compose_stage
+from mmr5_train.ranking.files import RECIPE, InputError, write_json
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two recipes under two seeds; the second recipe evaluated the weaker system last."""
+    root = tmp_path_factory.mktemp("ablations")
+    for seed in (0, 1):
+        make_evaluation(root / str(seed) / "recommended/evaluation", questions=24, seed=seed)
+        shutil.copytree(root / str(seed) / "recommended", root / str(seed) / "weaker")
+        for name in ("recommended", "weaker"):
+            out = root / str(seed) / name
+            results = json.loads((out / "evaluation/results.json").read_text())
+            if name == "weaker":
+                results["rows"] = results["rows"][:-1]
+                write_json(out / "evaluation/results.json", results)
+            stages = {
+                "sft": {"out": f"shared-{seed}/sft", "seconds": 60.0 if name == "recommended" else None},
+                "grpo": {"out": str(out / "grpo"), "seconds": 100.0 + seed},
+                "evaluate": {"out": str(out / "evaluation"), "seconds": 9.0},
+            }
+            write_json(out / RECIPE, {"name": name, "seed": seed, "stages": stages})
+    return root
+
+
+def run(folder, out, *overrides):
+    compare.main(compose_stage(compare.CompareStage, "compare", [f"folder={folder}", f"out={out}", *overrides]))
+    return json.loads((out / "compare.json").read_text())["rows"]
+
+
+def test_each_figure_and_what_it_cost(folder, tmp_path, capsys):
+    rows = run(folder, tmp_path / "out")
+    assert [(row["recipe"], row["seeds"]) for row in rows] == [("recommended", [0, 1]), ("weaker", [0, 1])]
+    assert [row["seconds"] for row in rows] == [160.5, 160.5]  # the SFT that both used counts for both
+    ours, theirs = rows
+    for figure in compare.FIGURES:
+        assert 0 <= theirs[figure]["mean"] <= 1
+        assert theirs[figure]["deviation"] >= 0
+        gap = theirs[figure]["difference"]
+        assert gap["mean"] == pytest.approx(theirs[figure]["mean"] - ours[figure]["mean"], abs=1e-6)
+        assert gap["low"] <= gap["mean"] <= gap["high"]
+    assert ours["recall@1"]["mean"] > theirs["recall@1"]["mean"]
+    assert "difference" not in ours["recall@1"]
+    table = (tmp_path / "out/table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert f"| recommended | 2 | {ours['recall@1']['mean']:.3f} ± " in table
+
+
+def test_the_means_are_those_of_the_evaluations(folder, tmp_path):
+    [ours, _] = run(folder, tmp_path / "out")
+    made = [
+        json.loads((folder / str(seed) / "recommended/evaluation/results.json").read_text()) for seed in (0, 1)
+    ]
+    for figure in compare.FIGURES:
+        assert ours[figure]["mean"] == pytest.approx(sum(r["rows"][-1][figure] for r in made) / 2)
+
+
+def test_wrong_input(folder, tmp_path):
+    with pytest.raises(InputError, match=r"no recipe under .* is called best \(found: recommended, weaker\)"):
+        run(folder, tmp_path / "out", "baseline=best")
+    with pytest.raises(InputError, match=r"no recipe\.json of a recipe with an evaluation"):
+        run(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

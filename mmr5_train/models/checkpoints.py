@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOConfig
@@ -112,10 +113,10 @@ class MarkWhole(TrainerCallback):
             write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE, self.settings)
 
 
-class ShuffledByEpoch(TrainerCallback):
-    """Makes the order of TRL's prompt sampler depend on seed and epoch alone.
+class SamplerGoesOn(TrainerCallback):
+    """Gives each epoch the order of prompts that TRL's sampler gives it in a run that is never stopped.
 
-    TRL's sampler draws each epoch's order from the generator that the epoch before left behind, so that a run that
+    That sampler draws an epoch's order from the generator that the epoch before left behind, so that a run that
     goes on in the second epoch would see the order of the first.
     """
 
@@ -125,4 +126,6 @@ class ShuffledByEpoch(TrainerCallback):
             sampler, RepeatSampler
         ):  # in the batch sampler, which may be one of a process's shard
             sampler = getattr(sampler, "batch_sampler", None) or sampler.sampler
-        sampler.generator.manual_seed(args.seed + int(state.epoch or 0))
+        sampler.generator.manual_seed(args.seed)
+        for _epoch in range(int(state.epoch or 0)):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import GRPOTrainer
 
-from mmr5_train.models.checkpoints import MarkWhole, ShuffledByEpoch, check_saving, keep_names
+from mmr5_train.models.checkpoints import MarkWhole, SamplerGoesOn, check_saving, keep_names
 from mmr5_train.models.inputs import load_pages
 from mmr5_train.models.loading import SETTINGS, ModelConfig, load_model
 from mmr5_train.ranking.files import InputError, whole_folder, write_json
@@ -152,7 +152,7 @@ def train(
     trainer.add_callback(MarkWhole(settings))
     keep_names(trainer.model)
     if isinstance(trainer, GRPOTrainer):
-        trainer.add_callback(ShuffledByEpoch())
+        trainer.add_callback(SamplerGoesOn())
     if checkpoint is not None and trainer.accelerator.is_main_process:
         print(f"{name}: goes on from {checkpoint}", flush=True)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

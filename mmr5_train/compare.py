@@ -29,7 +29,7 @@ from mmr5_train.ranking.files import (
     write_json,
     write_manifest,
 )
-from mmr5_train.ranking.metrics import Values, paired_bootstrap
+from mmr5_train.ranking.metrics import Values, paired_bootstrap, question_table
 from mmr5_train.ranking.records import Page, Ranking
 from mmr5_train.ranking.scoring import question_values
 
@@ -102,7 +102,7 @@ def read_run(path: Path, described: Mapping[str, Any], took: Mapping[str, float]
         name=described["name"],
         seed=described["seed"],
         query_ids=[ranking.query_id for ranking in ranked],
-        values=question_values(ranked, descriptions),
+        values=question_values(ranked, question_table(ranked), descriptions),
         seconds=sum(took.get(stages[name]["out"], 0.0) for name in ("sft", "grpo") if name in stages),
     )
 

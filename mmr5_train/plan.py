@@ -71,6 +71,7 @@ class Network:
     hidden: int
     intermediate: int
     kv: int  # width of the keys of one layer
+    vocabulary: int
     vision_layers: int
     vision_hidden: int
 
@@ -181,6 +182,7 @@ def measure(model: ModelConfig) -> Network:
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
         kv=text.num_key_value_heads * heads,
+        vocabulary=text.vocab_size,
         vision_layers=vision.depth,
         vision_hidden=vision.hidden_size,
     )
@@ -262,14 +264,13 @@ def memory(network: Network, work: Workload, zero: str, gpus: int) -> dict[str, 
     kept = network.layers * 2 * network.hidden + layer if work.checkpointing else network.layers * layer
     seeing = 2 * work.groups * 4 * prompt * 8 * network.vision_hidden  # four patches a token; nothing is kept
     cache = 2 * 2 * network.layers * network.kv * (work.groups * prompt + work.rows * work.completion)
-    vocabulary = 152_000
     return {
         "weights": weights + 2 * network.trained,
         "gradients": 4 * network.trained * (shared if stage >= 2 else 1),
         "optimizer": 8 * network.trained * (shared if stage >= 2 else 1) * (0 if offload else 1),
         "activations": tokens * kept + seeing,
         "KV cache": cache if work.rollouts else 0,
-        "logits": 10.0 * work.rows * min(work.completion, 1024) * vocabulary,
+        "logits": 10.0 * work.rows * min(work.completion, 1024) * network.vocabulary,
         "kernels": KERNELS,
     }
 

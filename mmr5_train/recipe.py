@@ -42,7 +42,7 @@ STAGES: dict[str, tuple[Any, type[StageConfig], str]] = {
     "report": (report, report.ReportStage, "report"),
 }
 LAUNCHED = ("sft", "grpo")
-# Where things are, and what makes a model smaller than the paper's: no departure by themselves.
+# Where things are, and seeds: no departure by themselves.
 PLACES = ("out", "data", "overwrite", "seed", "model.path", "seen", "questions", "systems", "exclude")
 
 

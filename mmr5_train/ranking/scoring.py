@@ -66,7 +66,7 @@ def score_rankings(
     tables = {system: question_table(ranked) for system, ranked in systems.items()}
     ceiling = [question_metrics(_perfect(ranking), ranking.positives) for ranking in first]
     metrics = list(ceiling[0])
-    values = {system: question_values(ranked, descriptions) for system, ranked in systems.items()}
+    values = {system: question_values(ranked, tables[system], descriptions) for system, ranked in systems.items()}
     if sampled:  # a system that writes no completions has one answer, which counts as its samples too
         for system, ranked in systems.items():
             if not writes(ranked):
@@ -118,9 +118,10 @@ def _aligned(rankings: Rankings) -> dict[str, list[Ranking]]:
     return aligned
 
 
-def question_values(ranked: Sequence[Ranking], descriptions: Mapping[PageId, str]) -> dict[str, Values]:
+def question_values(
+    ranked: Sequence[Ranking], table: QuestionTable, descriptions: Mapping[PageId, str]
+) -> dict[str, Values]:
     """Each figure's values over questions, shape (Q,); NaN where a question has none. Undefined ones left out."""
-    table = question_table(ranked)
     values = dict(table.metrics)
     wrote = writes(ranked)
     if all(ranking.samples for ranking in ranked):

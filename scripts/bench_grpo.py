@@ -259,12 +259,12 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
             lengths = [row["P"] for row in line]
             panel.plot(lengths, [row["speedup"] for row in line], "o-", color=colors.get(G), label=f"G = {G}")
             panel.plot(lengths, [row["bound"] for row in line], ":", color=colors.get(G))
-        panel.set(title=f"{what}: times as fast (dotted: tokens)", xlabel="prompt tokens", ylim=0)
+        panel.set(title=f"{what}, C = {C}: times as fast as TRL (dotted: bound)", xlabel="prompt tokens", ylim=0)
         panel.legend()
     largest = [row for row in rows if (row["what"], row["G"], row["C"]) == ("update", sizes[-1], C)]
-    for kind, color in (("stock", "#808080"), ("shared", "#ca3c25")):
+    for kind, name, color in (("stock", "TRL", "#808080"), ("shared", "shared", "#ca3c25")):
         values = [row[f"{kind}_mib"] for row in largest]
-        panels[2].plot([row["P"] for row in largest], values, "o-", color=color, label=kind)
+        panels[2].plot([row["P"] for row in largest], values, "o-", color=color, label=name)
     panels[2].set(title=f"update: peak MiB, G = {sizes[-1]}", xlabel="prompt tokens", ylim=0)
     panels[2].legend()
     plt.savefig(path)

@@ -1,14 +1,12 @@
 """The GRPO benchmark at a small size: both shapes, both trainers."""
 
 import argparse
-import importlib.util
-from pathlib import Path
 
+import bench_grpo as bench
 import pytest
 
 from mmr5_train.models.shapes import SHAPES
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "text_config": {
         "hidden_size": 64,
@@ -22,16 +20,8 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench_grpo", ROOT / "scripts/bench_grpo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("shape", ["tiny", "3b"])
-def test_measures_both_trainers(shape, bench, monkeypatch):
+def test_measures_both_trainers(shape, monkeypatch):
     monkeypatch.setitem(SHAPES, bench.SHAPE_3B, SMALL)
     sizes = {"P": [400], "G": [4], "C": [10], "shape": shape, "repeats": 1, "threads": 2}
     stock, shared = (bench.measure(argparse.Namespace(one=kind, **sizes)) for kind in ("stock", "shared"))
@@ -41,7 +31,7 @@ def test_measures_both_trainers(shape, bench, monkeypatch):
     assert stock["operations"] > 2 * shared["operations"]  # of 3.7 times the tokens
 
 
-def test_a_row_of_each_kind_in_the_table_and_the_figure(bench, tmp_path):
+def test_a_row_of_each_kind_in_the_table_and_the_figure(tmp_path):
     row = {"P": 1200, "G": 8, "C": 100, "stock_s": 3.2, "shared_s": 0.8, "speedup": 4.0, "bound": 5.2}
     memory = {"stock_mib": 1500.0, "shared_mib": 250.0, "stock_roofline_s": 1.0, "shared_roofline_s": 0.25}
     rows = [{"what": "update", **row, **memory}, {"what": "step", **row}]

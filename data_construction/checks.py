@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from bm25s import stopwords
 
 from mmr5_train.ranking.answer import parse_answer
-from mmr5_train.ranking.notes import verdict
+from mmr5_train.ranking.notes import QUOTED, verdict
 from mmr5_train.ranking.prompt import neutral, render_completion
 from mmr5_train.ranking.records import LocalId, Page
 
@@ -28,13 +28,6 @@ WRONG = {
 }
 """The checks that a second try may mend, in the words that follow "Your last reply"."""
 
-_HELPS_NOT = re.compile(
-    r"(?:\b(?:no|not|never|cannot|nothing)\b|n[’']t\b)(?:\W+\w+){0,3}?\W+"
-    r"(?:help\w*|answer\w*|relevant|useful|use|bear\w*|address\w*)\b|\b(?:irrelevant|unrelated|unhelpful|useless)\b",
-    re.IGNORECASE,
-)
-_HELPS = re.compile(r"\b(?:helps?|helpful|answers|relevant|useful)\b", re.IGNORECASE)
-_QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”")
 # Words that a page or a question may hold for its own reasons, and turns of phrase that only a label explains.
 _LABEL_WORD = re.compile(r"\b(?:labels?|positives?|negatives?)\b", re.IGNORECASE)
 _LABEL_TOLD = re.compile(
@@ -98,12 +91,12 @@ def failed_note_checks(i: LocalId, note: str, query: str, page: Page, helps: boo
     """The checks of one note, on the page that is shown as image `i`. Its writer did not know that number."""
     if len(note.split()) > rules.max_words:
         yield "short_notes", f"image {i}: {len(note.split())} words, at most {rules.max_words} asked for"
-    if direction(note) not in (None, helps):
+    if verdict(note) not in (None, helps):
         yield "direction", f"image {i} {'helps' if helps else 'does not help'}; the note: {note}"
     if word := label_word(note, query, [page]):
         yield "no_label_words", f"image {i}: {word!r} in: {note}"
     given = f"{query}\n{page.text}\n{page.description}"
-    if moved := named_pages(_QUOTED.sub(" ", note)) - {i} - named_pages(given):
+    if moved := named_pages(QUOTED.sub(" ", note)) - {i} - named_pages(given):
         yield "moved_ids", f"image {i} is called {sorted(moved)} in: {note}"
     if rules.same_language and (other := other_language(note, query)):
         yield "language", f"image {i}: {other}: {note}"
@@ -124,20 +117,9 @@ def failed_reasoning_checks(
         yield "language", f"{other}: {think}"
 
 
-def direction(note: str) -> bool | None:
-    """Whether a note says that its page helps; None where it can't be told."""
-    told = verdict(note)
-    if told is not None:
-        return told
-    own_words = _QUOTED.sub(" ", note)
-    rest = _HELPS_NOT.sub(" ", own_words)
-    against, for_it = rest != own_words, bool(_HELPS.search(rest))
-    return None if against == for_it else for_it
-
-
 def label_word(text: str, query: str, seen: Sequence[Page]) -> str | None:
     """A word that gives away that the teacher knew the label; those of the pages and the question are none."""
-    own_words = _QUOTED.sub(" ", text)
+    own_words = QUOTED.sub(" ", text)
     if told := _LABEL_TOLD.search(own_words):
         return told[0]
     words = _LABEL_WORD.findall(own_words)
@@ -155,7 +137,7 @@ def other_language(text: str, query: str) -> str | None:
 
     Quotes and the verdict don't count. Scripts are compared first, then languages, by the small words they use.
     """
-    own_words = _VERDICT.sub(" ", _QUOTED.sub(" ", text))
+    own_words = _VERDICT.sub(" ", QUOTED.sub(" ", text))
     scripts, languages = (script(own_words), script(query)), (language(own_words), language(query))
     if all(scripts) and scripts[0] != scripts[1]:
         return f"{scripts[0]} letters, the question's are {scripts[1]}"

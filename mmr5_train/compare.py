@@ -3,9 +3,10 @@
     python -m mmr5_train.compare folder=outputs/ablations baseline=recommended
 
 Reads every recipe.json that mmr5_train.recipe left there, and the rankings of the last system that each recipe
-evaluated. Writes compare.json and table.md: for each recipe mean and deviation over seeds, the paired difference
-from the baseline (questions are resampled inside their seed; a pair is the same question under the same seed), and
-what the training took.
+evaluated. Writes compare.json, table.md and compare.html: for each recipe mean and deviation over seeds, the
+paired difference from the baseline (questions are resampled inside their seed; a pair is the same question under
+the same seed), and what the training took; and the published figures beside those of the recipes that reproduce
+them.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ import numpy as np
 from pydantic import Field
 
 from mmr5_train.config import StageConfig, run_stage
+from mmr5_train.ranking import published
 from mmr5_train.ranking.files import (
     RECIPE,
     InputError,
     open_output,
+    read_manifest,
     read_records,
     whole_file,
     write_json,
@@ -32,6 +35,7 @@ from mmr5_train.ranking.files import (
 from mmr5_train.ranking.metrics import Values, paired_bootstrap, question_table
 from mmr5_train.ranking.records import Page, Ranking
 from mmr5_train.ranking.scoring import question_values
+from mmr5_train.reporting.comparison import comparison_page
 
 # name of a figure, its heading in the table
 FIGURES = {
@@ -57,6 +61,8 @@ class Run:
     seed: int
     query_ids: list[str]
     values: Mapping[str, Values]  # figure → one value a question
+    means: Mapping[str, float]  # those of published tables, micro and macro
+    data: str  # what it was evaluated on
     seconds: float  # of SFT and GRPO, wherever they were made
 
 
@@ -69,10 +75,12 @@ def main(config: CompareStage) -> None:
     rows = compare(runs, config.baseline, config.seed)
     write_json(out / "compare.json", {"baseline": config.baseline, "rows": rows})
     with whole_file(out / "table.md", "w") as stream:
-        stream.write(markdown(rows))
+        stream.write(markdown(rows) + beside_published(rows))
+    with whole_file(out / "compare.html") as stream:
+        stream.write(comparison_page(rows, FIGURES, runs[0].data))
     write_manifest(out, stage="compare", config=config.model_dump(mode="json"), counts={"runs": len(runs)})
-    print(markdown(rows))
-    print(f"compare: {len(rows)} recipes, {len(runs)} runs in {out / 'table.md'}")
+    print(markdown(rows) + beside_published(rows))
+    print(f"compare: {len(rows)} recipes, {len(runs)} runs in {out / 'compare.html'}")
 
 
 def read_runs(folder: Path) -> list[Run]:
@@ -94,7 +102,12 @@ def read_run(path: Path, described: Mapping[str, Any], took: Mapping[str, float]
     stages = described["stages"]
     folder = Path(stages["evaluate"]["out"])
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    system = results["rows"][-1]["system"]
+    row = results["rows"][-1]
+    system = row["system"]
+    means = {
+        f"{kind} {name}": row["macro"][name] if kind == "macro" else row[name]
+        for kind, name in map(str.split, published.FIGURES)
+    }
     ranked = read_records(folder / "rankings" / f"{system}.jsonl", Ranking)
     pages = read_records(folder / "pages.jsonl", Page, unique="id")
     descriptions = {page.id: page.description for page in pages if page.description}
@@ -103,6 +116,8 @@ def read_run(path: Path, described: Mapping[str, Any], took: Mapping[str, float]
         seed=described["seed"],
         query_ids=[ranking.query_id for ranking in ranked],
         values=question_values(ranked, question_table(ranked), descriptions),
+        means=means,
+        data=read_manifest(folder)["config"]["data"],
         seconds=sum(took.get(stages[name]["out"], 0.0) for name in ("sft", "grpo") if name in stages),
     )
 
@@ -122,6 +137,7 @@ def compare(runs: Sequence[Run], baseline: str, seed: int) -> list[dict[str, Any
                 row[figure] = {"mean": float(np.mean(means)), "deviation": deviation}
                 if name != baseline:
                     row[figure]["difference"] = difference(ours, theirs, figure, seed)
+        row["means"] = {figure: float(np.mean([run.means[figure] for run in ours])) for figure in ours[0].means}
         row["seconds"] = float(np.mean([run.seconds for run in ours]))
         rows.append(row)
     return rows
@@ -158,6 +174,20 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             cells.append(signed(value["difference"]) if value and value.get("difference") else "–")
         lines.append("| " + " | ".join([*cells, f"{row['seconds']:.0f}"]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def beside_published(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What was measured minus what was published, for the recipes that stand for a published row; else nothing."""
+    there = [row for row in rows if row["recipe"] in published.RECIPES]
+    if not there:
+        return ""
+    head = ["recipe", *(f"{figure}: here (published)" for figure in published.FIGURES)]
+    lines = ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in there:
+        theirs = published.PUBLISHED[published.RECIPES[row["recipe"]]]
+        cells = [f"{row['means'][figure]:.4f} ({theirs[figure]:.4f})" for figure in published.FIGURES]
+        lines.append("| " + " | ".join([row["recipe"], *cells]) + " |")
+    return "\n".join([*lines, "", published.SOURCE, ""])
 
 
 def spread(value: Mapping[str, Any]) -> str:

@@ -26,7 +26,6 @@ from mmr5_train.ranking.records import Page, RankingTask
 from mmr5_train.recipe import STAGES, RecipeStage, stage_commands
 
 GIB = 2**30
-FACTOR = 28  # pixels a side of a visual token: patches of 14, merged two by two
 TEXT_TOKENS = 200  # of a prompt without its pages: system text, question, markers
 A4 = (724, 1024)  # a portrait page with longest side 1,024, the corpus readers' default
 KERNELS = 1.5 * GIB  # CUDA context, cuBLAS workspaces, fragmentation
@@ -74,6 +73,7 @@ class Network:
     vocabulary: int
     vision_layers: int
     vision_hidden: int
+    token_side: int  # pixels a side of a visual token
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def plan(config: PlanStage) -> dict[str, list[str]]:
         path = stages["sft"].model.path if name == "grpo" and "sft" in stages else stage.model.path
         network = measure(stage.model.model_copy(update={"path": path}))
         prompts, source = prompt_tokens(
-            stages.get("candidates"), stage.model, "train" if name == "sft" else "select"
+            stages.get("candidates"), stage.model, "train" if name == "sft" else "select", network.token_side
         )
         work = sft_work(stage, prompts, config) if name == "sft" else grpo_work(stage, stages, prompts, config)
         report[name] = list(describe(path, network, work, source, gpu, config))
@@ -185,26 +185,27 @@ def measure(model: ModelConfig) -> Network:
         vocabulary=text.vocab_size,
         vision_layers=vision.depth,
         vision_hidden=vision.hidden_size,
+        token_side=vision.patch_size * vision.spatial_merge_size,
     )
 
 
-def prompt_tokens(candidates: Any, model: ModelConfig, split: str) -> tuple[list[int], str]:
+def prompt_tokens(candidates: Any, model: ModelConfig, split: str, side: int) -> tuple[list[int], str]:
     """Tokens of each prompt, and where the page sizes are from."""
     folder = candidates.out if candidates is not None else Path()
     if not (folder / f"{split}.jsonl").is_file():
         count = candidates.candidates if candidates is not None else 5
-        tokens = TEXT_TOKENS + count * page_tokens(*A4, model)
+        tokens = TEXT_TOKENS + count * page_tokens(*A4, model, side)
         return [tokens], f"no {folder / split}.jsonl yet: {count} pages of {A4[0]} × {A4[1]} pixels"
     pages = {page.id: page for page in read_records(folder / "pages.jsonl", Page, unique="id")}
-    sizes = {key: page_tokens(page.width, page.height, model) for key, page in pages.items()}
+    sizes = {key: page_tokens(page.width, page.height, model, side) for key, page in pages.items()}
     tasks = read_records(folder / f"{split}.jsonl", RankingTask)
     found = [TEXT_TOKENS + sum(sizes[page.id] for page in task.candidates) for task in tasks]
     return found, f"{len(found):,} questions of {folder / split}.jsonl"
 
 
-def page_tokens(width: int, height: int, model: ModelConfig) -> int:
-    shown = page_size(width, height, FACTOR, model.min_pixels, model.max_pixels)
-    return shown[0] * shown[1] // FACTOR**2
+def page_tokens(width: int, height: int, model: ModelConfig, side: int) -> int:
+    shown = page_size(width, height, side, model.min_pixels, model.max_pixels)
+    return shown[0] * shown[1] // side**2
 
 
 def sft_work(stage: Any, prompts: list[int], config: PlanStage) -> Workload:

@@ -21,12 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from pydantic import Field
 
 from data_construction import candidates, traces
 from data_construction.corpus import synthetic
 from mmr5_train import evaluate, grpo, report, select, sft
-from mmr5_train.config import StageConfig, compose_stage, run_stage
+from mmr5_train.config import CONFIGS, StageConfig, compose_stage, run_stage
 from mmr5_train.ranking.files import RECIPE, InputError, file_hash, is_unfinished, read_manifest, write_json
 
 # Name in a recipe → (the stage's module, its config model, its entry config), in the order in which they run.
@@ -51,6 +52,7 @@ class RecipeStage(StageConfig):
 
     name: str
     shared: Path = Field(description="folder of what recipes have in common")
+    folders: dict[str, Path] = Field(description="where the stages put what another recipe may share")
     launch: Path | None = Field(default=None, description="accelerate's config for sft and grpo")
     leave_out: list[str] = Field(default=[], description="stages that are not made")
     stages: dict[str, dict[str, Any] | None] = Field(description="what each stage is told; null: nothing, none")
@@ -78,9 +80,22 @@ def stage_commands(config: RecipeStage) -> dict[str, list[str]]:
         ]
         told["report"] = {"evaluation": folders.get("evaluate"), **shown, "data": data, **told["report"]}
     return {
-        name: [f"{key}={written(value)}" for key, value in values.items() if value is not None]
+        name: [
+            f"{key}={written(value)}" for key, value in told_apart(STAGES[name][2], values) if value is not None
+        ]
         for name, values in told.items()
     }
+
+
+def told_apart(entry: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a stage is told, with the fields of `trainer` that its entry config does not name added one by one."""
+    for key, value in values.items():
+        if key == "trainer":
+            named = OmegaConf.select(OmegaConf.load(CONFIGS / f"{entry}.yaml"), key)
+            yield key, {field: given for field, given in value.items() if field in named}
+            yield from ((f"+{key}.{field}", given) for field, given in value.items() if field not in named)
+        else:
+            yield key, value
 
 
 def written(value: Any) -> str:

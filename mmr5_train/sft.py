@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from mmr5_train.config import StageConfig, run_stage
 from mmr5_train.models.checkpoints import open_training_output, run_settings
 from mmr5_train.models.finetune import (
     MODEL,
+    best_counts,
     lora_config,
     prompt_dataset,
     save_result,
@@ -30,6 +31,7 @@ from mmr5_train.models.finetune import (
 )
 from mmr5_train.models.inputs import check_images
 from mmr5_train.models.loading import ModelConfig, load_model, load_processor
+from mmr5_train.models.watching import FiniteSFTTrainer, HeldOutConfig, held_out
 from mmr5_train.ranking.files import read_records, write_manifest
 from mmr5_train.ranking.prompt import Prompt, render_completion
 from mmr5_train.ranking.records import Trace
@@ -43,6 +45,7 @@ class SftStage(StageConfig):
     think: bool = Field(default=True, description="teach the think block; false: the answer alone")
     model: ModelConfig
     prompt: Prompt
+    heldout: HeldOutConfig | None = None
     trainer: dict[str, Any] = Field(description="fields of trl.SFTConfig")
 
 
@@ -51,6 +54,7 @@ def main(config: SftStage) -> None:
     check_images((page for trace in traces for page in trace.shown), config.data.parent)
     processor = load_processor(config.model)
     arguments = trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=config.model)
+    watch = held_out(config.heldout, arguments, processor, config.prompt, config.think)
     # Only now: what the user got wrong must not cost an earlier result that is to be overwritten.
     settings = run_settings(config)
     inputs = [config.data, Path(config.model.path)]
@@ -66,7 +70,7 @@ def main(config: SftStage) -> None:
         processor,
     )
     with settings_checked("sft"):
-        trainer = SFTTrainer(
+        trainer = FiniteSFTTrainer(
             model=model,
             args=arguments,
             train_dataset=dataset,
@@ -75,13 +79,14 @@ def main(config: SftStage) -> None:
         )
     use_lora_plus(trainer, config.model)
     trained = trained_parameters(trainer)
-    train(trainer, "sft", {"loss": "loss", "mean_token_accuracy": "token accuracy"}, settings, checkpoint)
+    shown = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
+    train(trainer, "sft", shown, settings, checkpoint, watch)
     save_result(trainer, processor, config.model, config.prompt, config.think, config.out)
     if trainer.accelerator.is_main_process:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         learned = f"loss {losses[0]:.3f} → {losses[-1]:.3f}, " if losses else ""
         counts = {"traces": len(traces), "steps": trainer.state.global_step, "trained_parameters": trained}
-        counts["processes"] = trainer.accelerator.num_processes
+        counts |= {"processes": trainer.accelerator.num_processes} | best_counts(trainer)
         write_manifest(
             config.out, stage="sft", config=config.model_dump(mode="json"), inputs=[config.data], counts=counts
         )

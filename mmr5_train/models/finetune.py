@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import os
+import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,29 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import GRPOTrainer
 
-from mmr5_train.models.checkpoints import MarkWhole, SamplerGoesOn, check_saving, keep_names
+from mmr5_train.models.checkpoints import (
+    MarkWhole,
+    SamplerGoesOn,
+    check_saving,
+    keep_names,
+    last_checkpoint,
+)
 from mmr5_train.models.inputs import load_pages
 from mmr5_train.models.loading import SETTINGS, ModelConfig, load_model
+from mmr5_train.models.watching import HELD_OUT, HeldOut
 from mmr5_train.ranking.files import InputError, whole_folder, write_json
 from mmr5_train.ranking.prompt import Prompt, build_messages
 from mmr5_train.ranking.records import Candidate
 
 MODEL = "model"  # the folder of a stage's output that holds the merged checkpoint
 ADAPTER = "adapter"  # beside it, where LoRA was used: the adapter alone
+BEST = "best"  # beside it, where held-out questions were ranked: the checkpoint that ranked them best
 LOG_HISTORY = "log_history.json"
 
 
@@ -86,6 +97,8 @@ def trainer_arguments(
     if use_cpu:  # else DeepSpeed, which accelerate imports, warns on stdout that it found no accelerator
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     values = {"dataloader_pin_memory": torch.cuda.is_available(), "use_cpu": use_cpu, **values}
+    if under_deepspeed and not torch.accelerator.is_available():
+        values = {"ddp_backend": "gloo", **values}  # accelerate counts DeepSpeed's processes on CPUs by it
     fixed |= {"bf16": model.dtype == "bfloat16", "fp16": model.dtype == "float16"}
     taken = sorted(set(values) & set(fixed))
     if taken:
@@ -98,12 +111,42 @@ def trainer_arguments(
     return arguments
 
 
+def check_batches(trainer: dict[str, Any]) -> None:
+    """Raises `InputError`, with the nearest settings that fit, where completions make no whole groups."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batch, group = trainer.get("per_device_train_batch_size", 8), trainer.get("num_generations", 8)
+    name = "steps_per_generation" if trainer.get("steps_per_generation") else "gradient_accumulation_steps"
+    slices = trainer.get(name, 1)
+    whole = all(isinstance(value, int) and value > 0 for value in (batch, group, slices))
+    if not whole or trainer.get("generation_batch_size") or batch * slices * processes % group == 0:
+        return  # what is no number is refused, field by field, when the config is made
+    total = batch * slices * processes
+    fitting = {
+        "per_device_train_batch_size": _nearest(batch, lambda n: n * slices * processes % group == 0),
+        name: _nearest(slices, lambda n: batch * n * processes % group == 0),
+        "num_generations": _nearest(group, lambda n: n > 1 and total % n == 0),
+    }
+    ways = "; ".join(f"trainer.{key}={' or '.join(map(str, near))}" for key, near in fitting.items() if near)
+    raise InputError(
+        f"trainer: {processes} process{'es' * (processes > 1)} × per_device_train_batch_size {batch} × {name} "
+        f"{slices} = {total} completions a rollout, which are no whole groups of num_generations {group}; "
+        f"nearest: {ways}"
+    )
+
+
+def _nearest(value: int, fits: Callable[[int], bool]) -> list[int]:
+    """The nearest fitting numbers below and above, as far as ten times `value`."""
+    below = next((n for n in range(value - 1, 0, -1) if fits(n)), None)
+    above = next((n for n in range(value + 1, 10 * value + 1) if fits(n)), None)
+    return [n for n in (below, above) if n is not None]
+
+
 @contextmanager
 def settings_checked(name: str) -> Iterator[None]:
     """Around the making of a trainer: what TRL or PEFT refuse there (adapters, trackers) is the user's setting."""
     try:
         yield
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise InputError(f"{name}: these settings are refused: {error}") from error
 
 
@@ -140,7 +183,12 @@ class Progress(TrainerCallback):
 
 
 def train(
-    trainer: Trainer, name: str, shown: dict[str, str], settings: dict[str, Any], checkpoint: Path | None
+    trainer: Trainer,
+    name: str,
+    shown: dict[str, str],
+    settings: dict[str, Any],
+    checkpoint: Path | None,
+    watch: HeldOut | None,
 ) -> None:
     """Trains, from a checkpoint or the beginning, with `Progress` in the place of the trainer's own printing.
 
@@ -150,12 +198,18 @@ def train(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress(name, shown))
     trainer.add_callback(MarkWhole(settings))
+    if watch is not None:
+        watch.trainer = trainer
+        trainer.add_callback(watch)
     keep_names(trainer.model)
     if isinstance(trainer, GRPOTrainer):
         trainer.add_callback(SamplerGoesOn())
     if checkpoint is not None and trainer.accelerator.is_main_process:
         print(f"{name}: goes on from {checkpoint}", flush=True)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.accelerator.is_main_process:
+        print(f"{name}: {_described(trainer)}", flush=True)
+    with room_on_disk(Path(str(trainer.args.output_dir))):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step == 0:
         size = len(trainer.train_dataset)  # type: ignore[arg-type]
         raise InputError(
@@ -164,8 +218,45 @@ def train(
         )
 
 
+def _described(trainer: Trainer) -> str:
+    args, model = trainer.args, trainer.model
+    config: Any = model.config  # type: ignore[union-attr]
+    processes = trainer.accelerator.num_processes
+    kind = trainer.accelerator.distributed_type.value.lower()
+    return (
+        f"{processes} process{'es' * (processes > 1)} ({kind}) × batch {args.per_device_train_batch_size} × "
+        f"accumulation {args.gradient_accumulation_steps} on {args.device.type}; attention: "
+        f"{config.text_config._attn_implementation}"
+    )
+
+
+@contextmanager
+def room_on_disk(out: Path) -> Iterator[None]:
+    """Turns a checkpoint that could not be written into an `InputError`; those before it are whole."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors say it in words of their own.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if not full and not re.search(
+            r"file write failed|No space left|File too large|unexpected pos", str(error)
+        ):
+            raise
+        last = last_checkpoint(out)
+        kept = (
+            f"{last} is whole, and the same command goes on from it"
+            if last
+            else "no checkpoint was written before"
+        )
+        raise InputError(f"{out}: a checkpoint can't be written, the disk is full; make room: {kept}") from error
+
+
 def lora_config(model: ModelConfig) -> LoraConfig | None:
     """PEFT's config for the model's adapters, None for full fine-tuning."""
+    if model.lora is None and model.load_in_4bit:
+        raise InputError(
+            "model.load_in_4bit: a base in four bits can't be trained itself; give it adapters: model.lora"
+        )
     if model.lora is None:
         return None
     return LoraConfig(
@@ -197,28 +288,47 @@ def save_result(
 ) -> None:
     """Writes the merged checkpoint (loads with `from_pretrained` alone), the adapter, and the log history.
 
-    Beside the weights goes `reranker.json`: what the model was taught to expect, for `Reranker.load`.
+    Beside the weights goes `reranker.json`: what the model was taught to expect, for `Reranker.load`. Where
+    held-out questions were ranked, `best/` is the checkpoint that ranked them best, in the same form.
     """
     # On all ranks: under ZeRO-3 each holds a part of the parameters.
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         limits = config.model_dump(include={"min_pixels", "max_pixels", "dtype"})
-        with whole_folder(out / MODEL) as folder:
-            if config.lora is None:
-                model.save_pretrained(folder, state_dict=state, save_original_format=True)
-            else:
-                model.save_pretrained(out / ADAPTER, state_dict=state)
-                unset_hf_deepspeed_config()  # else ZeRO-3 would deal this model out to processes that wait
-                merged = PeftModel.from_pretrained(load_model(config), out / ADAPTER).merge_and_unload()
-                merged.save_pretrained(folder)
-            processor.save_pretrained(folder)
-            write_json(folder / SETTINGS, {**limits, "think": think, "prompt": prompt.model_dump()})
+        settings = {**limits, "think": think, "prompt": prompt.model_dump()}
+        unset_hf_deepspeed_config()  # else ZeRO-3 would deal what is loaded here out to processes that wait
+        if config.lora is not None:
+            model.save_pretrained(out / ADAPTER, state_dict=state)
+            model, state = _merged(config, out / ADAPTER), None
+        _write_model(model, state, processor, settings, out / MODEL)
+        if best := trainer.state.best_model_checkpoint:
+            model = load_model(config, best) if config.lora is None else _merged(config, Path(best))
+            _write_model(model, None, processor, settings, out / BEST)
         write_json(out / LOG_HISTORY, trainer.state.log_history)
     trainer.accelerator.wait_for_everyone()
+
+
+def _merged(config: ModelConfig, adapter: Path) -> Any:
+    base = load_model(config.model_copy(update={"load_in_4bit": False}))  # adapters don't merge into four bits
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload()
+
+
+def _write_model(model: Any, state: Any, processor: Any, settings: dict[str, Any], out: Path) -> None:
+    with whole_folder(out) as folder:
+        model.save_pretrained(folder, state_dict=state, save_original_format=True)
+        processor.save_pretrained(folder)
+        write_json(folder / SETTINGS, settings)
+
+
+def best_counts(trainer: Trainer) -> dict[str, Any]:
+    """For the manifest: which step ranked the held-out questions best, and how well; empty where none were."""
+    state = trainer.state
+    return {} if state.best_metric is None else {"best_step": state.best_global_step, HELD_OUT: state.best_metric}
 
 
 def trained_parameters(trainer: Trainer) -> int:
     """How many numbers the training moves."""
     model: Any = trainer.model
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    # Under ZeRO-3 a parameter is empty here, and knows its size as ds_numel.
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)

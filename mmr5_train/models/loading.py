@@ -11,8 +11,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import is_flash_attn_2_available
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 
 from mmr5_train.ranking.files import InputError
 
@@ -54,6 +54,9 @@ class ModelConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"]
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     freeze_vision: bool = True
+    load_in_4bit: bool = Field(
+        default=False, description="QLoRA's base (arXiv 2305.14314): NF4, the tower as it is"
+    )
     lora: LoraChoice | None = None
 
     @model_validator(mode="after")
@@ -69,6 +72,11 @@ def resolve_checkpoint(path: str | Path) -> str:
         return str(TINY)
     folder = Path(path)
     if folder.is_dir():
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise InputError(
+                f"{folder}: holds an adapter without its base; take the merged checkpoint beside it (model/), or "
+                "merge it with PEFT: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
+            )
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder}: holds no config.json, so it is no checkpoint")
     elif str(path).startswith((".", "/", "outputs/")):
@@ -97,7 +105,10 @@ def load_model(config: ModelConfig, path: str | Path | None = None) -> Any:
     kind = _load_config(source).model_type
     try:
         model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=getattr(torch, config.dtype), attn_implementation=choose_attention(config)
+            source,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=choose_attention(config),
+            quantization_config=_four_bits(config),
         )
     except (OSError, SafetensorError) as error:
         raise _not_loaded(source, "model", error) from None
@@ -111,11 +122,34 @@ def load_model(config: ModelConfig, path: str | Path | None = None) -> Any:
 
 
 def choose_attention(config: ModelConfig) -> str:
-    """Flash attention where it is installed and the dtype allows it, else PyTorch's own."""
+    """Flash attention where it is installed and the dtype allows it, else PyTorch's own.
+
+    Raises `InputError` where it is asked for and can't be had.
+    """
+    usable = torch.cuda.is_available() and is_flash_attn_2_available() and config.dtype != "float32"
+    if config.attention == "flash_attention_2" and not usable:
+        raise InputError(
+            "model.attention=flash_attention_2: needs a CUDA GPU, the package flash-attn and 16 bits; "
+            f"found {'a' if torch.cuda.is_available() else 'no'} GPU, flash-attn "
+            f"{'' if is_flash_attn_2_available() else 'not '}installed, {config.dtype}; take auto, or sdpa"
+        )
     if config.attention != "auto":
         return config.attention
-    usable = torch.cuda.is_available() and is_flash_attn_2_available() and config.dtype != "float32"
     return "flash_attention_2" if usable else "sdpa"
+
+
+def _four_bits(config: ModelConfig) -> BitsAndBytesConfig | None:
+    if not config.load_in_4bit:
+        return None
+    if not is_bitsandbytes_available():
+        raise InputError("model.load_in_4bit: needs bitsandbytes: pip install 'mmr5-train[quantize]'")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+        llm_int8_skip_modules=[r"model\.visual", "lm_head"],  # despite its name, of every kind of quantization
+    )
 
 
 def vision_token_ids(processor: Any) -> list[int]:

@@ -6,6 +6,14 @@ import re
 from collections.abc import Sequence
 
 _LINE = re.compile(r"^Image (\d{1,4}): (.*)$")
+QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”")
+# How a teacher that writes freely says it; gaps are bounded, so that a model's text is read in linear time.
+_HELPS_NOT = re.compile(
+    r"(?:\b(?:no|not|never|cannot|nothing)\b|n[’']t\b)(?:\W{1,5}\w{1,40}){0,3}?\W{1,5}"
+    r"(?:help\w*|answer\w*|relevant|useful|use|bear\w*|address\w*)\b|\b(?:irrelevant|unrelated|unhelpful|useless)\b",
+    re.IGNORECASE,
+)
+_HELPS = re.compile(r"\b(?:helps?|helpful|answers|relevant|useful)\b", re.IGNORECASE)
 
 
 def described_note(description: str, helps: bool) -> str:
@@ -33,7 +41,12 @@ def states(note: str, description: str) -> bool:
 
 
 def verdict(note: str) -> bool | None:
-    """Whether a note says that its page helps; None where it does not say."""
+    """Whether a note says that its page helps; None where that can't be told. What it quotes does not count."""
     if note.endswith("so it does not help."):
         return False
-    return True if note.endswith("so it helps.") else None
+    if note.endswith("so it helps."):
+        return True
+    own_words = QUOTED.sub(" ", note)
+    rest = _HELPS_NOT.sub(" ", own_words)
+    against, for_it = rest != own_words, bool(_HELPS.search(rest))
+    return None if against == for_it else for_it

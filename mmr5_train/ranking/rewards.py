@@ -6,13 +6,14 @@ ids in its answer as written, repeated and impossible ids included.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Protocol
 
 from pydantic import Field, field_validator
 
 from mmr5_train.ranking.answer import parse_answer
 from mmr5_train.ranking.files import InputError
+from mmr5_train.ranking.notes import split_notes, verdict
 from mmr5_train.ranking.records import LocalId, Record
 
 GATE = 0.3
@@ -86,11 +87,44 @@ def gated_reranking(
     return reranking(completion, n, positives, expect_think=expect_think) * (1 if complete else GATE)
 
 
+def true_reasoning(completion: str, n: int, positives: Collection[LocalId], *, expect_think: bool = True) -> float:
+    """This project's reward for reasoning: true verdicts × an answer that follows them, in 0..1.
+
+    A page's verdict is what its note in the think block ("Image i: …") says of it, helps or not; one without a
+    verdict is wrong. True is the mean of two shares: of the relevant pages that are said to help, and of the
+    others that are said not to (one share alone where there are no pages of the other kind), so that a verdict
+    which is always the same earns a half. The answer follows if the k pages said to help are the first k ids of L,
+    in any order.
+    """
+    answer = parse_answer(completion, n, expect_think=expect_think)
+    said = verdicts(answer.think or "", n)
+    relevant = set(positives)
+    kinds = [
+        [said.get(i) == (i in relevant) for i in range(1, n + 1) if (i in relevant) == kind]
+        for kind in (True, False)
+    ]
+    shares = [sum(kind) / len(kind) for kind in kinds if kind]
+    return follows_verdicts(answer.ids, said) * sum(shares) / len(shares)
+
+
+def verdicts(think: str, n: int) -> dict[int, bool]:
+    """What a think block says of each page that it gives a verdict on, by local id."""
+    said = {i: verdict(note) for i, note in split_notes(think).items() if 1 <= i <= n}
+    return {i: helps for i, helps in said.items() if helps is not None}
+
+
+def follows_verdicts(ids: Sequence[int], said: Mapping[int, bool]) -> bool:
+    """Whether the pages that are said to help come first, in any order, and there is an answer at all."""
+    helping = {i for i, helps in said.items() if helps}
+    return bool(ids) and set(ids[: len(helping)]) == helping
+
+
 REWARDS: dict[str, Reward] = {
     "reranking": reranking,
     "template": template,
     "permutation": permutation,
     "gated_reranking": gated_reranking,
+    "true_reasoning": true_reasoning,
 }
 
 

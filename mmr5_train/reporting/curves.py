@@ -51,6 +51,7 @@ STYLE: dict[Any, Any] = {
 # (keys of the log, title, what a reader should know); a key that ends in "*" stands for all with that start.
 SFT_CHARTS = (
     (("loss", "eval_loss"), "Loss", "cross-entropy on the answer's tokens"),
+    (("heldout/recall@1",), "Held-out recall@1", "greedy answers, at each checkpoint"),
     (("mean_token_accuracy",), "Token accuracy", "share of answer tokens predicted right"),
     (("entropy",), "Entropy", "of the next token, in nats"),
 )
@@ -60,6 +61,9 @@ GRPO_CHARTS = (
     (("frac_reward_zero_std",), "Groups without spread", "share whose completions all earn the same"),
     (("entropy",), "Entropy", "of the next token, in nats"),
     (("kl",), "KL", "to the model GRPO started from"),
+    (("heldout/recall@1",), "Held-out recall@1", "greedy answers, at each checkpoint"),
+    (("answers/true_verdicts", "answers/follow_verdicts"), "Verdicts", "right ones; answers that follow them"),
+    (("first/*",), "Put first", "share of answers, by place in the prompt"),
     (("completions/mean_length",), "Completion length", "tokens, mean"),
     (("defects/*",), "Defects", "share of sampled completions"),
     (("loss",), "Loss", "GRPO's objective; near 0 by construction"),
@@ -164,7 +168,7 @@ def draw(title: str, note: str, lines: Sequence[Line]) -> Chart:
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     names = re.sub(r"\W+", "-", f"{title} {'/'.join(line.name for line in lines)}").lower()
-    return Chart(title, note, tuple(lines), _inline(stream.getvalue(), f"{names}-{lines[0].color}"))
+    return Chart(title, note, tuple(lines), inline(stream.getvalue(), f"{names}-{lines[0].color}"))
 
 
 def _plot(axes: Axes, line: Line) -> None:
@@ -190,7 +194,7 @@ def show(value: float) -> str:
     return f"{value:.{min(digits, 5)}f}"
 
 
-def _inline(svg: str, prefix: str) -> str:
+def inline(svg: str, prefix: str) -> str:
     """The picture as it can stand inside a page: no prolog, no namespace, no rule or id that meets another's."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, flags=re.DOTALL)

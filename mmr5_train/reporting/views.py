@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from mmr5_train.alarms import read_alarms
 from mmr5_train.ranking.files import InputError, read_manifest
 from mmr5_train.ranking.records import PageId
 from mmr5_train.ranking.scoring import find_difference
@@ -263,7 +264,7 @@ def training_view(folder: Path | None, stage: str) -> dict[str, Any] | None:
         return {"title": title, "charts": [], "message": f"No curves: {path} holds no logged step."}
     steps = max(point[0] for chart in charts for line in chart.lines for point in line.points)
     intro = f"{steps:,.0f} steps. Thin: as logged; bold: running mean."
-    return {"title": title, "charts": charts, "intro": intro}
+    return {"title": title, "charts": charts, "intro": intro, "alarms": read_alarms(folder)}
 
 
 def stage_view(folder: Path) -> dict[str, Any]:

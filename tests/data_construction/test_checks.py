@@ -4,29 +4,8 @@ from typing import Any
 
 import pytest
 
-from data_construction.checks import Rules, direction, failed_checks, label_word, named_pages, other_language
+from data_construction.checks import Rules, failed_checks, label_word, named_pages, other_language
 from mmr5_train.ranking.records import LocalId, Page
-
-
-@pytest.mark.parametrize(
-    ("note", "helps"),
-    [
-        ("a red bar chart, so it helps.", True),
-        ("a red bar chart, so it does not help.", False),
-        ("The table lists the revenue, which directly answers the question.", True),
-        ("The page is relevant because it states the year.", True),
-        ("It shows a map and does not answer the question.", False),
-        ("It doesn’t contain anything useful about revenue.", False),
-        ("It can't help since it is a cover page.", False),
-        ("The page is about birds and irrelevant here.", False),
-        ('It says "this does not help", which answers the question.', True),
-        ("It shows a map.", None),
-        ("It helps with names but does not answer the question.", None),
-    ],
-)
-def test_the_direction_of_a_note(note: str, helps: bool | None):
-    assert direction(note) is helps
-
 
 PAGE = Page(doc_name="d", page=0, domain="x", image="i", width=1, height=1, text="Positive results, by sector")
 

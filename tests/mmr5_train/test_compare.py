@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from html_reader import Reader
 from made_up import make_evaluation
 
 from mmr5_train import compare
@@ -54,6 +55,27 @@ def test_each_figure_and_what_it_cost(folder, tmp_path, capsys):
     table = (tmp_path / "out/table.md").read_text()
     assert table in capsys.readouterr().out
     assert f"| recommended | 2 | {ours['recall@1']['mean']:.3f} ± " in table
+
+
+def test_the_page_shows_each_recipe(folder, tmp_path):
+    run(folder, tmp_path / "out")
+    text = Reader((tmp_path / "out/compare.html").read_text()).text
+    assert "Differences from recommended" in text
+    assert text.count("weaker") > 1
+
+
+def test_published_figures_stand_beside_those_that_reproduce_them(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "runs")
+    for path in (tmp_path / "runs").rglob(RECIPE):
+        described = json.loads(path.read_text())
+        described["name"] = {"recommended": "mm_r5", "weaker": "sft_only"}[described["name"]]
+        described["stages"]["evaluate"]["out"] = str(path.parent / "evaluation")
+        write_json(path, described)
+    rows = run(tmp_path / "runs", tmp_path / "out", "baseline=mm_r5")
+    said = capsys.readouterr().out
+    assert f"{rows[0]['means']['macro recall@1']:.4f} (0.6951)" in said
+    assert f"{rows[1]['means']['micro recall@5']:.4f} (0.8746)" in said
+    assert "arXiv 2506.12364v2" in (tmp_path / "out/table.md").read_text()
 
 
 def test_the_means_are_those_of_the_evaluations(folder, tmp_path):

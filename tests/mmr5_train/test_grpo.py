@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ from mmr5_train import grpo
 from mmr5_train.config import compose_stage
 from mmr5_train.models.loading import TINY, vision_token_ids
 from mmr5_train.ranking.answer import Defect
-from mmr5_train.ranking.files import InputError, read_manifest
+from mmr5_train.ranking.files import InputError
 from mmr5_train.ranking.rewards import REWARDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,13 +86,3 @@ def test_rewards_reach_trl_as_they_are(tasks):
         assert reward.__name__ == name
         values = reward(completions, pages=[3] * 3, positives=[[2], [1, 3], [1]], query_id=["a", "b", "c"])
         assert values == [score(texts[0], 3, [2]), score(texts[1], 3, [1, 3]), score(texts[2], 3, [1])]
-
-
-def test_two_processes_from_the_command_line(questions, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
-    command += ["-m", "mmr5_train.grpo", f"data={questions}", f"out={tmp_path}/out", *SHORT]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert ended.stdout.count("grpo: 4 questions, 2 steps") == 1
-    assert read_manifest(tmp_path / "out")["counts"]["processes"] == 2
-    AutoModelForImageTextToText.from_pretrained(tmp_path / "out/model")

@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmr5_train import sft
 from mmr5_train.config import compose_stage
+from mmr5_train.models.checkpoints import last_checkpoint
 from mmr5_train.models.loading import TINY
 from mmr5_train.ranking.files import InputError, read_manifest, write_json
 from mmr5_train.reranker import Reranker
@@ -103,12 +104,40 @@ def test_a_page_image_that_is_gone_is_named_before_training(traces, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_two_processes_from_the_command_line(traces, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
-    command += ["-m", "mmr5_train.sft", f"data={traces}", f"out={tmp_path}/out", "trainer.max_steps=2"]
-    command += ["trainer.per_device_train_batch_size=2", "trainer.logging_steps=1"]
+def test_adapters_on_a_base_in_four_bits(traces, tmp_path):
+    four = "model.load_in_4bit=true"
+    run(traces, tmp_path / "out", "trainer.max_steps=2", "model.lora={r: 4, alpha: 8}", four)
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out/model")
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
+    with pytest.raises(InputError, match="a base in four bits can't be trained itself; give it adapters"):
+        run(traces, tmp_path / "whole", "trainer.max_steps=2", four)
+
+
+FULL_DISK = """
+import resource, signal, sys
+from mmr5_train import sft
+from mmr5_train.config import run_stage
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails, as on a full disk
+train = sft.train
+def limited(trainer, *rest):
+    class Limit(sft.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 2:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    trainer.add_callback(Limit())
+    train(trainer, *rest)
+from transformers import TrainerCallback
+sft.TrainerCallback, sft.train = TrainerCallback, limited
+run_stage(sft.main, sft.SftStage, "sft")
+"""
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(traces, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", FULL_DISK, f"data={traces}", f"out={out}", *SHORT]
+    command += ["trainer.max_steps=3", "trainer.save_steps=1"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert ended.stdout.count("sft: 4 traces, 2 steps") == 1
-    assert read_manifest(tmp_path / "out")["counts"]["processes"] == 2
-    AutoModelForImageTextToText.from_pretrained(tmp_path / "out/model")
+    assert ended.returncode == 2, ended.stderr[-3000:]
+    assert f"{out}: a checkpoint can't be written, the disk is full" in ended.stderr
+    assert f"{out}/checkpoint-1 is whole" in ended.stderr
+    assert last_checkpoint(out) == out / "checkpoint-1"

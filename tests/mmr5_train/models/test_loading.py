@@ -103,3 +103,24 @@ def test_vision_tokens_are_known_by_id(processor):
     assert "<|image_pad|>" in names
     assert "<|vision_start|>" in names
     assert not {"<|im_end|>", "<think>", "<answer>"} & set(names)
+
+
+def test_an_adapter_without_its_base_is_named(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"holds an adapter without its base; take the merged checkpoint"):
+        resolve_checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_what_needs_a_gpu_says_so(tiny):
+    wants = tiny.model_copy(update={"attention": "flash_attention_2", "dtype": "bfloat16"})
+    with pytest.raises(InputError, match=r"flash_attention_2: needs a CUDA GPU, .* found no GPU"):
+        load_model(wants)
+
+
+def test_four_bits_keep_the_tower_and_are_a_quarter(tiny):
+    whole, small = (load_model(tiny.model_copy(update={"load_in_4bit": bits})) for bits in (False, True))
+    assert small.model.visual.state_dict().keys() == whole.model.visual.state_dict().keys()
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert small.get_parameter(name).numel() * 2 == whole.get_parameter(name).numel()  # two numbers a byte
+    assert small.get_parameter(name).element_size() == 1

@@ -18,6 +18,7 @@ from mmr5_train.ranking.rewards import (
     permutation,
     reranking,
     template,
+    true_reasoning,
 )
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "reward"
@@ -166,7 +167,7 @@ def test_shipped_configs(name):
 
 
 def test_a_wrong_reward_config_says_what_there_is():
-    choices = r"no reward is called 'recall' \(choices: reranking, template, permutation, gated_reranking\)"
+    choices = rf"no reward is called 'recall' \(choices: {', '.join(REWARDS)}\)"
     with pytest.raises(ValidationError, match=choices):
         RewardConfig(name="x", weights={"recall": 1})
     with pytest.raises(InputError, match=choices):
@@ -174,3 +175,40 @@ def test_a_wrong_reward_config_says_what_there_is():
     for weights in ({}, {"reranking": -1}, {"reranking": float("nan")}, {"reranking": "much"}, {"reranking": 0}):
         with pytest.raises(ValidationError):
             RewardConfig(name="x", weights=weights)
+
+
+def reasoned(says, ids):
+    """A completion whose notes say of each page whether it helps ("?": no verdict, "": no note)."""
+    words = {"y": "a table, so it helps.", "n": "a map, so it does not help.", "?": "a map."}
+    notes = "\n".join(f"Image {i}: {words[say]}" for i, say in enumerate(says, 1) if say in words)
+    return render_completion(notes, ids)
+
+
+# Hand-computed, n = 4: (share of relevant pages said to help + share of others said not to) / 2, if followed.
+@pytest.mark.parametrize(
+    ("says", "ids", "positives", "expected"),
+    [
+        ("ynnn", (1, 2, 3, 4), {1}, 1),
+        ("ynnn", (2, 1, 3, 4), {1}, 0),  # the answer does not follow
+        ("nynn", (2, 1, 3, 4), {1}, (0 + 2 / 3) / 2),
+        ("yynn", (1, 2, 3, 4), {1, 2}, 1),
+        ("yynn", (2, 1, 4, 3), {1, 2}, 1),
+        ("yynn", (1, 3, 2, 4), {1, 2}, 0),
+        ("yynn", (1, 2, 3, 4), {1}, (1 + 2 / 3) / 2),
+        ("yn?n", (1, 2, 3, 4), {1}, (1 + 2 / 3) / 2),
+        ("yn-n", (1, 2, 3, 4), {1}, (1 + 2 / 3) / 2),
+        ("nnnn", (1, 2, 3, 4), {1}, 1 / 2),
+        ("yyyy", (4, 3, 2, 1), {1}, 1 / 2),
+        ("----", (1, 2, 3, 4), {1}, 0),
+        ("nnnn", (1, 2, 3, 4), set(), 1),
+        ("yyyy", (1, 2, 3, 4), {1, 2, 3, 4}, 1),
+        ("ynnn", (), {1}, 0),
+    ],
+)
+def test_true_reasoning(says, ids, positives, expected):
+    assert true_reasoning(reasoned(says, ids), 4, positives) == pytest.approx(expected)
+
+
+def test_true_reasoning_needs_reasoning():
+    assert true_reasoning("<answer>[1, 2]</answer>", 2, [1], expect_think=False) == 0
+    assert true_reasoning("Image 1: so it helps.<answer>[1, 2]</answer>", 2, [1]) == 0

@@ -1,0 +1,52 @@
+"""The page on which recipes stand beside each other."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from mmr5_train.ranking.files import code_version
+from mmr5_train.reporting.curves import PLACEHOLDERS, STYLE, inline
+from mmr5_train.reporting.page import render_page
+
+Row = Mapping[str, Any]
+
+
+def comparison_page(rows: Sequence[Row], figures: Mapping[str, str], data: str) -> str:
+    """`compare.html` for the rows of mmr5_train.compare, the baseline first; `figures` is key → heading."""
+    shown = {key: heading for key, heading in figures.items() if any(key in row for row in rows)}
+    return render_page(
+        "compare.html.j2",
+        title=f"{len(rows)} recipes",
+        rows=rows,
+        figures=shown,
+        data=data,
+        code=code_version(),
+        pictures={},
+        forests=[(heading, forest(rows, key)) for key, heading in shown.items() if len(rows) > 1],
+    )
+
+
+def forest(rows: Sequence[Row], key: str) -> str:
+    """Each recipe's paired difference from the baseline with its 95 % interval, as inline SVG."""
+    compared = [row for row in rows[1:] if row.get(key, {}).get("difference")]
+    color = list(PLACEHOLDERS)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.5, 0.5 + 0.24 * max(1, len(compared))))
+        axes = figure.add_axes((0.36, 0.3 / figure.get_figheight(), 0.61, 1 - 0.38 / figure.get_figheight()))
+        axes.axvline(0, color=color[1], linewidth=1)
+        for place, row in enumerate(compared):
+            gap = row[key]["difference"]
+            axes.plot([gap["low"], gap["high"]], [place, place], color=color[2], linewidth=2.4)
+            axes.plot(gap["mean"], place, "o", color=color[2], markersize=5)
+        axes.set_yticks(range(len(compared)), [row["recipe"] for row in compared])
+        axes.set_ylim(len(compared) - 0.5, -0.5)
+        axes.grid(axis="x")
+        axes.set_axisbelow(True)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    return inline(stream.getvalue(), f"forest-{''.join(filter(str.isalnum, key))}")

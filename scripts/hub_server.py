@@ -1,0 +1,96 @@
+"""What of the Hugging Face hub's HTTP interface a download uses, with datasets of a few bytes.
+
+    python scripts/hub_server.py 18080      # then HF_ENDPOINT=http://127.0.0.1:18080
+
+Stands in for the hub where there is no network: the files have the names of MMDocIR's, and nothing in them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves datasets: name → file → content. `sent` lists the files it gave away."""
+
+    def __init__(self, datasets: Mapping[str, Mapping[str, bytes]], port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), _Request)
+        self.datasets = {name: dict(files) for name, files in datasets.items()}
+        self.told: dict[str, str] = {}  # file → SHA-256, where it is not that of the content
+        self.sent: list[str] = []
+
+    def sha256(self, dataset: str, file: str) -> str:
+        return self.told.get(file) or hashlib.sha256(self.datasets[dataset][file]).hexdigest()
+
+
+class _Request(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        as_json = {"Content-Type": "application/json"}
+        for dataset, files in self.server.datasets.items():
+            file = self.path.partition(f"/datasets/{dataset}/resolve/{COMMIT}/")[2]
+            if self.path.startswith(f"/api/datasets/{dataset}/revision/"):
+                return self.send(json.dumps(self.info(dataset)).encode(), body, as_json)
+            if self.path.startswith(f"/api/datasets/{dataset}/tree/{COMMIT}"):
+                return self.send(json.dumps(self.tree(dataset)).encode(), body, as_json)
+            if file in files:
+                if body:
+                    self.server.sent.append(file)
+                tag = f'"{self.server.sha256(dataset, file)}"'
+                return self.send(files[file], body, {"ETag": tag, "X-Repo-Commit": COMMIT})
+        return self.send_error(404)
+
+    def send(self, data: bytes, body: bool, headers: dict[str, str]) -> None:
+        self.send_response(200)
+        for key, value in (headers | {"Content-Length": str(len(data))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def tree(self, dataset: str) -> list[dict[str, Any]]:
+        files = self.server.datasets[dataset].items()
+        return [{"type": "file", "oid": "1", "path": name, "size": len(data)} for name, data in files]
+
+    def info(self, dataset: str) -> dict[str, Any]:
+        siblings = []
+        for name, data in self.server.datasets[dataset].items():
+            lfs = {"sha256": self.server.sha256(dataset, name), "size": len(data), "pointerSize": 130}
+            siblings.append({"rfilename": name, "size": len(data), "blobId": "1", "lfs": lfs})
+        return {"_id": "1", "id": dataset, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
+
+
+def main() -> None:
+    from data_construction.download import Download, wanted_files
+    from mmr5_train.config import compose_stage
+
+    wanted = [
+        wanted_files(compose_stage(Download, "download", [f"dataset={dataset}", "out=."]))
+        for dataset in ("evaluation", "train")
+    ]
+    server = Hub(
+        {name: {path: Path(path).name.encode() for path in paths} for name, paths in wanted}, int(sys.argv[1])
+    )
+    print(f"a small hub at http://127.0.0.1:{server.server_port}", flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

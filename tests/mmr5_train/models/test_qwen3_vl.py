@@ -1,0 +1,97 @@
+"""Qwen3-VL goes through the same code: a tiny random one, with the shipped tokenizer."""
+
+import json
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from mmr5_train import grpo, sft
+from mmr5_train.config import compose_stage
+from mmr5_train.models.loading import TINY, load_processor, prepare_page
+from mmr5_train.reranker import Reranker
+
+MODEL = ["model.min_pixels=1024", "model.max_pixels=13000", "model.lora={r:4,alpha:8}"]
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen3-vl")
+    tokenizer = AutoProcessor.from_pretrained(TINY).tokenizer
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
+    ids |= {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("vision_start", "vision_end")}
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True,
+        },
+    }  # fmt: skip
+    vision = {
+        "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+        "num_position_embeddings": 64, "deepstack_visual_indexes": [1],
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = Qwen3VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True,
+        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
+    )  # fmt: skip
+    model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    Qwen3VLProcessor(
+        Qwen2VLImageProcessor(patch_size=16),
+        tokenizer,
+        Qwen3VLVideoProcessor(patch_size=16),
+        chat_template=tokenizer.chat_template or AutoProcessor.from_pretrained(TINY).chat_template,
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_pages_have_its_own_patches(qwen3, tiny):
+    from PIL import Image
+
+    processor = load_processor(tiny.model_copy(update={"min_pixels": 1024, "max_pixels": 13000}), qwen3)
+    page = prepare_page(Image.new("RGB", (600, 800)), processor)
+    assert page.size == (96, 128)
+    assert processor.image_processor(images=[page])["image_grid_thw"].tolist() == [[1, 8, 6]]
+
+
+def test_both_stages_and_the_reranker(qwen3, traces, questions, tmp_path, capsys):
+    tuned = [f"model.path={qwen3}", *MODEL, "trainer.max_steps=2", "trainer.logging_steps=1"]
+    sft.main(
+        compose_stage(
+            sft.SftStage, "sft",
+            [f"data={traces}", f"out={tmp_path}/sft", *tuned, "trainer.per_device_train_batch_size=4"],
+        )
+    )  # fmt: skip
+    tuned[0] = f"model.path={tmp_path}/sft/model"
+    short = [
+        "trainer.per_device_train_batch_size=8",
+        "trainer.num_generations=4",
+        "trainer.max_completion_length=8",
+    ]
+    grpo.main(compose_stage(grpo.GrpoStage, "grpo", [f"data={questions}", f"out={tmp_path}/grpo", *tuned, *short]))
+    assert (
+        "trained with a prompt of its own: model type qwen3_vl is not among the tested" in capsys.readouterr().out
+    )
+    history = json.loads((tmp_path / "grpo/log_history.json").read_text())
+    assert sum("reward" in entry for entry in history) == 2
+    before, after = (
+        AutoModelForImageTextToText.from_pretrained(path).state_dict()
+        for path in (tmp_path / "sft/model", tmp_path / "grpo/model")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before if ".visual." in name)
+    reranker = Reranker.load(tmp_path / "grpo/model", max_new_tokens=4)
+    assert len(reranker.rank("Which?", [traces.parent / f"page-{i}.png" for i in range(3)]).order) == 3

@@ -1,0 +1,85 @@
+"""The model card says what the stages left, and nothing leaves the machine unasked."""
+
+import json
+
+import pytest
+from huggingface_hub import HfApi, ModelCard
+
+from mmr5_train import publish
+from mmr5_train.config import compose_stage
+from mmr5_train.models.loading import SETTINGS
+from mmr5_train.ranking.files import InputError, write_json, write_manifest
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """sft/model and grpo/model as the stages leave them, without weights, and an evaluation of both."""
+    for stage, base in (("sft", "Qwen/Qwen2.5-VL-7B-Instruct"), ("grpo", str(tmp_path / "sft/model"))):
+        folder = tmp_path / stage / "model"
+        folder.mkdir(parents=True)
+        write_json(folder / SETTINGS, {"think": True, "max_pixels": 12_845_056})
+        config = {"model": {"path": base}, "seed": 42, "trainer": {"learning_rate": 1e-5}}
+        write_manifest(tmp_path / stage, stage=stage, config=config, counts={"steps": 7})
+    systems = {stage: str(tmp_path / stage / "model") for stage in ("sft", "grpo")}
+    evaluation = tmp_path / "evaluation"
+    evaluation.mkdir()
+    write_manifest(evaluation, stage="evaluate", config={"systems": systems, "data": "heldout.jsonl"})
+    rows = [
+        {"system": name, "questions": 320, "recall@1": r, "recall@3": 0.9, "recall@5": None, "mrr": 0.8}
+        for name, r in (("first_stage", 0.2), ("sft", 0.6), ("grpo", 0.65))
+    ]
+    write_json(evaluation / "results.json", {"rows": rows})
+    return tmp_path
+
+
+def run(*overrides):
+    publish.main(compose_stage(publish.PublishStage, "publish", ["license=apache-2.0", *overrides]))
+
+
+def test_the_card(trained, monkeypatch):
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: pytest.fail("nobody asked for an upload"))
+    run(f"checkpoint={trained}/grpo/model", f"evaluation={trained}/evaluation", "data='7,200 traces of MMDocIR.'")
+    card = ModelCard.load(trained / "grpo/model/README.md")
+    assert card.data.base_model == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert card.data.license == "apache-2.0"
+    assert {(r.metric_type, r.metric_value) for r in card.data.eval_results} == {
+        ("recall@1", 0.65), ("recall@3", 0.9), ("mrr", 0.8),
+    }  # fmt: skip
+    assert "On 320 questions of `heldout.jsonl`" in card.text
+    assert "7,200 traces of MMDocIR." in card.text
+    assert card.text.index("### sft") < card.text.index("### grpo")
+    assert "learning_rate: 1.0e-05" in card.text
+
+
+def test_without_an_evaluation(trained):
+    run(f"checkpoint={trained}/sft/model")
+    assert "Not evaluated yet." in ModelCard.load(trained / "sft/model/README.md").text
+
+
+def test_it_is_uploaded_only_when_told_to(trained, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda _, repo, **rest: calls.append((repo, rest)))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda _, **rest: calls.append(rest))
+    run(f"checkpoint={trained}/grpo/model", "push_to_hub=me/reranker")
+    assert calls == [
+        ("me/reranker", {"private": True, "exist_ok": True}),
+        {"repo_id": "me/reranker", "folder_path": trained / "grpo/model"},
+    ]
+    assert "https://huggingface.co/me/reranker" in capsys.readouterr().out
+
+
+def test_wrong_input(trained, monkeypatch):
+    with pytest.raises(InputError, match=rf"holds no {SETTINGS}; give model/ or best/"):
+        run(f"checkpoint={trained}/grpo")
+    best = trained / "grpo/best"
+    best.mkdir()
+    best.joinpath(SETTINGS).write_text(json.dumps({"think": True, "max_pixels": 1}))
+    with pytest.raises(InputError, match=r"evaluation: none of .*'s systems is .*best"):
+        run(f"checkpoint={best}", f"evaluation={trained}/evaluation")
+
+    def refuse(*_, **__):
+        raise ValueError("the token is not valid\nand more")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(InputError, match="push_to_hub: me/x: the token is not valid; the card is written"):
+        run(f"checkpoint={trained}/grpo/model", "push_to_hub=me/x")

@@ -1,0 +1,37 @@
+"""The script that reproduces MM-R5's checkpoints, every line of it, at the size of a test."""
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from mmr5_train.ranking.files import read_manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_three_checkpoints_beside_the_published_figures(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_ENDPOINT")}
+    env |= {"HUB_PORT": str(port), "NO_PROXY": "127.0.0.1"}
+    command = ["scripts/reproduce_mm_r5.sh", "--tiny", str(tmp_path / "out")]
+    ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, f"{ended.stdout[-3000:]}\n{ended.stderr[-3000:]}"
+    said = ended.stdout
+    assert said.count("files, checked, in") == 2
+    assert said.count("memory a GPU at the longest prompt") == 2
+    assert "sft: already in" in said  # made once for both recipes
+    for stage in ("shared/sft", "mm_r5/grpo", "rl_only/grpo"):
+        assert read_manifest(tmp_path / "out" / stage)["counts"]["processes"] == 2
+    table = (tmp_path / "out/compare/table.md").read_text()
+    for published in ("(0.6951)", "(0.6673)", "(0.6586)"):
+        assert published in table
+    for model in ("shared/sft", "mm_r5/grpo", "rl_only/grpo"):
+        card = ModelCard.load(tmp_path / "out" / model / "model/README.md")
+        assert card.data.base_model == "tiny"
+        assert card.data.eval_results
+    assert (tmp_path / "out/compare/compare.html").is_file()

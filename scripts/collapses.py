@@ -1,6 +1,6 @@
 """GRPO runs that collapse, and the one that holds: which alarm rings, and when.
 
-    python scripts/collapses.py                        # about an hour on two cores
+    python scripts/collapses.py                        # about half an hour on two cores
     python scripts/collapses.py --runs released constant
 
 The shipped model on the synthetic corpus, from one SFT (two of the runs start from one that was stopped early).
@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -79,16 +81,27 @@ def grpo_overrides(settings: list[str]) -> list[str]:
 
 
 def stage(module: str, out: Path, *overrides: str) -> None:
-    """Runs a stage unless its folder holds what it made."""
+    """Runs a stage, on one core, unless its folder holds what it made."""
+    if is_made(out):
+        print(f"{module}: already in {out}", flush=True)
+        return
+    anew = [] if is_unfinished(out, module.rpartition(".")[2]) else ["overwrite=true"]
+    command = [sys.executable, "-m", module, f"out={out}", *overrides, *anew]
+    print(" ".join(command[2:]), flush=True)
+    log = out.parent / f"{out.name}.log"
+    with log.open("w") as stream:
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(command, cwd=ROOT, env=env, stdout=stream, stderr=subprocess.STDOUT)
+    if ended.returncode:
+        raise SystemExit(f"collapses: {module} failed:\n{log.read_text(encoding='utf-8')[-2000:]}")
+
+
+def is_made(out: Path) -> bool:
     try:
         read_manifest(out)
-        print(f"{module}: already in {out}", flush=True)
     except InputError:
-        anew = [] if is_unfinished(out, module.rpartition(".")[2]) else ["overwrite=true"]
-        command = [sys.executable, "-m", module, f"out={out}", *overrides, *anew]
-        print(" ".join(command[2:]), flush=True)
-        with (out.parent / f"{out.name}.log").open("w") as log:
-            subprocess.run(command, cwd=ROOT, check=True, stdout=log, stderr=subprocess.STDOUT)
+        return False
+    return True
 
 
 def make_shared(folder: Path, seed: int) -> None:
@@ -155,9 +168,11 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--out", type=Path, default=Path("outputs/collapses"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
     args = parser.parse_args()
     make_shared(args.out, args.seed)
-    rows = [run(name, args.out, args.seed) for name in args.runs]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        rows = list(pool.map(lambda name: run(name, args.out, args.seed), args.runs))
     write_json(args.out / "collapses.json", {"seed": args.seed, "rows": rows})
     print(table(rows))
 

@@ -43,13 +43,13 @@ RUNS: dict[str, tuple[str, int | None, list[str]]] = {
     ),
     "early": (
         "SFT stopped long before its answers follow its verdicts, no KL",
-        15,
-        ["reward=gated", *["lr=6e-4", "questions=16", "group=8", "temperature=0.6", "beta=0", "steps=100"]],
+        20,
+        ["reward=gated", *"lr=6e-4 questions=16 group=8 temperature=0.6 beta=0 steps=100".split()],
     ),
     "constant": (
-        "SFT stopped early, a weak KL, a low temperature",
-        30,
-        ["reward=gated", *["lr=6e-4", "questions=16", "group=8", "temperature=0.7", "beta=0.02", "steps=100"]],
+        "SFT stopped early, the form is paid too, a weak KL, a low temperature",
+        20,
+        ["reward=permutation", *"lr=1e-3 questions=16 group=8 temperature=0.7 beta=0.02 steps=100".split()],
     ),
     "default": (
         "the recipe of the demo",

@@ -25,49 +25,45 @@ from mmr5_train.ranking.files import InputError, is_unfinished, read_manifest, w
 
 ROOT = Path(__file__).resolve().parents[1]
 # name → (what is wrong with it, SFT steps (None: the recipe's), settings of GRPO)
-RUNS: dict[str, tuple[str, int | None, list[str]]] = {
+RUNS: dict[str, tuple[str, int | None, str]] = {
     "released": (
         "the released rewards, a large learning rate, few questions, no KL",
         None,
-        ["reward=mm_r5", *["lr=1e-3", "questions=4", "group=8", "temperature=0.9", "beta=0", "steps=150"]],
+        "reward=mm_r5 lr=1e-3 questions=4 group=8 temperature=0.9 beta=0 steps=150",
     ),
     "duplicates": (
         "the released rewards, no KL: an id twice costs nothing",
         None,
-        ["reward=mm_r5", *["lr=3e-4", "questions=12", "group=8", "temperature=0.8", "beta=0", "steps=100"]],
+        "reward=mm_r5 lr=3e-4 questions=12 group=8 temperature=0.8 beta=0 steps=100",
     ),
     "unheld": (
         "only the answer is paid, no KL",
         None,
-        ["reward=permutation", *["lr=6e-4", "questions=16", "group=8", "temperature=1", "beta=0", "steps=110"]],
+        "reward=permutation lr=6e-4 questions=16 group=8 temperature=1 beta=0 steps=110",
     ),
     "early": (
         "SFT stopped long before its answers follow its verdicts, no KL",
-        20,
-        ["reward=gated", *"lr=6e-4 questions=16 group=8 temperature=0.6 beta=0 steps=100".split()],
+        25,
+        "reward=gated lr=6e-4 questions=16 group=8 temperature=0.6 beta=0 steps=100",
     ),
     "constant": (
-        "SFT stopped early, the form is paid too, a weak KL, a low temperature",
-        20,
-        ["reward=permutation", *"lr=1e-3 questions=16 group=8 temperature=0.7 beta=0.02 steps=100".split()],
+        "SFT stopped early, a weak KL, a low temperature",
+        25,
+        "reward=gated lr=1e-3 questions=16 group=8 temperature=0.7 beta=0.02 steps=100",
     ),
     "default": (
         "the recipe of the demo",
         None,
-        [
-            "reward=gated",
-            *["lr=3e-4", "questions=16", "group=6", "temperature=1", "beta=0.04", "steps=100", "schedule=linear"],
-        ],
+        "reward=gated lr=3e-4 questions=16 group=6 temperature=1 beta=0.04 steps=100 schedule=linear",
     ),
 }
 
 
-def grpo_overrides(settings: list[str]) -> list[str]:
-    reward, *rest = settings
-    given = dict(setting.split("=") for setting in rest)
+def grpo_overrides(settings: str) -> list[str]:
+    given = dict(setting.split("=") for setting in settings.split())
     rows = int(given["questions"]) * int(given["group"])
     return [
-        reward,
+        f"reward={given['reward']}",
         f"trainer.per_device_train_batch_size={rows}",
         f"trainer.num_generations={given['group']}",
         f"trainer.temperature={given['temperature']}",
@@ -111,21 +107,26 @@ def make_shared(folder: Path, seed: int) -> None:
     subprocess.run(command, cwd=ROOT, check=True)
 
 
-def run(name: str, folder: Path, seed: int) -> dict[str, Any]:
-    what, sft_steps, settings = RUNS[name]
-    sft = folder / "sft"
-    if sft_steps is not None:
-        sft = folder / f"sft_{sft_steps}"
-        config = read_manifest(folder / "sft")["config"]
-        lora = config["model"]["lora"]
-        stage(
-            "mmr5_train.sft", sft, f"data={folder}/traces/traces.jsonl", f"seed={seed}",
-            f"model.lora={{r:{lora['r']},alpha:{lora['alpha']}}}", f"trainer.max_steps={sft_steps}",
-            f"trainer.learning_rate={config['trainer']['learning_rate']}", "trainer.warmup_steps=5",
-        )  # fmt: skip
+def start(name: str, folder: Path, seed: int) -> Path:
+    """The SFT checkpoint that a run starts from; made first, since runs at a time may share it."""
+    steps = RUNS[name][1]
+    if steps is None:
+        return folder / "sft/model"
+    config = read_manifest(folder / "sft")["config"]
+    lora = config["model"]["lora"]
+    stage(
+        "mmr5_train.sft", folder / f"sft_{steps}", f"data={folder}/traces/traces.jsonl", f"seed={seed}",
+        f"model.lora={{r:{lora['r']},alpha:{lora['alpha']}}}", f"trainer.max_steps={steps}",
+        f"trainer.learning_rate={config['trainer']['learning_rate']}", "trainer.warmup_steps=5",
+    )  # fmt: skip
+    return folder / f"sft_{steps}/model"
+
+
+def run(name: str, model: Path, folder: Path, seed: int) -> dict[str, Any]:
+    what, _, settings = RUNS[name]
     out = folder / name
     stage(
-        "mmr5_train.grpo", out, f"data={folder}/select/questions.jsonl", f"model.path={sft}/model", f"seed={seed}",
+        "mmr5_train.grpo", out, f"data={folder}/select/questions.jsonl", f"model.path={model}", f"seed={seed}",
         f"heldout={{data:{folder}/data/heldout.jsonl,limit:128,batch_size:64,max_new_tokens:112}}",
         *grpo_overrides(settings),
     )  # fmt: skip
@@ -171,8 +172,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each")
     args = parser.parse_args()
     make_shared(args.out, args.seed)
+    models = {name: start(name, args.out, args.seed) for name in args.runs}
     with ThreadPoolExecutor(args.jobs) as pool:
-        rows = list(pool.map(lambda name: run(name, args.out, args.seed), args.runs))
+        rows = list(pool.map(lambda name: run(name, models[name], args.out, args.seed), args.runs))
     write_json(args.out / "collapses.json", {"seed": args.seed, "rows": rows})
     print(table(rows))
 

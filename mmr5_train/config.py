@@ -9,7 +9,6 @@ A stage is a function of one validated config:
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import re
 import sys
@@ -48,7 +47,6 @@ def run_stage(main: Callable[[StageT], None], model: type[StageT], config_name: 
     # Hydra prints its own reading of an error and exits unless told to raise; the reading here names choices.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell their developers, not their users
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it wherever it is installed
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     def task(config: DictConfig) -> None:

@@ -77,6 +77,10 @@ def main(config: SftStage) -> None:
             processing_class=processor,
             peft_config=lora_config(config.model),
         )
+    if arguments.world_size * arguments.gradient_accumulation_steps > 1:
+        # So that each token of a step weighs the same, however the step is split. The classes of Qwen-VL decline
+        # the count of a step's tokens; TRL's loss, which is the one used, takes it.
+        trainer.model_accepts_loss_kwargs = True
     use_lora_plus(trainer, config.model)
     trained = trained_parameters(trainer)
     shown = {"loss": "loss", "mean_token_accuracy": "token accuracy"}

@@ -50,7 +50,12 @@ def settings(batch: int) -> dict[str, Any]:
 def ours(data: Path, out: Path, processes: int = 1) -> list[str]:
     trainer = settings(BATCH // processes) | {"logging_first_step": False}
     overrides = [f"trainer.{key}={str(value).lower()}" for key, value in trainer.items()]
-    overrides += [f"data={data}", f"out={out}", f"model.lora={{r:{LORA['r']},alpha:{LORA['alpha']}}}"]
+    overrides += [
+        f"data={data}",
+        f"out={out}",
+        "overwrite=true",
+        f"model.lora={{r:{LORA['r']},alpha:{LORA['alpha']}}}",
+    ]
     if processes == 1:
         return [sys.executable, "-m", "mmr5_train.sft", *overrides]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
@@ -180,17 +185,14 @@ def main() -> None:
     data = make_data(args.out / "data")
     one_thread = {"OMP_NUM_THREADS": "1"}
     ways: dict[str, tuple[list[str], dict[str, str]]] = {
-        "mmr5-train": ([*ours(data, args.out / "mmr5-train"), "overwrite=true"], {}),
-        "bare TRL": (bare_trl(data, args.out / "bare TRL"), {}),
-        "two processes": ([*ours(data, args.out / "two processes", 2), "overwrite=true"], one_thread),
-        "one process, one thread": (
-            [*ours(data, args.out / "one process, one thread"), "overwrite=true"],
-            one_thread,
-        ),
+        "mmr5_train": (ours(data, args.out / "mmr5_train"), {}),
+        "bare_trl": (bare_trl(data, args.out / "bare_trl"), {}),
+        "two_processes": (ours(data, args.out / "two_processes", 2), one_thread),
+        "one_thread": (ours(data, args.out / "one_thread"), one_thread),
     }
     if args.swift:
         limits = {"MIN_PIXELS": "784", "MAX_PIXELS": "9500", "USE_HF": "1"}
-        ways["ms-swift"] = (swift(args.swift, data, args.out / "ms-swift"), limits)
+        ways["ms_swift"] = (swift(args.swift, data, args.out / "ms_swift"), limits)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     for _ in range(args.repeats):  # in turn, so that a slow hour of the machine is everyone's
         for name, (command, env) in ways.items():
@@ -205,12 +207,12 @@ def main() -> None:
         for name, runs in found.items()
     ]
     one, two = (
-        next(row["losses"] for row in rows if row["way"] == way) for way in ("mmr5-train", "two processes")
+        next(row["losses"] for row in rows if row["way"] == way) for way in ("mmr5_train", "two_processes")
     )
     apart = max(abs(a - b) for a, b in zip(one, two, strict=True))
     write_json(args.out.parent / "train.json", {"rows": rows, "one_and_two_processes_apart": apart})
     for row in rows:
-        print(f"{row['way']:<26} start {row['start_s']:>6.1f} s   {row['examples_per_s']:>7.2f} examples/s")
+        print(f"{row['way']:<14} start {row['start_s']:>6.1f} s   {row['examples_per_s']:>7.2f} examples/s")
     print(f"losses of one and of two processes: {apart:.2g} apart at most")
 
 

@@ -53,6 +53,21 @@ def test_same_seed_same_losses(traces, tmp_path):
     assert first[0]["loss"] != other[0]["loss"]
 
 
+def test_a_step_is_the_same_however_it_is_split(traces, tmp_path):
+    """Completions differ in length: a mean of the micro-batches' means would weigh their tokens differently."""
+    records = [json.loads(line) for line in traces.read_text().splitlines()]
+    for i, record in enumerate(records):
+        record["think"] += "\nand nothing else" * i
+    traces.write_text("".join(json.dumps(record) + "\n" for record in records))
+    same = ["trainer.max_steps=3", "trainer.lr_scheduler_type=constant", "trainer.learning_rate=1e-4"]
+    whole = run(traces, tmp_path / "whole", *same)
+    split = ["trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=4"]
+    parts = run(traces, tmp_path / "parts", *same, *split)
+    losses = [[entry["loss"] for entry in history if "loss" in entry] for history in (whole, parts)]
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_lora_leaves_an_adapter_and_a_merged_model(traces, tmp_path):
     run(traces, tmp_path / "out", "trainer.max_steps=2", "model.lora={r: 4, alpha: 8}")
     assert (tmp_path / "out/adapter/adapter_model.safetensors").is_file()

@@ -145,7 +145,8 @@ def flat(content: Any) -> str:
 
 
 def measure(command: list[str], out: Path, env: dict[str, str]) -> dict[str, Any]:
-    shutil.rmtree(out / "runs", ignore_errors=True)
+    for events_of_before in ("runs", "run"):
+        shutil.rmtree(out / events_of_before, ignore_errors=True)
     started = time.time()
     with (out.parent / f"{out.name}.log").open("w") as log:
         ended = subprocess.run(command, cwd=ROOT, env=os.environ | env, stdout=log, stderr=subprocess.STDOUT)

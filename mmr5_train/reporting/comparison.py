@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mmr5_train.ranking.files import code_version
 from mmr5_train.reporting.curves import PLACEHOLDERS, STYLE, inline
@@ -45,6 +46,7 @@ def forest(rows: Sequence[Row], key: str) -> str:
             axes.plot(gap["mean"], place, "o", color=color[2], markersize=5)
         axes.set_yticks(range(len(compared)), [row["recipe"] for row in compared])
         axes.set_ylim(len(compared) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.grid(axis="x")
         axes.set_axisbelow(True)
         stream = io.StringIO()

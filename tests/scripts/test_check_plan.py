@@ -1,0 +1,17 @@
+"""The script that holds the plan against a GPU runs both stages; without a GPU it measures nothing and says so."""
+
+import check_plan
+import pytest
+import torch
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("stage", check_plan.MAINS)
+def test_a_stage_runs_with_the_settings_of_a_recipe(stage, tmp_path, monkeypatch, capsys):
+    module = {"sft": check_plan.sft, "grpo": check_plan.grpo}[stage]
+    for name in ("load_model", "save_result"):  # the script exchanges them; they come back after the test
+        monkeypatch.setattr(module, name, getattr(module, name))
+    found = check_plan.run_one(stage, "tiny", 12, "recommended", tmp_path)
+    assert found["measured_gib"] is None
+    assert 1 < found["planned_gib"] < 4
+    assert f"{stage}: " in capsys.readouterr().out

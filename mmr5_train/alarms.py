@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, variance
@@ -18,8 +18,8 @@ from typing import Any, Literal
 from mmr5_train.ranking.files import InputError
 
 ALARMS = "alarms.json"
-BLOCK = 20  # logged steps; the first alarm can ring after two blocks
-SURE = 5.0  # standard errors: in 1,000 steps of noise alone, one run in 100 shows a change that large
+BLOCK = 20  # logged steps; a change can be told after two blocks
+SURE = 5.0  # standard errors: in 300 steps of noise alone, fewer than one run in 100 shows such a change
 
 Entry = Mapping[str, Any]
 Action = Literal["warn", "stop", "off"]
@@ -59,7 +59,7 @@ def fell(history: Sequence[Entry], key: str, floor: float) -> Change | None:
 
 
 def _changed(history: Sequence[Entry], key: str, floor: float, sign: int) -> Change | None:
-    blocks = _blocks([entry[key] for entry in history if entry.get(key) is not None])
+    blocks = _blocks(history, key)
     if len(blocks) < 2:
         return None
     last = blocks[-1]
@@ -69,13 +69,14 @@ def _changed(history: Sequence[Entry], key: str, floor: float, sign: int) -> Cha
     return change if sign * (change.now - change.then) > max(floor, SURE * error) else None
 
 
-def _blocks(values: Sequence[float]) -> list[Sequence[float]]:
-    """Whole blocks, counted from the end."""
+def _blocks(history: Sequence[Entry], key: str) -> list[list[float]]:
+    """What was logged under a key, in whole blocks counted from the end."""
+    values = [entry[key] for entry in history if entry.get(key) is not None]
     return [values[end - BLOCK : end] for end in range(len(values), BLOCK - 1, -BLOCK)][::-1]
 
 
 def _last_block(history: Sequence[Entry], key: str) -> float | None:
-    blocks = _blocks([entry[key] for entry in history if entry.get(key) is not None])
+    blocks = _blocks(history, key)
     return fmean(blocks[-1]) if blocks else None
 
 
@@ -98,21 +99,18 @@ def held_out_falls(history: Sequence[Entry]) -> str | None:
     return f"heldout/recall@1 {best:.3g} → {now:.3g}"
 
 
-def duplicates_rise(history: Sequence[Entry]) -> str | None:
-    change = rose(history, "defects/duplicates", 0.05)
-    return None if change is None else str(change)
+def duplicates_rise(history: Sequence[Entry]) -> Change | None:
+    return rose(history, "defects/duplicates", 0.05)
 
 
-def length_runs_off(history: Sequence[Entry]) -> str | None:
+def length_runs_off(history: Sequence[Entry]) -> Change | None:
     lengths = _last_block(history, "completions/mean_length")
     longer = rose(history, "completions/mean_length", 0.3 * (lengths or 0))
-    change = longer or rose(history, "completions/clipped_ratio", 0.1)
-    return None if change is None else str(change)
+    return longer or rose(history, "completions/clipped_ratio", 0.1)
 
 
-def reasoning_rots(history: Sequence[Entry]) -> str | None:
-    change = fell(history, "answers/true_verdicts", 0.05) or fell(history, "answers/follow_verdicts", 0.05)
-    return None if change is None else str(change)
+def reasoning_rots(history: Sequence[Entry]) -> Change | None:
+    return fell(history, "answers/true_verdicts", 0.05) or fell(history, "answers/follow_verdicts", 0.05)
 
 
 def one_place_first(history: Sequence[Entry]) -> str | None:
@@ -135,7 +133,7 @@ def no_spread(history: Sequence[Entry]) -> str | None:
 
 
 # name → (what shows it in the log, what to do about it)
-CHECKS = {
+CHECKS: dict[str, tuple[Callable[[Sequence[Entry]], Change | str | None], str]] = {
     "ranking falls": (
         ranking_falls,
         "A reward that pays for the form alone is the easy way out: reward=gated; or a smaller "
@@ -173,7 +171,9 @@ CHECKS = {
 
 def ringing(history: Sequence[Entry], step: int) -> list[Alarm]:
     """The alarms that a log up to now gives reason for."""
-    return [Alarm(name, step, seen, knob) for name, (check, knob) in CHECKS.items() if (seen := check(history))]
+    return [
+        Alarm(name, step, str(seen), knob) for name, (check, knob) in CHECKS.items() if (seen := check(history))
+    ]
 
 
 def read_alarms(out: Path) -> list[Alarm]:

@@ -177,7 +177,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def beside_published(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What was measured minus what was published, for the recipes that stand for a published row; else nothing."""
+    """What was measured, and what was published, for the recipes that stand for a published row; else nothing."""
     there = [row for row in rows if row["recipe"] in published.RECIPES]
     if not there:
         return ""

@@ -52,9 +52,8 @@ class Reranker(Answerer):
         device: str | None = None,
     ) -> None:
         processor = load_processor(model, checkpoint)
-        loaded = (
-            load_model(model, checkpoint).to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-        )
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        loaded = load_model(model, checkpoint).to(device).eval()
         super().__init__(loaded, processor, prompt, think=think, max_new_tokens=max_new_tokens)
 
     @classmethod

@@ -20,18 +20,17 @@ from typing import Any
 
 import torch
 
-from mmr5_train import grpo, plan, sft
+from mmr5_train import plan
 from mmr5_train.config import compose_stage
 from mmr5_train.models.loading import load_model
 from mmr5_train.models.shapes import shape_config
 from mmr5_train.ranking.files import write_json, write_records
 from mmr5_train.ranking.notes import described_note, join_notes
 from mmr5_train.ranking.records import Candidate, LocalId, PageId, RankingTask, Trace
-from mmr5_train.recipe import stage_commands
+from mmr5_train.recipe import LAUNCHED, STAGES, stage_commands
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES, QUESTIONS = 5, 4
-MAINS = {"sft": (sft.SftStage, sft.main), "grpo": (grpo.GrpoStage, grpo.main)}
 FULL = {"3B": "Qwen/Qwen2.5-VL-3B-Instruct", "7B": "Qwen/Qwen2.5-VL-7B-Instruct", "tiny": "tiny"}
 
 
@@ -82,6 +81,7 @@ def random_model(config: Any, path: Any = None) -> Any:
 def run_one(stage: str, model: str, tokens: int, experiment: str, folder: Path) -> dict[str, float | None]:
     """Two steps of a stage in this process: planned and measured GiB."""
     make_data(folder, tokens)
+    module, kind, entry = STAGES[stage]
     pixels = tokens * 28 * 28
     sizes = ["size=tiny"] if model == "tiny" else []
     whole = compose_stage(
@@ -93,7 +93,7 @@ def run_one(stage: str, model: str, tokens: int, experiment: str, folder: Path) 
     data = folder / ("traces.jsonl" if stage == "sft" else "questions.jsonl")
     base = "tiny" if model == "tiny" else f"qwen2_5_vl_{model.lower()}"
     config = compose_stage(
-        MAINS[stage][0], stage,
+        kind, entry,
         [
             f"model={base}", *overrides, f"data={data}", f"out={folder}/out", f"model.path={FULL[model]}",
             f"model.max_pixels={pixels}", "trainer.max_steps=2", "trainer.save_strategy=no", "heldout=null",
@@ -101,18 +101,16 @@ def run_one(stage: str, model: str, tokens: int, experiment: str, folder: Path) 
     )  # fmt: skip
     network = plan.measure(config.model)
     prompt = plan.TEXT_TOKENS + PAGES * tokens
-    stages = {stage: config}
     if stage == "sft":
         work = plan.sft_work(config, [prompt], whole)
     else:
-        work = plan.grpo_work(config, stages, [prompt], whole)
+        work = plan.grpo_work(config, {}, [prompt], whole)
     planned = sum(plan.memory(network, work, "ddp", 1).values()) / plan.GIB
-    module = {"sft": sft, "grpo": grpo}[stage]
-    module.load_model = random_model  # type: ignore[attr-defined]
-    module.save_result = lambda *_, **__: None  # type: ignore[attr-defined]
+    module.load_model = random_model
+    module.save_result = lambda *_, **__: None
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    MAINS[stage][1](config)  # type: ignore[operator]
+    module.main(config)
     if not torch.cuda.is_available():
         return {"planned_gib": planned, "measured_gib": None}
     free, total = torch.cuda.mem_get_info()
@@ -124,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(FULL), default=["3B", "7B"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1024])
-    parser.add_argument("--stages", nargs="+", choices=list(MAINS), default=list(MAINS))
+    parser.add_argument("--stages", nargs="+", choices=LAUNCHED, default=list(LAUNCHED))
     parser.add_argument("--experiment", default="recommended")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench/plan.json")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)

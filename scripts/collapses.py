@@ -1,10 +1,10 @@
 """GRPO runs that collapse, and the one that holds: which alarm rings, and when.
 
-    python scripts/collapses.py                        # about half an hour on two cores
+    python scripts/collapses.py                        # about 20 minutes on two cores
     python scripts/collapses.py --runs released constant
 
 The shipped model on the synthetic corpus, from one SFT (two of the runs start from one that was stopped early).
-Each run repeats the settings of a training that failed; `default` is the recipe of the demo. What was made is not
+Each run fails in a way that trainings are known to fail; `default` is the recipe of the demo. What was made is not
 made again. docs/collapse.md holds the table that this writes, and outputs/collapses/collapses.json the figures.
 """
 
@@ -21,7 +21,9 @@ from statistics import fmean
 from typing import Any
 
 from mmr5_train.alarms import read_alarms
-from mmr5_train.ranking.files import InputError, is_unfinished, read_manifest, write_json
+from mmr5_train.config import compose_stage
+from mmr5_train.ranking.files import is_unfinished, read_manifest, write_json
+from mmr5_train.recipe import STAGES, is_made
 
 ROOT = Path(__file__).resolve().parents[1]
 # name → (what is wrong with it, SFT steps (None: the recipe's), settings of GRPO)
@@ -76,28 +78,21 @@ def grpo_overrides(settings: str) -> list[str]:
     ]
 
 
-def stage(module: str, out: Path, *overrides: str) -> None:
-    """Runs a stage, on one core, unless its folder holds what it made."""
-    if is_made(out):
-        print(f"{module}: already in {out}", flush=True)
+def stage(name: str, out: Path, *overrides: str) -> None:
+    """Runs a stage, on one core, unless its folder holds what these settings make."""
+    module, model, entry = STAGES[name]
+    if is_made(compose_stage(model, entry, [f"out={out}", *overrides])):
+        print(f"{name}: already in {out}", flush=True)
         return
-    anew = [] if is_unfinished(out, module.rpartition(".")[2]) else ["overwrite=true"]
-    command = [sys.executable, "-m", module, f"out={out}", *overrides, *anew]
+    anew = [] if is_unfinished(out, entry) else ["overwrite=true"]
+    command = [sys.executable, "-m", module.__name__, f"out={out}", *overrides, *anew]
     print(" ".join(command[2:]), flush=True)
     log = out.parent / f"{out.name}.log"
     with log.open("w") as stream:
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         ended = subprocess.run(command, cwd=ROOT, env=env, stdout=stream, stderr=subprocess.STDOUT)
     if ended.returncode:
-        raise SystemExit(f"collapses: {module} failed:\n{log.read_text(encoding='utf-8')[-2000:]}")
-
-
-def is_made(out: Path) -> bool:
-    try:
-        read_manifest(out)
-    except InputError:
-        return False
-    return True
+        raise SystemExit(f"collapses: {name} failed:\n{log.read_text(encoding='utf-8')[-2000:]}")
 
 
 def make_shared(folder: Path, seed: int) -> None:
@@ -115,7 +110,7 @@ def start(name: str, folder: Path, seed: int) -> Path:
     config = read_manifest(folder / "sft")["config"]
     lora = config["model"]["lora"]
     stage(
-        "mmr5_train.sft", folder / f"sft_{steps}", f"data={folder}/traces/traces.jsonl", f"seed={seed}",
+        "sft", folder / f"sft_{steps}", f"data={folder}/traces/traces.jsonl", f"seed={seed}",
         f"model.lora={{r:{lora['r']},alpha:{lora['alpha']}}}", f"trainer.max_steps={steps}",
         f"trainer.learning_rate={config['trainer']['learning_rate']}", "trainer.warmup_steps=5",
     )  # fmt: skip
@@ -126,7 +121,7 @@ def run(name: str, model: Path, folder: Path, seed: int) -> dict[str, Any]:
     what, _, settings = RUNS[name]
     out = folder / name
     stage(
-        "mmr5_train.grpo", out, f"data={folder}/select/questions.jsonl", f"model.path={model}", f"seed={seed}",
+        "grpo", out, f"data={folder}/select/questions.jsonl", f"model.path={model}", f"seed={seed}",
         f"heldout={{data:{folder}/data/heldout.jsonl,limit:128,batch_size:64,max_new_tokens:112}}",
         *grpo_overrides(settings),
     )  # fmt: skip

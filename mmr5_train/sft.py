@@ -28,6 +28,7 @@ from mmr5_train.models.finetune import (
     trained_parameters,
     trainer_arguments,
     use_lora_plus,
+    weigh_tokens_alike,
 )
 from mmr5_train.models.inputs import check_images
 from mmr5_train.models.loading import ModelConfig, load_model, load_processor
@@ -77,10 +78,7 @@ def main(config: SftStage) -> None:
             processing_class=processor,
             peft_config=lora_config(config.model),
         )
-    if arguments.world_size * arguments.gradient_accumulation_steps > 1:
-        # So that each token of a step weighs the same, however the step is split. The classes of Qwen-VL decline
-        # the count of a step's tokens; TRL's loss, which is the one used, takes it.
-        trainer.model_accepts_loss_kwargs = True
+    weigh_tokens_alike(trainer)
     use_lora_plus(trainer, config.model)
     trained = trained_parameters(trainer)
     shown = {"loss": "loss", "mean_token_accuracy": "token accuracy"}

@@ -283,6 +283,15 @@ def use_lora_plus(trainer: Trainer, model: ModelConfig) -> None:
     trainer.optimizer = optimizer
 
 
+def weigh_tokens_alike(trainer: Trainer) -> None:
+    """Makes each token of a step of SFT weigh the same, however a step is split over processes and micro-batches.
+
+    The classes of Qwen-VL decline the count of a step's tokens; TRL's loss, which is the one used, takes it.
+    """
+    if trainer.args.world_size * trainer.args.gradient_accumulation_steps > 1:
+        trainer.model_accepts_loss_kwargs = True
+
+
 def save_result(
     trainer: Trainer, processor: Any, config: ModelConfig, prompt: Prompt, think: bool, out: Path
 ) -> None:

@@ -20,7 +20,7 @@ def report(tmp_path):
     path = tmp_path / "report.pdf"
     pdf = pypdfium2.PdfDocument.new()
     for width in (300, 400, 5000):
-        pdf.new_page(width, 500)
+        pdf.new_page(width, 400)
     pdf.save(path)
     return path
 

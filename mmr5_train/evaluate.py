@@ -44,6 +44,7 @@ from mmr5_train.ranking.records import (
     rebase_images,
 )
 from mmr5_train.ranking.scoring import results_table, score_rankings
+from mmr5_train.ranking.trec import write_trec
 from mmr5_train.reranker import Reranker
 
 FIRST_STAGE = "first_stage"
@@ -104,6 +105,7 @@ def main(config: EvaluateStage) -> None:
     write_records(out / "pages.jsonl", rebase_images(pages, source, out))
     results = score_rankings(rankings, pages, seed=config.seed)
     write_json(out / "results.json", results)
+    write_trec(out / "trec", rankings)
     write_json(out / "timing.json", timing)
     write_manifest(
         out,

@@ -13,6 +13,7 @@ from mmr5_train.evaluate import EvaluateStage, first_stage, main
 from mmr5_train.ranking.files import InputError, read_manifest, read_records, write_records
 from mmr5_train.ranking.records import Page, Ranking, RankingTask
 from mmr5_train.ranking.scoring import score_rankings
+from mmr5_train.ranking.trec import QRELS, read_run
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,9 @@ def test_the_tiny_model_is_evaluated_the_same_way_twice(data: Path, tmp_path: Pa
     results = json.loads((out / "results.json").read_text())
     first = read_records(out / "rankings/first_stage.jsonl", Ranking)
     assert results == score_rankings({"first_stage": first, "untrained": ranked}, pages, seed=42)
+    run = read_run(out / "trec/untrained.run")
+    assert run == {r.query_id: r.pages(r.greedy) for r in ranked}
+    assert sorted(path.name for path in (out / "trec").iterdir()) == ["first_stage.run", QRELS, "untrained.run"]
     timing = json.loads((out / "timing.json").read_text())
     assert timing["untrained"]["seconds_per_question"] == pytest.approx(timing["untrained"]["seconds"] / 3)
     assert read_manifest(out)["counts"] == {"questions": 3, "systems": 2, "samples": 2}

@@ -17,7 +17,7 @@ RERANKERS = tuple(dict.fromkeys(name.partition(" + ")[2] for name in PUBLISHED i
 """What was published on top of some first stage: "SFT only", "MM-R5", …"""
 
 NOTE = (
-    "Differences are measured − published, in brackets the 95 % interval. The published value is held to be "
+    "Differences are measured − published, with their 95 % intervals. The published value is held to be "
     "exact: how it spreads over questions is not known, so the interval is that of the measured figure, shifted."
 )
 
@@ -70,12 +70,12 @@ def measured_rows(evaluations: Mapping[str, Mapping[str, Any]], rows: Mapping[st
             names = ", ".join(sorted(found))
             raise InputError(f"rows.{system}: no evaluation has a system of that name (found: {names})")
         if reranker not in RERANKERS:
-            names = ", ".join(RERANKERS)
+            names = "; ".join(RERANKERS)
             raise InputError(f"rows.{system}: no published row is called {reranker!r} (choices: {names})")
     measured = []
     for first_stage, results in evaluations.items():
         for place, row in enumerate(results["rows"]):
-            theirs = f"{first_stage} + {rows.get(row['system'])}" if place else first_stage
+            theirs = f"{first_stage} + {rows.get(row['system'], '')}" if place else first_stage
             measured.append(
                 Measured(
                     name=f"{first_stage} + {row['system']}" if place else first_stage,
@@ -116,23 +116,22 @@ def paper_table(measured: Iterable[Measured]) -> list[list[Row]]:
 
 def markdown(blocks: Sequence[Sequence[Row]]) -> str:
     """The table as Markdown: a line for what was published, for what was measured, and for their difference."""
-    lines = ["| | | questions | " + " | ".join(FIGURES) + " |", "|---|---|" + "---|" * (1 + len(FIGURES))]
+    lines = [_line("", "", "questions", *FIGURES), "|" + "---|" * (3 + len(FIGURES))]
     for row in (row for block in blocks for row in block):
         if row.published:
             cells = [f"{row.published[figure]:.4f}" for figure in FIGURES]
-            lines.append(_line(row.name, "published", f"{QUESTIONS:,}", cells))
+            lines.append(_line(row.name, "published", f"{QUESTIONS:,}", *cells))
         for measured in row.measured:
             cells = [_spread(measured.figures[figure], "{:.4f}") for figure in FIGURES]
-            lines.append(_line(f"**{measured.name}**", "measured", f"{measured.questions:,}", cells))
+            lines.append(_line(f"**{measured.name}**", "measured", f"{measured.questions:,}", *cells))
             if measured.differences:
                 cells = [_spread(measured.differences[figure], "{:+.4f}") for figure in FIGURES]
-                lines.append(_line("", "difference", "", cells))
+                lines.append(_line("", "difference", "", *cells))
     return "\n".join([*lines, "", SOURCE, NOTE, ""])
 
 
-def _line(*cells: str | Sequence[str]) -> str:
-    flat = [part for cell in cells for part in ([cell] if isinstance(cell, str) else cell)]
-    return "| " + " | ".join(part.replace("|", "\\|") for part in flat) + " |"
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _spread(interval: Interval, form: str) -> str:

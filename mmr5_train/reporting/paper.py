@@ -7,19 +7,13 @@ from typing import Any
 
 from mmr5_train.ranking.files import code_version
 from mmr5_train.ranking.paper_table import NOTE, Row
-from mmr5_train.ranking.published import FIGURES, QUESTIONS, SOURCE
+from mmr5_train.ranking.published import FIGURES, SOURCE
 from mmr5_train.reporting.page import render_page
 
 
 def paper_view(blocks: Sequence[Sequence[Row]]) -> dict[str, Any]:
     """The arguments of the template's `paper_table`."""
-    return {
-        "blocks": blocks,
-        "figures": FIGURES,
-        "published_questions": QUESTIONS,
-        "source": SOURCE,
-        "note": NOTE,
-    }
+    return {"blocks": blocks, "figures": FIGURES, "source": SOURCE, "note": NOTE}
 
 
 def tables_page(blocks: Sequence[Sequence[Row]]) -> str:

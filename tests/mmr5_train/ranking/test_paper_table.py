@@ -79,14 +79,14 @@ def test_a_name_that_fits_nothing_is_named():
         measured_rows(evaluations, {"grpo": "MM-R5"})
     with pytest.raises(InputError, match=r"rows\.first_stage: no evaluation has"):
         measured_rows(evaluations, {"first_stage": "MM-R5"})
-    with pytest.raises(InputError, match=r"rows\.sft: no published row is called 'SFT' \(choices: MM-R5, RagVL, "):
+    with pytest.raises(InputError, match=r"rows\.sft: no published row is called 'SFT' \(choices: MM-R5; RagVL; "):
         measured_rows(evaluations, {"sft": "SFT"})
 
 
 def test_markdown():
     measured = measured_rows({"ColQwen": results(grpo=0.7), "a|b": results()}, {"grpo": "MM-R5"})
     lines = markdown(paper_table(measured)).splitlines()
-    assert lines[0] == "| | | questions | " + " | ".join(FIGURES) + " |"
+    assert lines[0] == "|  |  | questions | " + " | ".join(FIGURES) + " |"
     assert len({line.replace("\\|", "").count("|") for line in lines if line.startswith("|")}) == 1
     place = lines.index(
         "| ColQwen + MM-R5 | published | 1,658 | 0.6951 | 0.8520 | 0.8842 | 0.6759 | 0.8401 | 0.8755 |"

@@ -23,8 +23,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from yaml import YAMLError
 
-from mmr5_train.ranking.files import InputError
+from mmr5_train.ranking.files import InputError, validation_message
+from mmr5_train.ranking.prompt import Prompt
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -103,14 +105,34 @@ def compose_stage(model: type[StageT], config_name: str, overrides: Sequence[str
         raise InputError(_explain(error, config_name, overrides)) from None
 
 
+def read_prompt(name: str | Path) -> Prompt:
+    """A prompt: an option of configs/prompt, or a YAML file. Raises `InputError` for one that is no use."""
+    path = CONFIGS / "prompt" / f"{name}.yaml" if re.fullmatch(r"\w+", str(name)) else Path(name)
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        return Prompt.model_validate(values)
+    except FileNotFoundError:
+        raise InputError(
+            f"prompt: no such file as {path}; choose one of {_choices('prompt')}, or import one: "
+            "python -m mmr5_train.ranking.prompt_import"
+        ) from None
+    except ValidationError as error:
+        raise InputError(f"{path}: {validation_message(error)}") from None
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"{path}: can't be read as a prompt ({str(error).partition(chr(10))[0]})") from None
+
+
+def _choices(group: str) -> str:
+    return ", ".join(sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")))
+
+
 def _check_groups(overrides: Sequence[str]) -> None:
     """Raises `InputError` for a group without an option, such as prompt=null: Hydra would show a traceback."""
     for override in overrides:
         group, _, option = override.lstrip("+").partition("=")
         folder = CONFIGS / group
         if re.fullmatch(r"null|true|false|[+-]?[\d.]+", option, re.IGNORECASE) and folder.is_dir():
-            choices = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-            raise InputError(f"{group}: needs one of its options, found {option} (choices: {choices})")
+            raise InputError(f"{group}: needs one of its options, found {option} (choices: {_choices(group)})")
 
 
 def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:

@@ -2,30 +2,41 @@
 
     python -m mmr5_train.evaluate data=outputs/data/heldout.jsonl \\
         'systems={sft:outputs/sft/model,sft+grpo:outputs/grpo/model}' out=outputs/evaluate
+    … 'systems={grpo:outputs/grpo/model,direct:{checkpoint:outputs/grpo/model,mode:direct}}'
+    accelerate launch --num_processes 2 -m mmr5_train.evaluate …     # two processes share the questions
 
-The first stage is always there, as the baseline. Each checkpoint gives one greedy answer a question, the
-same every time, and `samples` sampled ones. Writes `rankings/<system>.jsonl` (what was answered), `pages.jsonl`
-(the pages in them), `results.json` (`mmr5_train.ranking.scoring` says what is in it), `timing.json` (the one
-file that differs between two runs) and a manifest. Rankings hold the candidates only: recall@k for k beyond
-their number is recall of all candidates.
+The first stage is always there, as the baseline. Each system gives one greedy answer a question, the same every
+time, and `samples` sampled ones. Rankings are kept batch by batch as they are made: a run that was stopped goes on
+with the same command. Writes `rankings/<system>.jsonl` (what was answered), `pages.jsonl` (the pages in them),
+`results.json` (`mmr5_train.ranking.scoring` says what is in it), `timing.json` (the one file that differs between
+two runs) and a manifest. Rankings hold the candidates only: recall@k for k beyond their number is recall of all
+candidates.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+import torch
+from accelerate import PartialState
+from pydantic import Field, ValidationError, field_validator
 from tqdm import tqdm
 
 from mmr5_train.config import StageConfig, run_stage
+from mmr5_train.models.checkpoints import check_settings, run_settings
 from mmr5_train.models.inputs import check_images
-from mmr5_train.models.loading import ModelConfig, resolve_checkpoint
+from mmr5_train.models.loading import ModelConfig, is_adapter, resolve_checkpoint
+from mmr5_train.models.server import ServerConfig
 from mmr5_train.ranking.files import (
     InputError,
+    is_unfinished,
     open_output,
     read_records,
     write_json,
@@ -41,23 +52,45 @@ from mmr5_train.ranking.records import (
     PromptedTask,
     Ranking,
     RankingTask,
+    Record,
     rebase_images,
 )
 from mmr5_train.ranking.scoring import results_table, score_rankings
 from mmr5_train.ranking.trec import write_trec
-from mmr5_train.reranker import Reranker
+from mmr5_train.reranker import RankingOptions, Reranker
 
 FIRST_STAGE = "first_stage"
+PARTIAL = "partial"  # in the output folder of a run that has not ended: its batches, and its settings
+
+
+class System(RankingOptions):
+    """A reranker to evaluate. What is not given is as the stage's own settings say."""
+
+    checkpoint: str | None = Field(default=None, description="a folder, a hub id, an adapter; or a server alone")
+    base: str | None = Field(default=None, description="the checkpoint under an adapter")
+    server: ServerConfig | None = None
+
+
+class Batch(Record):
+    """Some questions ranked by one system: a line of a partial file."""
+
+    start: int = Field(ge=0, description="index of the first question")
+    seconds: float
+    sampling_seconds: float
+    rankings: tuple[Ranking, ...]
 
 
 class EvaluateStage(StageConfig):
     """`python -m mmr5_train.evaluate` (configs/evaluate.yaml)."""
 
     data: Path = Field(description="ranking tasks, e.g. heldout.jsonl; pages.jsonl stands beside it")
-    systems: dict[str, str] = Field(description="name → checkpoint, in the order they are compared in")
+    systems: dict[str, System] = Field(
+        description="name → checkpoint, or {checkpoint: …, mode: …, server: …}, in the order they are compared in"
+    )
     limit: int | None = Field(default=None, gt=0, description="use the first so many questions")
     order: Order = Field(default="score", description="how a prompt shows its candidates")
     think: bool = Field(default=True, description="whether the models were taught a think block")
+    constrain: bool = Field(default=False, description="hold answers to a list of all pages, or count defects")
     batch_size: int = Field(gt=0, description="completions generated at a time")
     samples: int = Field(default=0, ge=0, description="sampled answers a question, besides the greedy one")
     temperature: float = Field(default=1.0, gt=0, description="of the sampled answers")
@@ -67,55 +100,93 @@ class EvaluateStage(StageConfig):
 
     @field_validator("systems", mode="before")
     @classmethod
-    def _none_given(cls, systems: Any) -> Any:
-        return {} if systems is None else systems  # Hydra adds names to a null, not to an empty dict
+    def _a_path_is_a_checkpoint(cls, systems: Any) -> Any:
+        if not isinstance(systems, dict):
+            return {} if systems is None else systems  # Hydra adds names to a null, not to an empty dict
+        return {name: {"checkpoint": one} if isinstance(one, str) else one for name, one in systems.items()}
 
     @field_validator("systems")
     @classmethod
-    def _names_are_file_names(cls, systems: dict[str, str]) -> dict[str, str]:
-        for name in systems:
+    def _names_are_file_names(cls, systems: dict[str, System]) -> dict[str, System]:
+        for name, system in systems.items():
             if name == FIRST_STAGE or not re.fullmatch(r"\w[\w.+-]*", name):
                 raise ValueError(
                     f"{name!r} can't name a system: letters, digits and _ . + - only, not {FIRST_STAGE}"
                 )
+            if system.checkpoint is None and system.server is None:
+                raise ValueError(f"{name}: give a checkpoint or a server")
         return systems
 
 
 def main(config: EvaluateStage) -> None:
+    processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     tasks = read_records(config.data, RankingTask)[: config.limit]
     source = config.data.parent
     pages = used_pages(tasks, source / "pages.jsonl")
-    for checkpoint in config.systems.values():  # a wrong path is worth knowing before the first hour
-        resolve_checkpoint(checkpoint)
+    checkpoints = [system.checkpoint for system in config.systems.values() if system.checkpoint]
+    for checkpoint in checkpoints:  # a wrong path is worth knowing before the first hour
+        if not is_adapter(checkpoint):
+            resolve_checkpoint(checkpoint)
     if config.systems:
         check_images((page for task in tasks for page in task.candidates), source)
     inputs = [config.data, source / "pages.jsonl"]
-    read = [*inputs, *(Path(checkpoint) for checkpoint in config.systems.values())]
-    out = open_output(config.out, config.overwrite, inputs=read)
+    if processes.is_main_process:
+        open_evaluation(config, [*inputs, *map(Path, checkpoints)])
+    processes.wait_for_everyone()
+    for name in config.systems:
+        rank_share(name, tasks, config, processes)
+    processes.wait_for_everyone()
+    if processes.is_main_process:
+        finish(config, tasks, pages, inputs)
 
-    rankings = {FIRST_STAGE: [first_stage(task) for task in tasks]}
-    timing = {}
-    for system, checkpoint in config.systems.items():
-        started = time.monotonic()
-        rankings[system] = rank_all(system, checkpoint, tasks, config)
-        seconds = time.monotonic() - started
-        timing[system] = {"seconds": seconds, "seconds_per_question": seconds / len(tasks)}
-        _write_rankings(out, system, rankings[system], source)
-    _write_rankings(out, FIRST_STAGE, rankings[FIRST_STAGE], source)
+
+def open_evaluation(config: EvaluateStage, read: Sequence[Path]) -> None:
+    """The output folder: that of a run that was stopped and had the same settings, or an empty one."""
+    settings = json.loads(json.dumps(run_settings(config)))
+    kept = config.out / PARTIAL / "settings.json"
+    if kept.is_file() and is_unfinished(config.out, "evaluate") and not config.overwrite:
+        check_settings(config.out, json.loads(kept.read_text(encoding="utf-8")), settings)
+    else:
+        open_output(config.out, config.overwrite, inputs=read, stage="evaluate")
+        write_json(kept, settings)
+
+
+def finish(config: EvaluateStage, tasks: Sequence[RankingTask], pages: list[Page], inputs: list[Path]) -> None:
+    """From the batches of all systems to the result."""
+    out, source = config.out, config.data.parent
+    rankings, timing = {FIRST_STAGE: [first_stage(task) for task in tasks]}, {}
+    for name in config.systems:
+        batches = kept_batches(out, name)
+        rankings[name] = [ranking for start in sorted(batches) for ranking in batches[start].rankings]
+        timing[name] = cost(list(batches.values()))
+    for name, ranked in rankings.items():
+        folder = out / "rankings"
+        write_records(folder / f"{name}.jsonl", rebase_images(ranked, source, folder))
     write_records(out / "pages.jsonl", rebase_images(pages, source, out))
     results = score_rankings(rankings, pages, seed=config.seed)
     write_json(out / "results.json", results)
     write_trec(out / "trec", rankings)
     write_json(out / "timing.json", timing)
-    write_manifest(
-        out,
-        stage="evaluate",
-        config=config.model_dump(mode="json"),
-        inputs=inputs,
-        counts={"questions": len(tasks), "systems": len(rankings), "samples": config.samples},
-    )
+    counts = {"questions": len(tasks), "systems": len(rankings), "samples": config.samples}
+    settings = config.model_dump(mode="json")
+    write_manifest(out, stage="evaluate", config=settings, inputs=inputs, counts=counts)
+    shutil.rmtree(out / PARTIAL)
     print(results_table(results))
     print(f"evaluate: {', '.join(rankings)} on {len(tasks)} questions in {out}")
+
+
+def cost(batches: Sequence[Batch]) -> dict[str, float]:
+    """What a system took: seconds in all, sampling included, and of a question's greedy answer; its tokens."""
+    answers = [ranking.greedy for batch in batches for ranking in batch.rankings]
+    greedy = sum(batch.seconds for batch in batches)
+    return {
+        "seconds": greedy + sum(batch.sampling_seconds for batch in batches),
+        "seconds_per_question": greedy / len(answers),
+        **{
+            name: sum(getattr(answer, name) for answer in answers) / len(answers)
+            for name in ("tokens", "prompt_tokens", "visual_tokens")
+        },
+    }
 
 
 def used_pages(tasks: Iterable[RankingTask], path: Path) -> list[Page]:
@@ -134,28 +205,83 @@ def first_stage(task: RankingTask) -> Ranking:
     return _ranking(FIRST_STAGE, task.prompted("score"), Answered(completion="", order=order))
 
 
-def rank_all(system: str, checkpoint: str, tasks: Sequence[RankingTask], config: EvaluateStage) -> list[Ranking]:
-    """A checkpoint's rankings of all tasks, in their order."""
-    prompted = [task.prompted(config.order, config.seed) for task in tasks]
-    reranker = Reranker(
-        checkpoint, config.model, config.prompt, think=config.think, max_new_tokens=config.max_new_tokens
+def rank_share(name: str, tasks: Sequence[RankingTask], config: EvaluateStage, processes: PartialState) -> None:
+    """Ranks this process's share of the batches that are not kept yet, and keeps each as it is done.
+
+    Batches are the same however often a run was stopped and however many processes share it, and so are the
+    rankings in them.
+    """
+    starts = range(0, len(tasks), config.batch_size)
+    done = kept_batches(config.out, name)
+    processes.wait_for_everyone()  # all have seen the same
+    left = [start for start in starts if start not in done][processes.process_index :: processes.num_processes]
+    if not left:
+        return
+    reranker = load_system(config.systems[name], config, str(processes.device))
+    shown = tqdm(left, desc=name, unit="batch", disable=not processes.is_main_process)
+    with (config.out / PARTIAL / f"{name}.{processes.process_index}.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write("\n")  # a line that a kill cut off ends here
+        for start in shown:
+            batch = rank_batch(name, start, tasks[start : start + config.batch_size], reranker, config)
+            stream.write(batch.model_dump_json() + "\n")
+            stream.flush()
+
+
+def kept_batches(out: Path, name: str) -> dict[int, Batch]:
+    """The batches of a system that any process has kept, by their start; a line that was cut off is none."""
+    batches = {}
+    for path in sorted((out / PARTIAL).glob(f"{name}.*.jsonl")):
+        if re.fullmatch(re.escape(name) + r"\.\d+\.jsonl", path.name):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                if line.endswith("}"):
+                    try:
+                        batch = Batch.model_validate_json(line)
+                    except ValidationError:
+                        continue
+                    batches[batch.start] = batch
+    return batches
+
+
+def load_system(system: System, config: EvaluateStage, device: str) -> Reranker:
+    """The reranker, told what its entry says and else what the stage says."""
+    own = system.model_dump(exclude_unset=True, exclude={"checkpoint", "base", "server"})
+    shared = config.model_dump(include={"constrain", "max_new_tokens", "batch_size"})
+    mode = "reason" if config.think else "direct"
+    return Reranker(
+        system.checkpoint,
+        base=system.base,
+        server=system.server,
+        model=config.model,
+        prompt=config.prompt,
+        device=device,
+        **{"mode": mode, "window": None, **shared, **own},
     )
-    folder, samples = config.data.parent, config.samples
-    greedy = reranker.answer(prompted, folder, batch_size=config.batch_size)
-    first = [answers[0] for answers in _progress(greedy, len(tasks), f"{system}, greedy")]
-    drawn: Iterable[list[Answered]] = [[]] * len(tasks)
-    if samples:
-        at_a_time = max(1, config.batch_size // samples)
-        sampled = reranker.answer(
-            prompted,
-            folder,
-            batch_size=at_a_time,
-            samples=samples,
-            temperature=config.temperature,
-            seed=config.seed,
-        )
-        drawn = _progress(sampled, len(tasks), f"{system}, sampled")
-    return [_ranking(system, *row) for row in zip(prompted, first, drawn, strict=True)]
+
+
+def rank_batch(
+    name: str, start: int, tasks: Sequence[RankingTask], reranker: Reranker, config: EvaluateStage
+) -> Batch:
+    """A system's answers to some questions: the greedy ones, then those that are sampled."""
+    prompted = [task.prompted(config.order, config.seed) for task in tasks]
+    queries, folder = [task.query for task in tasks], config.data.parent
+    started = time.monotonic()
+    pages = [[reranker.answerer.load(folder / page.image) for page in asked.shown] for asked in prompted]
+    greedy = [ranked.answered() for ranked in reranker.order(queries, pages)]
+    ranked = time.monotonic()
+    drawn: list[list[Answered]] = []
+    if config.samples and reranker.mode != "logits":
+        size = max(1, config.batch_size // config.samples)
+        settings: dict[str, Any] = {"samples": config.samples, "temperature": config.temperature}
+        for i in range(0, len(tasks), size):
+            seed = config.seed * 1_000_003 + start + i
+            drawn += reranker.answerer.ask(queries[i : i + size], pages[i : i + size], seed=seed, **settings)
+    rankings = [_ranking(name, *row) for row in zip(prompted, greedy, drawn or [[]] * len(tasks), strict=True)]
+    return Batch(
+        start=start,
+        seconds=ranked - started,
+        sampling_seconds=time.monotonic() - ranked,
+        rankings=tuple(rankings),
+    )
 
 
 def _ranking(system: str, prompted: PromptedTask, greedy: Answered, samples: Sequence[Answered] = ()) -> Ranking:
@@ -171,15 +297,6 @@ def _ranking(system: str, prompted: PromptedTask, greedy: Answered, samples: Seq
         greedy=greedy,
         samples=tuple(samples),
     )
-
-
-def _progress(answers: Iterable[list[Answered]], total: int, what: str) -> Iterator[list[Answered]]:
-    yield from tqdm(answers, total=total, desc=what, unit="question")
-
-
-def _write_rankings(out: Path, system: str, rankings: Sequence[Ranking], source: Path) -> None:
-    folder = out / "rankings"
-    write_records(folder / f"{system}.jsonl", rebase_images(rankings, source, folder))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from mmr5_train.ranking.records import Answered, LocalId, Order, PromptedTask, R
 from mmr5_train.ranking.rewards import REWARDS
 
 if TYPE_CHECKING:
-    from mmr5_train.reranker import Reranker
+    from mmr5_train.models.answering import Answerer
 
 ROLLOUTS, PARTIAL = "rollouts.jsonl", "rollouts.partial.jsonl"
 
@@ -45,17 +45,17 @@ class RolloutConfig(BaseModel):
         return self
 
 
-def load_reranker(config: RolloutConfig, tasks: Sequence[RankingTask], folder: Path) -> Reranker:
+def load_sampler(config: RolloutConfig, tasks: Sequence[RankingTask], folder: Path) -> Answerer:
     """The checkpoint. Raises `InputError` where it, or the page images of the tasks, can't be used."""
+    from mmr5_train.models.answering import load_answerer
     from mmr5_train.models.inputs import check_images
-    from mmr5_train.reranker import Reranker
 
     check_images((page for task in tasks for page in task.candidates), folder)
-    return Reranker.load(str(config.checkpoint), max_new_tokens=config.max_new_tokens)
+    return load_answerer(str(config.checkpoint), max_new_tokens=config.max_new_tokens)
 
 
 def sample_rollouts(
-    reranker: Reranker, tasks: Sequence[RankingTask], folder: Path, path: Path, config: RolloutConfig, seed: int
+    answerer: Answerer, tasks: Sequence[RankingTask], folder: Path, path: Path, config: RolloutConfig, seed: int
 ) -> dict[str, Rollouts]:
     """The rollouts of each task, by query id. They are written to `path`; those that stand there stay.
 
@@ -72,7 +72,7 @@ def sample_rollouts(
     ):
         for start in range(len(made), len(tasks), size):
             batch = prompted[start : start + size]
-            answers = reranker.answer(
+            answers = answerer.answer(
                 batch,
                 folder,
                 batch_size=size,
@@ -81,7 +81,7 @@ def sample_rollouts(
                 # Of the batch alone: a run that goes on later draws the same.
                 seed=random.Random(f"{seed}/{start}").getrandbits(32),
             )
-            records = [_record(*row, reranker.think) for row in zip(batch, answers, strict=True)]
+            records = [_record(*row, answerer.think) for row in zip(batch, answers, strict=True)]
             stream.writelines(record.model_dump_json() + "\n" for record in records)
             stream.flush()
             made += records

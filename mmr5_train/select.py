@@ -53,7 +53,7 @@ from mmr5_train.rollouts import (
     PARTIAL,
     ROLLOUTS,
     RolloutConfig,
-    load_reranker,
+    load_sampler,
     read_rollouts,
     rewards_of,
     sample_rollouts,
@@ -192,7 +192,7 @@ def given_or_made(
         inputs.append(difficulty.rollouts)
         return read_rollouts(difficulty.rollouts, tasks)
     folder, partial = config.questions.parent, config.out / PARTIAL
-    reranker = load_reranker(difficulty, tasks, folder)
+    answerer = load_sampler(difficulty, tasks, folder)
     asked = difficulty.model_dump(mode="json", exclude={"min_reward", "max_reward", "rollouts"})
     asked |= {"seed": config.seed, "questions": file_hash(config.questions)}
     asked |= {"seen": file_hash(config.seen) if config.seen else None}
@@ -202,7 +202,7 @@ def given_or_made(
         open_output(config.out, config.overwrite, [*inputs, Path(str(difficulty.checkpoint))])
         write_json(config.out / MANIFEST, {"finished": False, "rollouts": asked})
     try:
-        return sample_rollouts(reranker, tasks, folder, partial, difficulty, config.seed)
+        return sample_rollouts(answerer, tasks, folder, partial, difficulty, config.seed)
     except KeyboardInterrupt:
         print(f"finished rollouts are kept in {partial}; the same command goes on from there", file=sys.stderr)
         raise

@@ -302,11 +302,14 @@ def _decoding_attention(
     return (behind + beside @ value).reshape(rows, 1, -1, size)
 
 
-def generate(model: Any, prompts: Sequence[SharedPrompt], group_size: int, config: Any) -> Tensor:
+def generate(
+    model: Any, prompts: Sequence[SharedPrompt], group_size: int, config: Any, logits_processor: Any = None
+) -> Tensor:
     """Samples `group_size` completions of each prompt: (N, new tokens), padded after their end.
 
     Everything that `model.generate` does with `config` (a GenerationConfig) is done by it; only its decoding loop
     is another, in which a prompt is read once. Tokens are drawn in the same order from the same random stream.
+    `logits_processor` is applied besides those of the config, to rows of left-padded prompt and completion.
     """
     longest = max(prompt.ids.numel() for prompt in prompts)
     padding = [longest - prompt.ids.numel() for prompt in prompts]
@@ -353,7 +356,12 @@ def generate(model: Any, prompts: Sequence[SharedPrompt], group_size: int, confi
             logits, positions = outputs.logits[:, -1], positions + 1
 
     sequences = model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, custom_generate=loop, num_return_sequences=1
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=config,
+        custom_generate=loop,
+        num_return_sequences=1,
+        logits_processor=logits_processor,
     )
     return sequences[:, longest:]
 

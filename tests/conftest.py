@@ -165,8 +165,7 @@ def reciting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def guessing_model(tmp_path_factory: pytest.TempPathFactory, prompt: Prompt) -> Path:
     """A checkpoint as sft writes one. Its answer is one of pages 1 to 3, each as often as another."""
-    from mmr5_train.models.loading import SETTINGS
-    from mmr5_train.reranker import RerankerSettings
+    from mmr5_train.models.loading import SETTINGS, RerankerSettings
 
     folder = tmp_path_factory.mktemp("guessing")
     write_reciting_model(folder, [f"<think>{THOUGHT}</think><answer>[{i}]</answer>" for i in (1, 2, 3)])

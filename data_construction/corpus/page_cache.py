@@ -21,12 +21,11 @@ import PIL
 import pypdfium2
 from PIL import Image
 
+from mmr5_train.pages import IMAGE_ERRORS, on_white, one_line, render_page
 from mmr5_train.ranking.files import InputError, whole_file
 
 JPEG_QUALITY = 90
 KEPT_SUFFIX = {"JPEG": ".jpg", "PNG": ".png"}  # formats of image bytes that are not encoded again
-# What Pillow raises for bytes that are not an image, are cut off, or would fill the memory.
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 # Where a line ends inside a word, pdfium writes U+0002 (or U+FFFE) in place of the hyphen; U+00AD is the soft
 # hyphen. Other control characters come from fonts that don't say which letters they draw.
 _BROKEN_WORD = re.compile("(?<=\\w)[\u0002\ufffe\u00ad](?:\r?\n)?(?=\\w)")
@@ -88,7 +87,7 @@ class PageCache:
                 fits = max(image.size) <= self.max_side and image.mode in ("RGB", "L")
                 suffix = KEPT_SUFFIX.get(image.format or "") if fits else None
         except IMAGE_ERRORS as error:
-            raise UnreadablePageError(f"its image bytes are no image ({_one_line(error)})") from None
+            raise UnreadablePageError(f"its image bytes are no image ({one_line(error)})") from None
         source = f"image {hashlib.sha256(data).hexdigest()}"
 
         def make() -> bytes:
@@ -97,7 +96,7 @@ class PageCache:
                     image.load()  # a picture that is cut off must not pass for a whole one
                     return data if suffix else _jpeg(_shrunk(image, self.max_side))
             except IMAGE_ERRORS as error:
-                raise UnreadablePageError(f"its image can't be decoded ({_one_line(error)})") from None
+                raise UnreadablePageError(f"its image can't be decoded ({one_line(error)})") from None
 
         return self.image(doc_name, page, source, suffix or ".jpg", make)
 
@@ -105,9 +104,7 @@ class PageCache:
         """The picture of an open PDF page, rendered at `dpi` or as large as `max_side` allows."""
 
         def make() -> bytes:
-            scale = min(self.dpi / 72, self.max_side / max(page.get_size()))
-            # pdfium rounds sizes up: without this 1024.0000001 would become 1025
-            return _jpeg(page.render(scale=scale * (1 - 1e-9)).to_pil())
+            return _jpeg(render_page(page, self.dpi, self.max_side))
 
         return self.image(doc_name, number, f"pdf {pdf_hash} page {number}", ".jpg", make)
 
@@ -142,11 +139,7 @@ def _image_size(path: Path) -> tuple[int, int] | None:
 
 def _shrunk(image: Image.Image, max_side: int) -> Image.Image:
     """The image in RGB, on white where it is transparent, at most `max_side` pixels wide and high."""
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = Image.new("RGB", layer.size, "white")
-        image.paste(layer, mask=layer)
-    image = image.convert("RGB")
+    image = on_white(image)
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     return image
 
@@ -155,8 +148,3 @@ def _jpeg(image: Image.Image) -> bytes:
     stream = io.BytesIO()
     image.convert("RGB").save(stream, "JPEG", quality=JPEG_QUALITY)
     return stream.getvalue()
-
-
-def _one_line(error: BaseException) -> str:
-    """A reason that is the same in every run: Pillow names the memory address of what it could not read."""
-    return re.sub(r" at 0x[0-9a-f]+", "", str(error) or type(error).__name__).replace("\n", " ")

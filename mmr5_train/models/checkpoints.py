@@ -46,7 +46,7 @@ def open_training_output(
         if overwrite or last is None or not is_unfinished(out, stage):
             open_output(out, overwrite, inputs=inputs, stage=stage)
         else:
-            _check_settings(out, json.loads((last / WHOLE).read_text(encoding="utf-8")), settings)
+            check_settings(out, json.loads((last / WHOLE).read_text(encoding="utf-8")), settings)
             for folder in out.glob("checkpoint-*"):
                 if not (folder / WHOLE).is_file():
                     shutil.rmtree(folder)
@@ -60,7 +60,7 @@ def last_checkpoint(out: Path) -> Path | None:
     return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
-def _check_settings(out: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+def check_settings(out: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             raise InputError(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.optimizers import create_loraplus_optimizer
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -31,7 +31,7 @@ from mmr5_train.models.checkpoints import (
     last_checkpoint,
 )
 from mmr5_train.models.inputs import load_pages
-from mmr5_train.models.loading import SETTINGS, ModelConfig, load_model
+from mmr5_train.models.loading import SETTINGS, ModelConfig, load_merged, load_model
 from mmr5_train.models.watching import HELD_OUT, HeldOut
 from mmr5_train.ranking.files import InputError, whole_folder, write_json
 from mmr5_train.ranking.prompt import Prompt, build_messages
@@ -288,7 +288,7 @@ def save_result(
 ) -> None:
     """Writes the merged checkpoint (loads with `from_pretrained` alone), the adapter, and the log history.
 
-    Beside the weights goes `reranker.json`: what the model was taught to expect, for `Reranker.load`. Where
+    Beside the weights goes `reranker.json`: what the model was taught to expect, for `Reranker`. Where
     held-out questions were ranked, `best/` is the checkpoint that ranked them best, in the same form.
     """
     # On all ranks: under ZeRO-3 each holds a part of the parameters.
@@ -300,18 +300,14 @@ def save_result(
         unset_hf_deepspeed_config()  # else ZeRO-3 would deal what is loaded here out to processes that wait
         if config.lora is not None:
             model.save_pretrained(out / ADAPTER, state_dict=state)
-            model, state = _merged(config, out / ADAPTER), None
+            write_json(out / ADAPTER / SETTINGS, settings)
+            model, state = load_merged(config, out / ADAPTER), None
         _write_model(model, state, processor, settings, out / MODEL)
         if best := trainer.state.best_model_checkpoint:
-            model = load_model(config, best) if config.lora is None else _merged(config, Path(best))
+            model = load_model(config, best) if config.lora is None else load_merged(config, best)
             _write_model(model, None, processor, settings, out / BEST)
         write_json(out / LOG_HISTORY, trainer.state.log_history)
     trainer.accelerator.wait_for_everyone()
-
-
-def _merged(config: ModelConfig, adapter: Path) -> Any:
-    base = load_model(config.model_copy(update={"load_in_4bit": False}))  # adapters don't merge into four bits
-    return PeftModel.from_pretrained(base, adapter).merge_and_unload()
 
 
 def _write_model(model: Any, state: Any, processor: Any, settings: dict[str, Any], out: Path) -> None:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from PIL import Image, UnidentifiedImageError
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from peft import PeftModel
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
-from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
+from transformers.utils import cached_file, is_bitsandbytes_available, is_flash_attn_2_available
 
-from mmr5_train.ranking.files import InputError
+from mmr5_train.pages import on_white, open_image
+from mmr5_train.ranking.files import InputError, validation_message
+from mmr5_train.ranking.prompt import Prompt
+from mmr5_train.ranking.records import Record
 
 TINY = Path(__file__).parent / "tiny"
 SETTINGS = "reranker.json"  # in a checkpoint that this project trained: its prompt, page sizes, dtype
 
 # A page of at most this many pixels is kept in memory once it is prepared; larger ones are read again.
 SMALL_PAGE = 64_000
-LARGEST_PAGE = 120_000_000  # pixels; a picture that claims more is refused before it is decoded
 
 
 class LoraChoice(BaseModel):
@@ -66,13 +70,47 @@ class ModelConfig(BaseModel):
         return self
 
 
+class RerankerSettings(Record):
+    """reranker.json: what a checkpoint was taught to expect."""
+
+    min_pixels: int
+    max_pixels: int
+    dtype: str
+    think: bool
+    prompt: Prompt
+
+    def model(self, path: str) -> ModelConfig:
+        """How the checkpoint is loaded."""
+        return ModelConfig(path=path, **self.model_dump(include={"min_pixels", "max_pixels", "dtype"}))
+
+
+def read_settings(checkpoint: str | Path) -> RerankerSettings | None:
+    """The settings that a checkpoint of this project carries; None for one of other origin.
+
+    Raises `InputError` where they can't be read.
+    """
+    try:
+        source = TINY if str(checkpoint) == "tiny" else checkpoint
+        found = cached_file(str(source), SETTINGS, _raise_exceptions_for_missing_entries=False)
+    except OSError as error:
+        raise _not_loaded(str(checkpoint), SETTINGS, error) from None
+    if found is None:
+        return None
+    try:
+        settings = RerankerSettings.model_validate_json(Path(found).read_bytes())
+        settings.model(str(checkpoint))
+    except ValidationError as error:
+        raise InputError(f"{found}: {validation_message(error)}; train again, or mend the file") from None
+    return settings
+
+
 def resolve_checkpoint(path: str | Path) -> str:
     """The folder or hub id behind `path`. Raises `InputError` for a folder that is no checkpoint."""
     if str(path) == "tiny":
         return str(TINY)
     folder = Path(path)
     if folder.is_dir():
-        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        if is_adapter(folder):
             raise InputError(
                 f"{folder}: holds an adapter without its base; take the merged checkpoint beside it (model/), or "
                 "merge it with PEFT: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
@@ -86,7 +124,21 @@ def resolve_checkpoint(path: str | Path) -> str:
 
 def load_processor(config: ModelConfig, path: str | Path | None = None) -> Any:
     """The checkpoint's processor with the config's page size; prompts are padded on the left."""
-    source = resolve_checkpoint(path or config.path)
+    processor = _processor(resolve_checkpoint(path or config.path))
+    processor.image_processor.size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def default_model(path: str) -> ModelConfig:
+    """How a checkpoint of other origin is loaded: with its own page sizes, in bfloat16 on a GPU."""
+    size = _processor(resolve_checkpoint(path)).image_processor.size
+    dtype: Literal["bfloat16", "float32"] = "bfloat16" if torch.cuda.is_available() else "float32"
+    limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    return ModelConfig(path=path, dtype=dtype, **limits)
+
+
+def _processor(source: str) -> Any:
     _load_config(source)  # first: without a network, each file that a processor may have is asked for five times
     try:
         processor = AutoProcessor.from_pretrained(source)
@@ -94,8 +146,6 @@ def load_processor(config: ModelConfig, path: str | Path | None = None) -> Any:
         raise _not_loaded(source, "processor", error) from None
     if not hasattr(processor, "image_processor"):
         raise InputError(f"{source}: has no image processor; a vision-language checkpoint is needed")
-    processor.image_processor.size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
-    processor.tokenizer.padding_side = "left"
     return processor
 
 
@@ -119,6 +169,33 @@ def load_model(config: ModelConfig, path: str | Path | None = None) -> Any:
             raise InputError(f"{source}: model type {kind} has no vision tower at model.visual to freeze")
         model.model.visual.requires_grad_(False)
     return model
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a folder holds an adapter and no whole checkpoint."""
+    folder = Path(path)
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def base_of(adapter: str | Path) -> str:
+    """The checkpoint that an adapter was trained on, as it says itself."""
+    path = Path(adapter) / "adapter_config.json"
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: can't be read ({error})") from None
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{path}: names no base_model_name_or_path; give base=…")
+    return base
+
+
+def load_merged(config: ModelConfig, adapter: str | Path) -> Any:
+    """The config's model with an adapter merged into it."""
+    base = load_model(config.model_copy(update={"load_in_4bit": False}))  # adapters don't merge into four bits
+    try:
+        return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{adapter}: does not fit its base {config.path} ({_first_line(error)})") from None
 
 
 def choose_attention(config: ModelConfig) -> str:
@@ -183,10 +260,14 @@ def page_size(width: int, height: int, factor: int, min_pixels: int, max_pixels:
 def prepare_page(image: Image.Image, processor: Any) -> Image.Image:
     """The picture as the model sees it: RGB, at its final size."""
     processing = processor.image_processor
-    factor = processing.patch_size * processing.merge_size
     limits = processing.size["shortest_edge"], processing.size["longest_edge"]
-    size = page_size(image.width, image.height, factor, *limits)
-    image = image.convert("RGB")
+    return fit_page(image, processing.patch_size * processing.merge_size, *limits)
+
+
+def fit_page(image: Image.Image, factor: int, min_pixels: int, max_pixels: int) -> Image.Image:
+    """The picture in RGB, in the size that `page_size` says."""
+    size = page_size(image.width, image.height, factor, min_pixels, max_pixels)
+    image = on_white(image)
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
@@ -196,28 +277,12 @@ def load_page(path: str | Path, processor: Any) -> Image.Image:
     limits = processing.size["shortest_edge"], processing.size["longest_edge"]
     if limits[1] <= SMALL_PAGE:
         return _small_page(str(path), processing.patch_size * processing.merge_size, *limits, processor)
-    return prepare_page(_open(path), processor)
+    return prepare_page(open_image(Path(path)), processor)
 
 
 @lru_cache(maxsize=8192)
 def _small_page(path: str, factor: int, min_pixels: int, max_pixels: int, processor: Any) -> Image.Image:
-    return prepare_page(_open(path), processor)
-
-
-def _open(path: str | Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > LARGEST_PAGE:
-                raise InputError(
-                    f"{path}: claims {image.width} × {image.height} pixels, more than {LARGEST_PAGE:,}; "
-                    "render the page smaller"
-                )
-            image.load()
-            return image.copy()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such page image; build the data again, or mend the path") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable page image ({_first_line(error)})") from None
+    return prepare_page(open_image(Path(path)), processor)
 
 
 def _load_config(source: str) -> Any:

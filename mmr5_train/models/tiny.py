@@ -41,8 +41,8 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from data_construction.corpus.drawing import COLORS, KINDS, PageContent, draw_page
 from data_construction.corpus.synthetic import DOMAINS, ORGANISATIONS, QUERIES, SENTENCES, TOPICS, make_document
 from mmr5_train.config import StageConfig, run_stage
-from mmr5_train.models.loading import prepare_page
-from mmr5_train.ranking.files import open_output, write_manifest
+from mmr5_train.models.loading import SETTINGS, prepare_page
+from mmr5_train.ranking.files import open_output, write_json, write_manifest
 from mmr5_train.ranking.notes import described_note, join_notes
 from mmr5_train.ranking.prompt import Prompt, build_messages, with_images
 
@@ -308,6 +308,9 @@ def main(config: TinyStage) -> None:
         train(name, phase, model, processor, Reader(pool, config.prompt, f"{name} {config.seed}"))
     model.save_pretrained(out)
     processor.save_pretrained(out)
+    size = processor.image_processor.size
+    limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"], "dtype": "float32"}
+    write_json(out / SETTINGS, {**limits, "think": True, "prompt": config.prompt.model_dump()})
     size = sum(parameter.numel() for parameter in model.parameters())
     write_manifest(out, stage="tiny", config=config.model_dump(mode="json"), counts={"parameters": size})
     print(f"tiny model: {size:,} parameters in {out}")

@@ -22,7 +22,7 @@ from mmr5_train.models.inputs import check_images
 from mmr5_train.ranking.files import InputError, read_records, write_json
 from mmr5_train.ranking.metrics import is_complete, recall_at_k
 from mmr5_train.ranking.prompt import Prompt
-from mmr5_train.ranking.records import Answered, Order, PromptedTask, RankingTask
+from mmr5_train.ranking.records import Answered, Mode, Order, PromptedTask, RankingTask
 from mmr5_train.shared_grpo import SharedPrefixGRPOTrainer
 
 HELD_OUT = "heldout/recall@1"
@@ -96,7 +96,8 @@ class HeldOut(TrainerCallback):
         tasks = read_records(config.data, RankingTask)[: config.limit]
         check_images((page for task in tasks for page in task.candidates), config.data.parent)
         self.config, self.prompted = config, [task.prompted(config.order, seed) for task in tasks]
-        self.answerer = Answerer(None, processor, prompt, think=think, max_new_tokens=config.max_new_tokens)
+        mode: Mode = "reason" if think else "direct"
+        self.answerer = Answerer(None, processor, prompt, mode=mode, max_new_tokens=config.max_new_tokens)
         self.trainer: Any = None  # set once there is one
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

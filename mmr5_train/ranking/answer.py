@@ -10,7 +10,7 @@ whatever the text holds.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -128,9 +128,9 @@ def read_answer(
     reasoning: str | None = None,
     cut_off: bool = False,
     expect_think: bool = True,
-    tokens: int = 0,
+    counts: Mapping[str, int] | None = None,
 ) -> Answered:
-    """A completion as the record that evaluation keeps; arguments as for `parse_answer`.
+    """A completion as the record that evaluation keeps: arguments as for `parse_answer`, `counts` its tokens.
 
     Reasoning that was returned apart is put back in front, so the record always holds the whole completion.
     """
@@ -139,7 +139,7 @@ def read_answer(
         completion=f"{THINK_OPEN}{reasoning}{THINK_CLOSE}{text}" if reasoning else text,
         order=complete_order(answer.ids, n),
         defects=tuple(defect.value for defect in answer.defects),
-        tokens=tokens,
+        **(counts or {}),
     )
 
 

@@ -25,6 +25,10 @@ LocalId = NewType("LocalId", int)
 Order = Literal["score", "shuffled"]
 """How a prompt shows its candidates: best first-stage score first, or shuffled by seed and query id."""
 
+Mode = Literal["reason", "direct", "logits"]
+"""How a model is asked: for a think block and an answer, for the answer alone, or for no text at all (the
+probabilities of the page ids where an answer would begin)."""
+
 SPLITS = ("train", "select", "heldout")
 
 
@@ -159,6 +163,9 @@ class Answered(Record):
     order: tuple[LocalId, ...] = Field(description="all of 1..n, best first, completed by the stated rule")
     defects: tuple[str, ...] = ()
     tokens: int = Field(default=0, ge=0, description="completion length in tokens, end token included")
+    prompt_tokens: int = Field(default=0, ge=0, description="of the prompt, visual tokens included")
+    visual_tokens: int = Field(default=0, ge=0, description="of the prompt's pages")
+    scores: tuple[float, ...] = Field(default=(), description="of each page of `order`, from the model; or none")
 
 
 class Ranking(Record):

@@ -18,7 +18,7 @@ from mmr5_train.ranking.scoring import writes
 Rankings = Mapping[str, Sequence[Ranking]]
 
 _DEFECTS = {"without_defect": "None of those below."} | {str(defect): text for defect, text in DEFECTS.items()}
-# field of a system in timing.json or `tokens`, heading, how it is printed
+# field of a system in timing.json, or a mean of its rankings; heading; how it is printed
 _COST: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("seconds_per_question", "Seconds", "{:.3g}".format),
     ("tokens", "Completion tokens", "{:,.0f}".format),
@@ -63,7 +63,10 @@ def _cell(column: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
 
 
 def cost_view(rankings: Rankings, timing: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
-    """Seconds and tokens a question, means over questions; what no system has is left out. None without any."""
+    """Seconds and tokens a question, means over questions; what no system has is left out. None without any.
+
+    Completion tokens are counted in the rankings, so they are there without a `timing` too.
+    """
     costs = {}
     for system, ranked in rankings.items():
         cost = dict(timing.get(system, {}))

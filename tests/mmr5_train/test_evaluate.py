@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_up import make_data
 
+from mmr5_train import evaluate
 from mmr5_train.config import compose_stage
-from mmr5_train.evaluate import EvaluateStage, first_stage, main
+from mmr5_train.evaluate import PARTIAL, EvaluateStage, first_stage, main
 from mmr5_train.ranking.files import InputError, read_manifest, read_records, write_records
 from mmr5_train.ranking.records import Page, Ranking, RankingTask
 from mmr5_train.ranking.scoring import score_rankings
 from mmr5_train.ranking.trec import QRELS, read_run
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +68,75 @@ def test_the_tiny_model_is_evaluated_the_same_way_twice(data: Path, tmp_path: Pa
     run = read_run(out / "trec/untrained.run")
     assert run == {r.query_id: r.pages(r.greedy) for r in ranked}
     assert sorted(path.name for path in (out / "trec").iterdir()) == ["first_stage.run", QRELS, "untrained.run"]
-    timing = json.loads((out / "timing.json").read_text())
-    assert timing["untrained"]["seconds_per_question"] == pytest.approx(timing["untrained"]["seconds"] / 3)
+    timing = json.loads((out / "timing.json").read_text())["untrained"]
+    assert 0 < 3 * timing["seconds_per_question"] < timing["seconds"], "sampling takes time too"
+    assert timing["tokens"] == 12
+    assert timing["visual_tokens"] == 3 * 12, "three pages of 84 × 112 pixels, a token for 28 × 28"
+    assert timing["prompt_tokens"] > timing["visual_tokens"] + 40
+    assert not (out / PARTIAL).exists()
     assert read_manifest(out)["counts"] == {"questions": 3, "systems": 2, "samples": 2}
+
+
+def test_a_run_that_was_killed_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the second batch of the second system, with half a line on the disk."""
+    wanted = ("systems={a:tiny,b:tiny}", "samples=2", "batch_size=2", "max_new_tokens=4")
+    main(config(data, tmp_path / "whole", *wanted))
+    ranked, calls = evaluate.rank_batch, []
+
+    def until_killed(name: str, start: int, *args: Any) -> Any:
+        if calls == [("a", 0), ("a", 2), ("b", 0)]:
+            raise KeyboardInterrupt
+        calls.append((name, start))
+        return ranked(name, start, *args)
+
+    monkeypatch.setattr(evaluate, "rank_batch", until_killed)
+    out = tmp_path / "killed"
+    with pytest.raises(KeyboardInterrupt):
+        main(config(data, out, *wanted))
+    with (out / PARTIAL / "b.0.jsonl").open("a") as stream:
+        stream.write('{"start": 2, "seconds": 0.1, "ranki')
+    monkeypatch.setattr(evaluate, "rank_batch", lambda *args: calls.append(args[:2]) or ranked(*args))
+    with pytest.raises(InputError, match=r"had another batch_size: 2, now 3; give the same settings"):
+        main(config(data, out, *wanted, "batch_size=3"))
+    main(config(data, out, *wanted))
+    assert calls == [("a", 0), ("a", 2), ("b", 0), ("b", 2)], "a batch was ranked twice"
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_two_processes_share_the_questions(data: Path, tmp_path: Path) -> None:
+    wanted = ["systems={untrained:tiny}", "samples=2", "batch_size=1", "max_new_tokens=4"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    launch += [
+        "--num_processes",
+        "2",
+        "-m",
+        "mmr5_train.evaluate",
+        f"data={data}",
+        f"out={tmp_path / 'two'}",
+        *wanted,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.count("evaluate: first_stage, untrained on 3 questions") == 1
+    main(config(data, tmp_path / "one", *wanted))
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_one_checkpoint_in_several_modes(data: Path, tmp_path: Path) -> None:
+    modes = "direct:{checkpoint:tiny,mode:direct,constrain:true},logits:{checkpoint:tiny,mode:logits}"
+    windows = "windows:{checkpoint:tiny,mode:logits,window:2,stride:1}"
+    main(config(data, tmp_path / "out", f"systems={{{modes},{windows}}}", "samples=1", "max_new_tokens=40"))
+    direct, logits, windows = (
+        read_records(tmp_path / f"out/rankings/{name}.jsonl", Ranking) for name in ("direct", "logits", "windows")
+    )
+    assert all(r.greedy.completion.startswith("<answer>[") and not r.greedy.defects for r in direct)
+    for ranking in logits:
+        assert ranking.greedy.completion == ""
+        assert sum(ranking.greedy.scores) == pytest.approx(1)
+        assert list(ranking.greedy.scores) == sorted(ranking.greedy.scores, reverse=True)
+        assert ranking.samples == ()
+    assert all(sorted(r.greedy.order) == [1, 2, 3] and r.greedy.scores == () for r in windows)
 
 
 def test_without_a_checkpoint_the_first_stage_is_scored(

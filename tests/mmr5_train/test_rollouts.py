@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from mmr5_train.models.answering import Answerer
 from mmr5_train.ranking.files import InputError, read_manifest, read_records, write_records
 from mmr5_train.ranking.records import Page, RankingTask, Rollouts
-from mmr5_train.reranker import Reranker
 from mmr5_train.rollouts import PARTIAL, ROLLOUTS, rewards_of
 from mmr5_train.select import SelectStage, main
 
@@ -40,16 +40,16 @@ def select(data: Path, model: Path, out: Path, overwrite: bool = False, **diffic
 
 
 def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reranker.answer is interrupted after so many batches."""
-    answer, calls = Reranker.answer, []
+    """Answerer.answer is interrupted after so many batches."""
+    answer, calls = Answerer.answer, []
 
-    def counted(self: Reranker, tasks: Any, *args: Any, **options: Any) -> Any:
+    def counted(self: Answerer, tasks: Any, *args: Any, **options: Any) -> Any:
         calls.append(len(tasks))
         if len(calls) > batches:
             raise KeyboardInterrupt
         return answer(self, tasks, *args, **options)
 
-    monkeypatch.setattr(Reranker, "answer", counted)
+    monkeypatch.setattr(Answerer, "answer", counted)
 
 
 def test_questions_whose_answers_differ_stay(data: Path, guessing_model: Path, tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def test_long_lists_and_long_numbers_are_refused_not_read():
 
 
 def test_read_answer_is_the_record_that_evaluation_keeps():
-    answered = read_answer("<think>t</think><answer>[3, 3]</answer>", 3, tokens=12, cut_off=True)
+    answered = read_answer("<think>t</think><answer>[3, 3]</answer>", 3, counts={"tokens": 12}, cut_off=True)
     assert answered.order == (3, 1, 2)
     assert answered.defects == ("duplicates", "missing_ids", "cut_off")
     assert all(type(defect) is str for defect in answered.defects)

@@ -1,0 +1,133 @@
+"""Page pictures from whatever a user has: files, bytes, open pictures, PDFs. No torch.
+
+A PDF stands for all its pages; "report.pdf#page=3" is its third (the fragment of RFC 8118, which counts from 1).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pypdfium2
+from PIL import Image
+
+from mmr5_train.ranking.files import InputError
+
+LARGEST_PAGE = 120_000_000  # pixels; a picture that claims more is refused before it is decoded
+DPI, MAX_SIDE = 150, 1024  # how PDF pages are rendered, as in configs/corpus/pdf_folder.yaml
+# What Pillow raises for bytes that are not an image, are cut off, or would fill the memory.
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_PAGE = re.compile(r"page=([1-9]\d{0,5})")
+
+PageInput = str | Path | bytes | Image.Image
+
+
+def open_pages(given: Sequence[PageInput]) -> list[tuple[Any, Image.Image]]:
+    """Each page as (what it is called, its picture), in order; a PDF becomes as many as it has pages.
+
+    Takes paths and file:// URLs of pictures and PDFs, the bytes of a picture, and open pictures. Raises
+    `InputError` for what can't be read, naming it, and for URLs of other machines: nothing is fetched.
+    """
+    return [page for i, one in enumerate(given) for page in _open_one(one, i)]
+
+
+def _open_one(given: PageInput, place: int) -> Iterator[tuple[Any, Image.Image]]:
+    if isinstance(given, Image.Image):
+        yield given, given
+    elif isinstance(given, bytes):
+        yield given, open_image(io.BytesIO(given), f"page {place + 1} of those given ({len(given):,} bytes)")
+    elif isinstance(given, str | Path):
+        path, fragment = _local(str(given))
+        if path.suffix.lower() != ".pdf":
+            yield given, open_image(path)
+        elif fragment:
+            yield given, next(render_pdf(path, only=_page_number(given, fragment)))
+        else:
+            for number, picture in enumerate(render_pdf(path), 1):
+                yield f"{given}#page={number}", picture
+    else:
+        raise InputError(
+            f"page {place + 1} of those given: expected a path, bytes or a PIL image, found {type(given).__name__}"
+        )
+
+
+def _local(given: str) -> tuple[Path, str]:
+    """A path or file:// URL as the path, and the fragment of a PDF."""
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", given):
+        url = urlsplit(given)
+        if url.scheme.lower() != "file" or url.netloc not in ("", "localhost"):
+            raise InputError(f"{given[:200]}: only files of this machine are read; download it first")
+        return Path(unquote(url.path)), url.fragment
+    path, mark, fragment = given.rpartition("#")
+    return (Path(path), fragment) if mark and path.lower().endswith(".pdf") else (Path(given), "")
+
+
+def _page_number(given: str | Path, fragment: str) -> int:
+    match = _PAGE.fullmatch(fragment)
+    if match is None:
+        raise InputError(f"{given}: expected #page=N with N from 1, found #{fragment[:50]}")
+    return int(match[1])
+
+
+def open_image(source: Path | io.BytesIO, name: object = None) -> Image.Image:
+    """A picture, wholly decoded. Raises `InputError` naming one that can't be, or that is too large."""
+    name = name or source
+    try:
+        with Image.open(source) as image:
+            if image.width * image.height > LARGEST_PAGE:
+                raise InputError(
+                    f"{name}: claims {image.width} × {image.height} pixels, more than {LARGEST_PAGE:,}; "
+                    "render the page smaller"
+                )
+            image.load()
+            return image.copy()
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such page image; build the data again, or mend the path") from None
+    except IMAGE_ERRORS as error:
+        raise InputError(f"{name}: not a readable page image ({one_line(error)})") from None
+
+
+def render_pdf(path: Path, only: int | None = None) -> Iterator[Image.Image]:
+    """The pages of a PDF as pictures, one after another, or the one with the number `only`, from 1."""
+    try:
+        pdf = pypdfium2.PdfDocument(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such PDF; mend the path") from None
+    except (OSError, pypdfium2.PdfiumError) as error:
+        raise InputError(f"{path}: not a PDF that can be opened ({one_line(error)})") from None
+    with pdf:
+        if only is not None and only > len(pdf):
+            raise InputError(f"{path}: has {len(pdf)} pages, page {only} was asked for")
+        pdf.init_forms()  # so that what was filled in is drawn
+        for number in range(len(pdf)) if only is None else [only - 1]:
+            try:
+                page = pdf[number]
+                yield render_page(page, DPI, MAX_SIDE)
+                page.close()
+            except pypdfium2.PdfiumError as error:
+                raise InputError(f"{path}: page {number + 1} can't be rendered ({one_line(error)})") from None
+
+
+def render_page(page: pypdfium2.PdfPage, dpi: int, max_side: int) -> Image.Image:
+    """An open PDF page at `dpi`, or as large as `max_side` pixels allow."""
+    scale = min(dpi / 72, max_side / max(page.get_size()))
+    # pdfium rounds sizes up: without this 1024.0000001 would become 1025
+    return page.render(scale=scale * (1 - 1e-9)).to_pil()
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """The picture in RGB, on white where it is transparent: paper is."""
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        image = Image.new("RGB", layer.size, "white")
+        image.paste(layer, mask=layer)
+    return image.convert("RGB")
+
+
+def one_line(error: BaseException) -> str:
+    """A reason that is the same in every run: Pillow names the memory address of what it could not read."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(error) or type(error).__name__).replace("\n", " ")

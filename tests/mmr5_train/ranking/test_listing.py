@@ -1,0 +1,100 @@
+import itertools
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmr5_train.ranking.answer import parse_answer
+from mmr5_train.ranking.listing import EXACT, Phase, Progress, as_grammar, is_beginning, rest_of_close
+from mmr5_train.ranking.prompt import render_completion
+
+permutations = st.integers(1, 13).flatmap(lambda n: st.permutations(range(1, n + 1)))
+
+
+@given(permutations)
+def test_every_beginning_of_an_answer_is_one(order):
+    text = render_completion(None, order)
+    assert all(is_beginning(text[:length], len(order)) for length in range(len(text) + 1))
+    assert not is_beginning(text + " ", len(order))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x", "<answer>(", "<answer>[0", "<answer>[4", "<answer>[1,2", "<answer>[1, 1", "<answer>[1, ]",
+        "<answer>[]", "<answer>[1, 2]", "<answer>[ 1", "<answer>[01", "<answer>[1 ", "<answer>[1, 2, 3, ",
+        "<answer>[1, 2, 3].", "<answer>[1, 2, 3]</answer>.", "<answer>[-1", "<answer>[1, 2, 3,",
+    ],
+)  # fmt: skip
+def test_what_can_become_no_answer_on_three_pages(text):
+    assert not is_beginning(text, 3)
+
+
+@given(permutations, st.data())
+def test_a_walk_through_what_is_taken_ends_in_a_permutation(order, data):
+    """Characters in the place of tokens: whatever is chosen, the text comes to a whole answer."""
+    n = len(order)
+    thinks = data.draw(st.booleans())
+    row = Progress(n, Phase.opening if thinks else Phase.answering, hurried=data.draw(st.booleans()))
+    text = ""
+    while row.phase is not Phase.ended:
+        characters = [c for c in "<>/[]answerthik, 0123456789\n" if row.takes(c)]
+        assert characters, f"nothing may follow {text!r}"
+        character = data.draw(st.sampled_from(characters))
+        if row.phase is Phase.thinking and len(text) > 40:  # a thought ends some time
+            character = rest_of_close(row.text)[0]
+        text += character
+        row.add(character)
+    answer = parse_answer(text, n, expect_think=thinks)
+    assert answer.is_complete_permutation
+    assert answer.structure_valid
+
+
+def test_a_token_may_reach_across_the_end_of_a_thought():
+    row = Progress(2, Phase.thinking, "so it helps.</think")
+    assert row.takes("><")
+    assert row.takes(">\n")
+    assert not row.takes(">.")
+    assert not row.takes("><b")
+    assert row.takes("ing")
+    row.add("><")
+    assert (row.phase, row.text) == (Phase.answering, "<")
+
+
+def test_a_thought_that_runs_out_of_tokens_says_so():
+    row = Progress(2, Phase.thinking, "a</")
+    row.hurry()
+    assert row.cut_off
+    assert row.takes("think>")
+    assert not row.takes("table")
+    answering = Progress(2, Phase.answering)
+    answering.hurry()
+    assert not answering.cut_off
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_the_grammar_holds_exactly_the_permutations(n):
+    found = set(expansions(as_grammar(n)))
+    assert found == {render_completion(None, order) for order in itertools.permutations(range(1, n + 1))}
+
+
+def test_beyond_some_pages_the_grammar_stays_small():
+    assert len(as_grammar(EXACT)) < 60_000
+    assert len(as_grammar(50)) < 2_000
+    assert as_grammar(50).count(" id") == 50
+
+
+def expansions(grammar):
+    """All texts of a grammar without recursion."""
+    rules = dict(line.split(" ::= ") for line in grammar.strip().splitlines())
+
+    def texts(rule):
+        for way in rules[rule].split(" | "):
+            parts = [
+                [piece[1:-1]] if piece.startswith('"') else list(texts(piece))
+                for piece in re.findall(r'"[^"]*"|[\w-]+', way)
+            ]
+            yield from map("".join, itertools.product(*parts))
+
+    return texts("root")

@@ -1,0 +1,28 @@
+from mmr5_train.ranking.answer import read_answer
+from mmr5_train.ranking.results import ranked_results
+
+
+def test_results_in_the_shape_that_users_of_rerankers_know():
+    answers = [read_answer("<think>t</think><answer>[3, 3]</answer>", 3)]
+    ranked = ranked_results("q", ["a", "b", "c"], [2, 0, 1], notes={2: "helps"}, reasoning="t", answers=answers)
+    assert [(result.doc_id, result.rank, result.document, result.note) for result in ranked] == [
+        (2, 1, "c", "helps"),
+        (0, 2, "a", ""),
+        (1, 3, "b", ""),
+    ]
+    assert ranked.order == [2, 0, 1]
+    assert ranked.results_count() == len(ranked) == 3
+    assert ranked[0] is ranked.top_k(1)[0]
+    assert ranked.get_result_by_docid(1).rank == 3
+    assert ranked.get_result_by_docid(7) is None
+    assert ranked.get_score_by_docid(2) == 1
+    assert ranked.get_score_by_docid(7) is None
+    assert not ranked.has_scores
+    assert ranked.defects == ("duplicates", "missing_ids")
+
+
+def test_the_first_of_them_and_scores_of_the_model():
+    ranked = ranked_results("q", "abc", [1, 0, 2], scores=[0.7, 0.2, 0.1], top_k=2)
+    assert [(result.document, result.score) for result in ranked] == [("b", 0.7), ("a", 0.2)]
+    assert ranked.has_scores
+    assert ranked.defects == ()

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmr5_train.ranking.files import InputError, read_json_lines, validation_message
 from mmr5_train.ranking.records import PageId, Question, Skipped
+from mmr5_train.ranking.trec import RunLine, run_lines
 
 TREC_SUFFIXES = (".trec", ".run", ".txt")
 
@@ -26,15 +27,10 @@ def score_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.json")) if path.is_dir() else [path]
 
 
-class ScoreLine(BaseModel):
-    """A line of a score file."""
+class ScoreLine(RunLine):
+    """A line of a JSON Lines score file: what a run holds, and whatever else its writer put there."""
 
     model_config = ConfigDict(extra="ignore")
-
-    query_id: str
-    doc_name: str
-    page: int = Field(ge=0)
-    score: float = Field(allow_inf_nan=False)
 
 
 def read_scores(path: Path, questions: Sequence[Question], skipped: list[Skipped]) -> Scores:
@@ -79,44 +75,20 @@ def _note_unknown(path: Path, unknown: dict[str, None], skipped: list[Skipped]) 
         skipped.append(Skipped(file=str(path), reason="scores of questions not in the corpus", detail=detail))
 
 
-def _score_lines(path: Path) -> Iterator[tuple[int, ScoreLine]]:
-    if path.suffix == ".jsonl":
-        lines = read_json_lines(path)
-    elif path.suffix in TREC_SUFFIXES:
-        lines = _trec_lines(path)
-    else:
+def _score_lines(path: Path) -> Iterator[tuple[int, RunLine]]:
+    if path.suffix in TREC_SUFFIXES:
+        yield from run_lines(path)
+        return
+    if path.suffix != ".jsonl":
         raise InputError(
             f"{path}: the name must end in .jsonl (JSON Lines of query_id, doc_name, page, score), in "
             f"{', '.join(TREC_SUFFIXES)} (a TREC run), or in .json (MM-R5's scores; or a folder of such files)"
         )
-    for number, value in lines:
+    for number, value in read_json_lines(path):
         try:
             yield number, ScoreLine.model_validate(value)
         except ValidationError as error:
             raise InputError(f"{path}, line {number}: {validation_message(error)}") from None
-
-
-def _trec_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Lines of `qid Q0 docid rank score tag`; docid is <doc_name>#<page>. The rank is not read: scores decide."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; write it with your retriever first") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: can't be read ({error})") from None
-    for number, line in enumerate(text.splitlines(), 1):
-        fields = line.split()
-        if not fields:
-            continue
-        if len(fields) != 6:
-            raise InputError(
-                f"{path}, line {number}: expected `qid Q0 docid rank score tag`, found {len(fields)} fields; "
-                "names with spaces need JSON Lines"
-            )
-        doc_name, mark, page = fields[2].rpartition("#")
-        if not mark or not page.isdecimal():
-            raise InputError(f"{path}, line {number}: docid must be <doc_name>#<page>, found {fields[2]!r}")
-        yield number, {"query_id": fields[0], "doc_name": doc_name, "page": page, "score": fields[4]}
 
 
 # MM-R5's score JSON.

@@ -5,8 +5,8 @@
 Reads every recipe.json that mmr5_train.recipe left there, and the rankings of the last system that each recipe
 evaluated. Writes compare.json, table.md and compare.html: for each recipe mean and deviation over seeds, the
 paired difference from the baseline (questions are resampled inside their seed; a pair is the same question under
-the same seed), and what the training took; and the published figures beside those of the recipes that reproduce
-them.
+the same seed), and what the training took; and, where recipes reproduce published rows, the published tables with
+those recipes in them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from mmr5_train.config import StageConfig, run_stage
-from mmr5_train.ranking import published
+from mmr5_train.ranking import paper_table, published
 from mmr5_train.ranking.files import (
     RECIPE,
     InputError,
@@ -32,7 +32,7 @@ from mmr5_train.ranking.files import (
     write_json,
     write_manifest,
 )
-from mmr5_train.ranking.metrics import Values, paired_bootstrap, question_table
+from mmr5_train.ranking.metrics import Interval, Values, bootstrap_mean, paired_bootstrap, question_table
 from mmr5_train.ranking.records import Page, Ranking
 from mmr5_train.ranking.scoring import question_values
 from mmr5_train.reporting.comparison import comparison_page
@@ -60,8 +60,8 @@ class Run:
     name: str
     seed: int
     query_ids: list[str]
+    domains: list[str]  # of each question
     values: Mapping[str, Values]  # figure → one value a question
-    means: Mapping[str, float]  # those of published tables, micro and macro
     data: str  # what it was evaluated on
     seconds: float  # of SFT and GRPO, wherever they were made
 
@@ -74,12 +74,14 @@ def main(config: CompareStage) -> None:
     out = open_output(config.out, config.overwrite)
     rows = compare(runs, config.baseline, config.seed)
     write_json(out / "compare.json", {"baseline": config.baseline, "rows": rows})
+    beside = beside_published(rows)
+    table = markdown(rows) + (f"\n{paper_table.markdown(beside)}" if beside else "")
     with whole_file(out / "table.md", "w") as stream:
-        stream.write(markdown(rows) + beside_published(rows))
+        stream.write(table)
     with whole_file(out / "compare.html") as stream:
-        stream.write(comparison_page(rows, FIGURES, runs[0].data))
+        stream.write(comparison_page(rows, FIGURES, runs[0].data, beside))
     write_manifest(out, stage="compare", config=config.model_dump(mode="json"), counts={"runs": len(runs)})
-    print(markdown(rows) + beside_published(rows))
+    print(table)
     print(f"compare: {len(rows)} recipes, {len(runs)} runs in {out / 'compare.html'}")
 
 
@@ -102,12 +104,7 @@ def read_run(path: Path, described: Mapping[str, Any], took: Mapping[str, float]
     stages = described["stages"]
     folder = Path(stages["evaluate"]["out"])
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    row = results["rows"][-1]
-    system = row["system"]
-    means = {
-        f"{kind} {name}": row["macro"][name] if kind == "macro" else row[name]
-        for kind, name in map(str.split, published.FIGURES)
-    }
+    system = results["rows"][-1]["system"]
     ranked = read_records(folder / "rankings" / f"{system}.jsonl", Ranking)
     pages = read_records(folder / "pages.jsonl", Page, unique="id")
     descriptions = {page.id: page.description for page in pages if page.description}
@@ -115,8 +112,8 @@ def read_run(path: Path, described: Mapping[str, Any], took: Mapping[str, float]
         name=described["name"],
         seed=described["seed"],
         query_ids=[ranking.query_id for ranking in ranked],
+        domains=[ranking.domain for ranking in ranked],
         values=question_values(ranked, question_table(ranked), descriptions),
-        means=means,
         data=read_manifest(folder)["config"]["data"],
         seconds=sum(took.get(stages[name]["out"], 0.0) for name in ("sft", "grpo") if name in stages),
     )
@@ -137,10 +134,18 @@ def compare(runs: Sequence[Run], baseline: str, seed: int) -> list[dict[str, Any
                 row[figure] = {"mean": float(np.mean(means)), "deviation": deviation}
                 if name != baseline:
                     row[figure]["difference"] = difference(ours, theirs, figure, seed)
-        row["means"] = {figure: float(np.mean([run.means[figure] for run in ours])) for figure in ours[0].means}
+        row["questions"] = len(ours[0].query_ids)
+        row["paper_figures"] = {f: over_seeds(ours, f, seed).model_dump() for f in published.FIGURES}
         row["seconds"] = float(np.mean([run.seconds for run in ours]))
         rows.append(row)
     return rows
+
+
+def over_seeds(runs: Sequence[Run], figure: str, seed: int) -> Interval:
+    """A figure of published tables, mean over seeds; questions are resampled inside their seed (and domain)."""
+    kind, _, metric = figure.partition(" ")
+    groups = [f"{run.seed}/{domain if kind == 'macro' else ''}" for run in runs for domain in run.domains]
+    return bootstrap_mean(np.concatenate([run.values[metric] for run in runs]), seed=seed, groups=groups)
 
 
 def difference(ours: Sequence[Run], theirs: Mapping[int, Run], figure: str, seed: int) -> dict[str, float] | None:
@@ -176,18 +181,20 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def beside_published(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What was measured, and what was published, for the recipes that stand for a published row; else nothing."""
-    there = [row for row in rows if row["recipe"] in published.RECIPES]
-    if not there:
-        return ""
-    head = ["recipe", *(f"{figure}: here (published)" for figure in published.FIGURES)]
-    lines = ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in there:
-        theirs = published.PUBLISHED[published.RECIPES[row["recipe"]]]
-        cells = [f"{row['means'][figure]:.4f} ({theirs[figure]:.4f})" for figure in published.FIGURES]
-        lines.append("| " + " | ".join([row["recipe"], *cells]) + " |")
-    return "\n".join([*lines, "", published.SOURCE, ""])
+def beside_published(rows: Sequence[Mapping[str, Any]]) -> list[list[paper_table.Row]]:
+    """The published tables with the recipes that stand for a published row; empty where there is none."""
+    measured = [
+        paper_table.Measured(
+            name=row["recipe"],
+            first_stage=published.RECIPES[row["recipe"]].partition(" + ")[0],
+            published=published.RECIPES[row["recipe"]],
+            questions=row["questions"],
+            figures={figure: Interval(**value) for figure, value in row["paper_figures"].items()},
+        )
+        for row in rows
+        if row["recipe"] in published.RECIPES
+    ]
+    return paper_table.paper_table(measured) if measured else []
 
 
 def spread(value: Mapping[str, Any]) -> str:

@@ -56,6 +56,7 @@ from mmr5_train.ranking.records import (
     rebase_images,
 )
 from mmr5_train.ranking.scoring import results_table, score_rankings
+from mmr5_train.ranking.trec import write_trec
 from mmr5_train.reranker import RankingOptions, Reranker
 
 FIRST_STAGE = "first_stage"
@@ -164,6 +165,7 @@ def finish(config: EvaluateStage, tasks: Sequence[RankingTask], pages: list[Page
     write_records(out / "pages.jsonl", rebase_images(pages, source, out))
     results = score_rankings(rankings, pages, seed=config.seed)
     write_json(out / "results.json", results)
+    write_trec(out / "trec", rankings)
     write_json(out / "timing.json", timing)
     counts = {"questions": len(tasks), "systems": len(rankings), "samples": config.samples}
     settings = config.model_dump(mode="json")

@@ -9,7 +9,6 @@ its pictures and needs no network. The same inputs and seed give the same bytes.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,16 +26,17 @@ from mmr5_train.ranking.files import (
     write_manifest,
 )
 from mmr5_train.ranking.records import Page, PageId, Ranking
+from mmr5_train.reporting.answers import answer_view, cost_view, read_timing
 from mmr5_train.reporting.cases import OUTCOMES, Case, choose, make_case, outcome
 from mmr5_train.reporting.page import picture_views, render_page, sheet_views
 from mmr5_train.reporting.pictures import Picture, inline_pictures
 from mmr5_train.reporting.views import (
     breakdowns,
-    check_results,
     headline,
     label,
     overview,
     provenance,
+    read_results,
     stage_view,
     trained_text,
     training_view,
@@ -64,6 +64,7 @@ def main(config: ReportStage) -> None:
         stream.write(html)
     inputs = [config.evaluation / "results.json", config.evaluation / "pages.jsonl"]
     inputs += [config.evaluation / "rankings" / f"{system}.jsonl" for system in rankings]
+    inputs += [path for path in [config.evaluation / "timing.json"] if path.is_file()]
     write_manifest(
         out,
         stage="report",
@@ -77,13 +78,7 @@ def main(config: ReportStage) -> None:
 
 def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, list[Ranking]], list[Page]]:
     """What the evaluate stage wrote: results, rankings by system in the order of the results, pages."""
-    read_manifest(folder)
-    path = folder / "results.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: can't be read ({error}); run the evaluate stage again") from None
-    check_results(results, path)
+    results = read_results(folder)
     systems = [row["system"] for row in results["rows"]]
     rankings = {system: read_records(folder / "rankings" / f"{system}.jsonl", Ranking) for system in systems}
     questions = {ranking.query_id for ranking in rankings[systems[0]]}
@@ -111,6 +106,7 @@ def render(
     groups = breakdowns(results)
     training = [view for view in (training_view(config.sft, "sft"), training_view(config.grpo, "grpo")) if view]
     evaluated = read_manifest(config.evaluation)
+    answers, cost = answer_view(rankings), cost_view(rankings, read_timing(config.evaluation))
     html = render_page(
         "report.html.j2",
         **headline(results),
@@ -122,11 +118,13 @@ def render(
         training=training,
         cases=[_case_view(i, case, known, pictures) for i, case in enumerate(cases, 1)],
         tally=tally,
+        answers=answers,
+        cost=cost,
         label_last=label(list(rankings)[-1]),
         pictures=picture_views(pictures),
         stages=[stage_view(folder) for folder in folders if folder],
         seed=config.seed,
-        sections=_sections(groups, bool(training), bool(cases)),
+        sections=_sections(groups, training=training, cases=cases, answers=answers, cost=cost),
     )
     return html, sum(not picture.url for picture in pictures.values())
 
@@ -155,12 +153,11 @@ def _case_view(
     return fields | sheet_views(f"q{index}", case.numbers, relevant, pages, pictures)
 
 
-def _sections(groups: Sequence[Mapping[str, Any]], training: bool, cases: bool) -> list[tuple[str, str]]:
-    """(anchor, name) of the sections there are."""
+def _sections(groups: Sequence[Mapping[str, Any]], **others: Any) -> list[tuple[str, str]]:
+    """(anchor, name) of the sections there are; of `others`, by anchor, those that hold something."""
+    names = {"training": "Training", "cases": "Questions", "answers": "Answers", "cost": "Cost"}
     sections = [("results", "Results"), *((str(g["anchor"]), str(g["title"])) for g in groups)]
-    sections += [("training", "Training")] if training else []
-    sections += [("cases", "Questions")] if cases else []
-    return [*sections, ("answers", "Answers"), ("made", "How it was made")]
+    return [*sections, *((key, names[key]) for key in names if others[key]), ("made", "How it was made")]
 
 
 if __name__ == "__main__":

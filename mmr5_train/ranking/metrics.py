@@ -134,12 +134,14 @@ def is_complete(answered: Answered) -> bool:
 
 
 def defect_counts(rankings: Iterable[Ranking], *, sampled: bool = False) -> dict[str, int]:
-    """`answers`, `complete_permutations`, and how many answers have each defect, zeros included."""
-    counts = dict.fromkeys(["answers", "complete_permutations", *(defect.value for defect in Defect)], 0)
+    """`answers`, `complete_permutations`, `without_defect`, and how many have each defect, zeros included."""
+    names = ["answers", "complete_permutations", "without_defect", *(defect.value for defect in Defect)]
+    counts = dict.fromkeys(names, 0)
     for ranking in rankings:
         for answer in _answers(ranking, sampled):
             counts["answers"] += 1
             counts["complete_permutations"] += is_complete(answer)
+            counts["without_defect"] += not answer.defects
             for defect in answer.defects:
                 counts[defect] += 1
     return counts

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mmr5_train.ranking.answer import parse_answer
+from mmr5_train.ranking.answer import Defect, parse_answer
+from mmr5_train.ranking.answer_classes import class_counts
 from mmr5_train.ranking.files import InputError
 from mmr5_train.ranking.metrics import (
     QuestionTable,
@@ -30,6 +31,7 @@ from mmr5_train.ranking.metrics import (
 )
 from mmr5_train.ranking.notes import split_notes, states
 from mmr5_train.ranking.records import Page, PageId, Ranking
+from mmr5_train.ranking.significance import holm, randomization_tests
 
 Rankings = Mapping[str, Sequence[Ranking]]
 
@@ -52,20 +54,25 @@ def score_rankings(
             as written), `without_defect` (share with no defect at all), `true_descriptions` (share of a
             question's pages about which the reasoning states the true description, over questions with
             described pages), `tokens` (mean length of a greedy completion), `defects` and `defects_sampled`
-            (answers with each), `intervals`, `macro` (over domains), `by_domain`, `by_question_type`.
-            None where a value is not defined.
-        differences: `system`, `baseline`, and for each figure that both have {mean, low, high} of the paired
-            difference. Each system against the one before it, and against the first.
+            (answers with each), `classes` and `classes_sampled` (answers of each class, zeros included: see
+            `answer_classes`), `ceiling` (each metric for a perfect order of this system's own candidates),
+            `intervals`, `macro` (over domains), `by_domain`, `by_question_type`. None where a value is not
+            defined.
+        differences: `system`, `baseline`, and for each figure that both have {mean, low, high, p, p_holm}: the
+            paired difference with its interval, the p-value of a two-sided paired randomization test with as
+            many draws, and that value corrected after Holm over the comparisons of the same figure here. Each
+            system against the one before it, and against the first.
 
     Raises `InputError` where systems did not rank the same questions.
     """
-    systems = _aligned(rankings)
+    systems = aligned(rankings)
     descriptions = {page.id: page.description for page in pages if page.description}
     sampled = max(len(ranking.samples) for ranked in systems.values() for ranking in ranked)
     first = next(iter(systems.values()))
     tables = {system: question_table(ranked) for system, ranked in systems.items()}
-    ceiling = [question_metrics(_perfect(ranking), ranking.positives) for ranking in first]
-    metrics = list(ceiling[0])
+    ceilings = {system: _ceiling(ranked) for system, ranked in systems.items()}
+    ceiling = next(iter(ceilings.values()))
+    metrics = list(ceiling)
     values = {system: question_values(ranked, tables[system], descriptions) for system, ranked in systems.items()}
     if sampled:  # a system that writes no completions has one answer, which counts as its samples too
         for system, ranked in systems.items():
@@ -77,23 +84,25 @@ def score_rankings(
         "candidates": float(np.mean([len(ranking.shown) for ranking in first])),
         "metrics": metrics,
         "bootstrap": {"draws": draws, "seed": seed},
-        "ceiling": {name: float(np.mean([scores[name] for scores in ceiling])) for name in metrics},
+        "ceiling": ceiling,
         "rows": [
             {
                 "system": system,
                 **_row(ranked, values[system], metrics, seed, draws),
+                "ceiling": ceilings[system],
                 **_breakdowns(tables[system], metrics, seed, draws),
             }
             for system, ranked in systems.items()
         ],
-        "differences": [
-            _difference(values, system, baseline, seed, draws) for system, baseline in _pairs(list(systems))
-        ],
+        "differences": _differences(values, seed, draws),
     }
 
 
-def _aligned(rankings: Rankings) -> dict[str, list[Ranking]]:
-    """Every system's rankings in the order of the first system's questions."""
+def aligned(rankings: Rankings) -> dict[str, list[Ranking]]:
+    """Every system's rankings in the order of the first system's questions.
+
+    Raises `InputError` where systems did not rank the same questions, or have other relevant pages for one.
+    """
     if not rankings or not all(rankings.values()):
         raise InputError("no rankings to score; give each system at least one")
     baseline, first = next(iter(rankings.items()))
@@ -153,9 +162,33 @@ def true_share(ranking: Ranking, descriptions: Mapping[PageId, str]) -> float:
     return sum(true) / len(true) if true else float("nan")
 
 
+def _ceiling(ranked: Iterable[Ranking]) -> dict[str, float]:
+    """Each metric for a perfect order of the same candidates, mean over questions."""
+    scores = [question_metrics(_perfect(ranking), ranking.positives) for ranking in ranked]
+    return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+
+
 def _perfect(ranking: Ranking) -> list[PageId]:
     relevant = set(ranking.positives)
     return sorted((page.id for page in ranking.shown), key=lambda page: page not in relevant)
+
+
+def distinct_ceilings(results: Mapping[str, Any]) -> list[tuple[list[str], dict[str, float]]]:
+    """The ceilings there are, each with the systems whose candidates have it, in the order of the rows."""
+    found: list[tuple[list[str], dict[str, float]]] = []
+    for row in results["rows"]:
+        same = next((systems for systems, ceiling in found if ceiling == row["ceiling"]), None)
+        if same is None:
+            found.append(([row["system"]], row["ceiling"]))
+        else:
+            same.append(row["system"])
+    return found
+
+
+def reached(row: Mapping[str, Any], metric: str) -> float | None:
+    """What share of its own ceiling a system reaches, 0..1; None where no candidate is relevant."""
+    ceiling = row["ceiling"][metric]
+    return row[metric] / ceiling if ceiling else None
 
 
 def _row(
@@ -166,17 +199,13 @@ def _row(
     row: dict[str, Any] = {"questions": len(ranked)}
     row |= {name: float(np.nanmean(values[name])) if name in values else None for name in names}
     row["tokens"] = float(np.mean([r.greedy.tokens for r in ranked])) if writes(ranked) else None
-    row["defects"] = _defects(ranked, sampled=False) if writes(ranked) else {}
-    row["defects_sampled"] = _defects(ranked, sampled=True)
+    wrote = ranked if writes(ranked) else []
+    for ending, sampled in (("", False), ("_sampled", True)):
+        counts = defect_counts(wrote, sampled=sampled)
+        row[f"defects{ending}"] = {defect.value: counts[defect] for defect in Defect if counts[defect]}
+        row[f"classes{ending}"] = class_counts(wrote, sampled=sampled)
     row["intervals"] = {name: _interval(values[name], seed, draws) for name in names if name in values}
     return row
-
-
-def _defects(ranked: Sequence[Ranking], *, sampled: bool) -> dict[str, int]:
-    counts = defect_counts(ranked, sampled=sampled)
-    return {
-        name: count for name, count in counts.items() if name not in ("answers", "complete_permutations") and count
-    }
 
 
 def _interval(values: Values, seed: int, draws: int, groups: Sequence[str] | None = None) -> dict[str, float]:
@@ -221,17 +250,35 @@ def _pairs(systems: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _difference(
-    values: Mapping[str, Mapping[str, Values]], system: str, baseline: str, seed: int, draws: int
-) -> dict[str, Any]:
-    a, b = values[system], values[baseline]
-    difference: dict[str, Any] = {"system": system, "baseline": baseline}
-    for name in (name for name in a if name in b):
-        known = ~np.isnan(a[name]) & ~np.isnan(b[name])
-        if known.any():
-            interval = paired_bootstrap(a[name][known], b[name][known], samples=draws, seed=seed)
-            difference[name] = interval.model_dump()
-    return difference
+def _differences(values: Mapping[str, Mapping[str, Values]], seed: int, draws: int) -> list[dict[str, Any]]:
+    """Every comparison; p-values are corrected over those of the same figure."""
+    differences = []
+    tested: dict[str, list[dict[str, float]]] = {}
+    for system, baseline in _pairs(list(values)):
+        figures = _compared(values[system], values[baseline], seed, draws)
+        differences.append({"system": system, "baseline": baseline, **figures})
+        for name, figure in figures.items():
+            tested.setdefault(name, []).append(figure)
+    for alike in tested.values():
+        for figure, corrected in zip(alike, holm([figure["p"] for figure in alike]), strict=True):
+            figure["p_holm"] = corrected
+    return differences
+
+
+def _compared(
+    a: Mapping[str, Values], b: Mapping[str, Values], seed: int, draws: int
+) -> dict[str, dict[str, float]]:
+    """The paired difference in each figure that both have, with its interval and p-value."""
+    known = {name: ~np.isnan(a[name]) & ~np.isnan(b[name]) for name in a if name in b}
+    names = [name for name in known if known[name].any()]
+    gaps_QF = np.column_stack([np.where(known[name], a[name] - b[name], 0.0) for name in names])
+    p_values = randomization_tests(gaps_QF, samples=draws, seed=seed)
+    compared = {}
+    for name, p in zip(names, p_values, strict=True):
+        both = known[name]
+        interval = paired_bootstrap(a[name][both], b[name][both], samples=draws, seed=seed)
+        compared[name] = interval.model_dump() | {"p": float(p)}
+    return compared
 
 
 def find_difference(results: Mapping[str, Any], system: str, baseline: str) -> dict[str, Any]:
@@ -245,28 +292,33 @@ def find_difference(results: Mapping[str, Any], system: str, baseline: str) -> d
 # name of the figure, heading, how it is printed
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("recall@1", "recall\n@1", "{:.3f}".format),
+    ("of_ceiling", "of its\nceiling", "{:.1%}".format),
     ("recall@3", "recall\n@3", "{:.3f}".format),
     ("recall@5", "recall\n@5", "{:.3f}".format),
     ("mrr", "MRR", "{:.3f}".format),
     ("recall@1_sampled", "sampled\nrecall@1", "{:.3f}".format),
     ("complete_permutations", "complete\norders", "{:.1%}".format),
-    ("true_descriptions", "true de-\nscriptions", "{:.1%}".format),
+    ("true_descriptions", "true\ndescr.", "{:.1%}".format),
 )
 
 
 def results_table(results: Mapping[str, Any], width: int = 100) -> str:
-    """The results as text: a row a system, then each difference in recall@1 with its 95 % interval."""
-    columns = [column for column in _COLUMNS if any(row[column[0]] is not None for row in results["rows"])]
+    """The results as text: a row a system, the ceilings, then each difference in recall@1.
+
+    A difference has its 95 % interval, and its p-value as corrected over the comparisons of that figure.
+    """
+    rows = [{**row, "of_ceiling": reached(row, "recall@1")} for row in results["rows"]]
+    columns = [column for column in _COLUMNS if any(row[column[0]] is not None for row in rows)]
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("system")
     for _, heading, _ in columns:
         table.add_column(heading, justify="right")
-    for row in results["rows"]:
+    for row in rows:
         cells = ["–" if row[name] is None else form(row[name]) for name, _, form in columns]
         table.add_row(escape(row["system"]), *cells)
-    table.add_row(
-        "ceiling", *(f"{results['ceiling'][n]:.3f}" if n in results["ceiling"] else "" for n, _, _ in columns)
-    )
+    for systems, ceiling in distinct_ceilings(results):
+        name = f"ceiling of {', '.join(systems)}" if len(systems) < len(rows) else "ceiling"
+        table.add_row(escape(name), *(form(ceiling[n]) if n in ceiling else "" for n, _, form in columns))
     stream = io.StringIO()
     Console(file=stream, width=width, no_color=True, highlight=False).print(table)
     lines = [line.rstrip() for line in stream.getvalue().splitlines() if line.strip()]
@@ -279,5 +331,10 @@ def results_table(results: Mapping[str, Any], width: int = 100) -> str:
     return "\n".join(lines)
 
 
-def _signed(interval: Mapping[str, float]) -> str:
-    return f"{interval['mean']:+.3f} [{interval['low']:+.3f}, {interval['high']:+.3f}]"
+def _signed(gap: Mapping[str, float]) -> str:
+    return f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}] p {p_text(gap['p_holm'])}"
+
+
+def p_text(p: float) -> str:
+    """A p-value to three decimals, never as 0."""
+    return f"{p:.3f}" if p >= 0.001 else "<0.001"

@@ -11,14 +11,21 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mmr5_train.ranking.files import code_version
+from mmr5_train.ranking.paper_table import Row as PaperRow
 from mmr5_train.reporting.curves import PLACEHOLDERS, STYLE, inline
 from mmr5_train.reporting.page import render_page
+from mmr5_train.reporting.paper import paper_view
 
 Row = Mapping[str, Any]
 
 
-def comparison_page(rows: Sequence[Row], figures: Mapping[str, str], data: str) -> str:
-    """`compare.html` for the rows of mmr5_train.compare, the baseline first; `figures` is key → heading."""
+def comparison_page(
+    rows: Sequence[Row], figures: Mapping[str, str], data: str, beside: Sequence[Sequence[PaperRow]]
+) -> str:
+    """`compare.html` for the rows of mmr5_train.compare, the baseline first.
+
+    `figures` is key → heading; `beside` are the published tables with the recipes in them, or empty.
+    """
     shown = {key: heading for key, heading in figures.items() if any(key in row for row in rows)}
     return render_page(
         "compare.html.j2",
@@ -26,6 +33,7 @@ def comparison_page(rows: Sequence[Row], figures: Mapping[str, str], data: str) 
         rows=rows,
         figures=shown,
         data=data,
+        beside=paper_view(beside) if beside else None,
         code=code_version(),
         pictures={},
         forests=[(heading, forest(rows, key)) for key, heading in shown.items() if len(rows) > 1],

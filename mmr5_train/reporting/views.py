@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from mmr5_train.alarms import read_alarms
 from mmr5_train.ranking.files import InputError, read_manifest
 from mmr5_train.ranking.records import PageId
-from mmr5_train.ranking.scoring import find_difference
+from mmr5_train.ranking.scoring import distinct_ceilings, find_difference, p_text, reached
 from mmr5_train.reporting.curves import read_history, show, training_charts
 
 Results = Mapping[str, Any]
@@ -28,11 +29,11 @@ NAMES = {
     "recall@1_sampled": "Recall@1, sampled",
     "complete_permutations": "Complete orders",
     "true_descriptions": "True descriptions",
-    "tokens": "Tokens",
+    "of_ceiling": "Of its ceiling",
     "mrr": "MRR",
 }
-SHARES = ("complete_permutations", "without_defect", "true_descriptions")
-EXTRAS = ("recall@1_sampled", "complete_permutations", "true_descriptions", "tokens")
+SHARES = ("of_ceiling", "complete_permutations", "without_defect", "true_descriptions")
+EXTRAS = ("of_ceiling", "recall@1_sampled", "complete_permutations", "true_descriptions")
 COMPARED = (
     "recall@1",
     "recall@1_sampled",
@@ -70,16 +71,14 @@ def figure(value: float | None) -> str:
 
 
 def value_text(value: float | None, metric: str) -> str:
-    """A value in the unit of its metric: a share in percent, a length in tokens, else three decimals."""
-    if value is None:
-        return "–"
-    if metric in SHARES:
+    """A value in the unit of its metric: a share in percent, else three decimals."""
+    if value is not None and metric in SHARES:
         return f"{100 * value:.1f} %"
-    return f"{value:.0f}" if metric == "tokens" else figure(value)
+    return figure(value)
 
 
-def signed(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
+def signed(value: float, digits: int = 3) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def ordinal(number: int) -> str:
@@ -108,6 +107,7 @@ FILTERS = {
     "figure": figure,
     "value": value_text,
     "signed": signed,
+    "p_value": p_text,
     "ordinal": ordinal,
     "pagename": page_name,
     "movement": movement,
@@ -153,7 +153,7 @@ def trained_text(sft: Path | None, grpo: Path | None) -> str:
 
 def overview(results: Results) -> dict[str, Any]:
     """The results table, the score cards and the forest of differences."""
-    rows = results["rows"]
+    rows = [{**row, "of_ceiling": reached(row, "recall@1")} for row in results["rows"]]
     metrics = table_metrics(results)
     return {
         "rows": rows,
@@ -161,13 +161,11 @@ def overview(results: Results) -> dict[str, Any]:
         "extras": [key for key in EXTRAS if any(row[key] is not None for row in rows)],
         "colors": {row["system"]: i % 6 + 1 for i, row in enumerate(rows)},
         "best": {m: _best([row[m] for row in rows]) for m in metrics},
-        "ceiling": results["ceiling"],
+        "ceilings": distinct_ceilings(results),
         "questions": results["questions"],
         "sampled": results["samples"],
         "candidates": f"{results['candidates']:.3g}",
         "steps": {row["system"]: _step(results, i) for i, row in enumerate(rows)},
-        "written": [row for row in rows if row["without_defect"] is not None],
-        "defects": sorted({defect for row in rows for defect in row["defects"]}),
         **forest(results),
     }
 
@@ -296,6 +294,20 @@ def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
     packages = manifest.get("packages") or {}
     versions = ", ".join([f"Python {manifest.get('python', '?')}", *(f"{k} {v}" for k, v in packages.items())])
     return {"versions": versions + ".", "code": str(manifest.get("code", ""))}
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """results.json of a finished evaluation. Raises `InputError` where it can't be read or is something else."""
+    read_manifest(folder)
+    path = folder / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: can't be read ({error}); run the evaluate stage again") from None
+    check_results(results, path)
+    for row in results["rows"]:  # older files: every system had the first stage's candidates
+        row.setdefault("ceiling", results["ceiling"])
+    return dict(results)
 
 
 def check_results(results: Any, path: Path) -> None:

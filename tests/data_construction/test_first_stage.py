@@ -112,6 +112,12 @@ def test_scores_from_a_trec_run(tmp_path: Path) -> None:
     assert scored(path, asked("a.pdf/0")) == [[(0, 12.25), (3, 11.5)]]
 
 
+def test_a_trec_run_names_documents_with_spaces(tmp_path: Path) -> None:
+    path = tmp_path / "colqwen.run"
+    path.write_text("my%20q Q0 a.p%64f#3 1 11.5 colqwen\n")
+    assert scored(path, asked("my q")) == [[(3, 11.5)]]
+
+
 def test_scores_of_questions_that_are_not_asked_are_noted(tmp_path: Path) -> None:
     path = write_scores(tmp_path / "s.jsonl", ("q", "a.pdf", 1, 1), ("other", "z.pdf", 700, 1))
     skipped: list[Skipped] = []

@@ -64,7 +64,7 @@ def test_the_page_shows_each_recipe(folder, tmp_path):
     assert text.count("weaker") > 1
 
 
-def test_published_figures_stand_beside_those_that_reproduce_them(folder, tmp_path, capsys):
+def test_paper_figures_stand_beside_those_that_reproduce_them(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "runs")
     for path in (tmp_path / "runs").rglob(RECIPE):
         described = json.loads(path.read_text())
@@ -73,9 +73,22 @@ def test_published_figures_stand_beside_those_that_reproduce_them(folder, tmp_pa
         write_json(path, described)
     rows = run(tmp_path / "runs", tmp_path / "out", "baseline=mm_r5")
     said = capsys.readouterr().out
-    assert f"{rows[0]['means']['macro recall@1']:.4f} (0.6951)" in said
-    assert f"{rows[1]['means']['micro recall@5']:.4f} (0.8746)" in said
+    page = Reader((tmp_path / "out/compare.html").read_text()).text
+    for row, figure, published in ((rows[0], "macro recall@1", 0.6951), (rows[1], "micro recall@5", 0.8746)):
+        ours = row["paper_figures"][figure]
+        assert ours["low"] <= ours["mean"] <= ours["high"]
+        assert f"| {published} |" in said
+        assert f"{ours['mean'] - published:+.4f} [{ours['low'] - published:+.4f}, " in said
+        assert f"{ours['mean']:.4f} {ours['low']:.4f} – {ours['high']:.4f}" in page
+    assert "ColQwen + MM-R5 published" in page
     assert "arXiv 2506.12364v2" in (tmp_path / "out/table.md").read_text()
+    assert (tmp_path / "out/table.md").read_text() in said
+
+
+def test_without_a_recipe_that_was_published_nothing_published_is_shown(folder, tmp_path, capsys):
+    run(folder, tmp_path / "out")
+    assert "published" not in capsys.readouterr().out
+    assert "published" not in Reader((tmp_path / "out/compare.html").read_text()).text
 
 
 def test_the_means_are_those_of_the_evaluations(folder, tmp_path):
@@ -85,6 +98,11 @@ def test_the_means_are_those_of_the_evaluations(folder, tmp_path):
     ]
     for figure in compare.FIGURES:
         assert ours[figure]["mean"] == pytest.approx(sum(r["rows"][-1][figure] for r in made) / 2)
+    for metric in ("recall@1", "recall@3", "recall@5"):
+        micro, macro = (ours["paper_figures"][f"{kind} {metric}"]["mean"] for kind in ("micro", "macro"))
+        assert micro == pytest.approx(sum(r["rows"][-1][metric] for r in made) / 2)
+        domains = [scores[metric] for r in made for scores in r["rows"][-1]["by_domain"].values()]
+        assert macro == pytest.approx(sum(domains) / len(domains))
 
 
 def test_wrong_input(folder, tmp_path):

@@ -18,6 +18,7 @@ from mmr5_train.evaluate import PARTIAL, EvaluateStage, first_stage, main
 from mmr5_train.ranking.files import InputError, read_manifest, read_records, write_records
 from mmr5_train.ranking.records import Page, Ranking, RankingTask
 from mmr5_train.ranking.scoring import score_rankings
+from mmr5_train.ranking.trec import QRELS, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,6 +65,9 @@ def test_the_tiny_model_is_evaluated_the_same_way_twice(data: Path, tmp_path: Pa
     results = json.loads((out / "results.json").read_text())
     first = read_records(out / "rankings/first_stage.jsonl", Ranking)
     assert results == score_rankings({"first_stage": first, "untrained": ranked}, pages, seed=42)
+    run = read_run(out / "trec/untrained.run")
+    assert run == {r.query_id: r.pages(r.greedy) for r in ranked}
+    assert sorted(path.name for path in (out / "trec").iterdir()) == ["first_stage.run", QRELS, "untrained.run"]
     timing = json.loads((out / "timing.json").read_text())["untrained"]
     assert 0 < 3 * timing["seconds_per_question"] < timing["seconds"], "sampling takes time too"
     assert timing["tokens"] == 12

@@ -12,13 +12,15 @@ from html_reader import Reader
 from made_up import make_evaluation, make_training
 
 from mmr5_train.config import compose_stage
+from mmr5_train.ranking.answer_classes import CLASSES, DEFECTS
 from mmr5_train.ranking.files import InputError, read_records, write_json, write_records
-from mmr5_train.ranking.records import Page, Ranking
-from mmr5_train.ranking.scoring import score_rankings
+from mmr5_train.ranking.records import LocalId, Page, Ranking
+from mmr5_train.ranking.scoring import p_text, score_rankings
 from mmr5_train.report import ReportStage, main
 from mmr5_train.reporting.views import signed
 
 QUESTIONS = 30
+ENDINGS = (("", QUESTIONS), ("_sampled", 4 * QUESTIONS))
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +71,84 @@ def test_it_holds_every_figure(page: Reader, folders: Path) -> None:
         assert f"Recall@1 {text}" in page.text
     last = results["rows"][-1]
     assert f"from {results['rows'][0]['recall@1']:.3f} to {last['recall@1']:.3f} on 30 held-out" in page.text
-    for defect, count in last["defects"].items():
-        assert re.search(rf"{defect.replace('_', ' ')} \d+ {count}\b", page.text)
+    assert page.text.count("Ceiling ") == 1  # all systems have the same candidates
+    for row in results["rows"]:
+        assert f"{100 * row['recall@1'] / row['ceiling']['recall@1']:.1f} %" in page.text
+    for difference in results["differences"]:
+        for name in ("recall@1", "mrr"):
+            gap = difference[name]
+            ends = f"{signed(gap['low'])} to {signed(gap['high'])} p {p_text(gap['p_holm'])}"
+            assert f"{signed(gap['mean'])} {ends}" in page.text
+
+
+def test_it_shows_what_was_wrong_with_answers_zeros_included(page: Reader, folders: Path) -> None:
+    results = json.loads((folders / "evaluate/results.json").read_text())
+    sft, grpo = results["rows"][1:]
+    assert f"SFT {QUESTIONS} greedy" in page.text
+    assert f"SFT + GRPO {4 * QUESTIONS} sampled" in page.text
+    for name, meaning in {**CLASSES, **{str(defect): text for defect, text in DEFECTS.items()}}.items():
+        kind = "classes" if name in CLASSES and name != "out_of_range" else "defects"
+        counts = [(row[f"{kind}{end}"].get(name, 0), n) for row in (sft, grpo) for end, n in ENDINGS]
+        cells = " ".join(f"{count} {100 * count / answers:.1f} %" for count, answers in counts)
+        shown = "OK" if name == "ok" else name.replace("_", " ")
+        assert f"{shown} {meaning} {cells}" in page.text
+    whole = round(sft["without_defect"] * QUESTIONS)
+    assert f"without defect None of those below. {whole} {100 * whole / QUESTIONS:.1f} %" in page.text
+    assert sum(sft["classes"].values()) == QUESTIONS
+
+
+def test_it_shows_what_answers_cost_as_far_as_that_is_known(page: Reader, copy: Path) -> None:
+    rankings = read_records(copy / "evaluate/rankings/sft.jsonl", Ranking)
+    greedy = sum(r.greedy.tokens for r in rankings) / QUESTIONS
+    sampled = sum(a.tokens for r in rankings for a in r.samples) / (4 * QUESTIONS)
+    assert (
+        f"System Completion tokens Completion tokens, sampled SFT {greedy:,.0f} {sampled:,.0f} SFT +" in page.text
+    )
+    timing = {"sft": {"seconds": 60.0, "seconds_per_question": 2.0, "prompt_tokens": 10240.0}}
+    write_json(copy / "evaluate/timing.json", timing)
+    text = Reader(write(copy, copy / "out")).text
+    assert "System Seconds Completion tokens Completion tokens, sampled Prompt tokens SFT 2 " in text
+    assert f"{sampled:,.0f} 10,240 SFT + GRPO – " in text
+    assert "timing.json" in json.dumps(json.loads((copy / "out/manifest.json").read_text())["inputs"])
+    (copy / "evaluate/timing.json").write_text("[]")
+    with pytest.raises(InputError, match=r"timing\.json: expected an object a system"):
+        write(copy, copy / "other")
+
+
+def test_results_of_an_older_version_are_shown(copy: Path) -> None:
+    path = copy / "evaluate/results.json"
+    results = json.loads(path.read_text())
+    for row in results["rows"]:
+        del row["ceiling"], row["classes"], row["classes_sampled"]
+    for difference in results["differences"]:
+        for value in difference.values():
+            if isinstance(value, dict):
+                del value["p"], value["p_holm"]
+    write_json(path, results)
+    text = Reader(write(copy, copy / "out")).text
+    assert f"Ceiling {results['ceiling']['recall@1']:.3f}" in text
+
+
+def test_a_system_with_other_candidates_has_its_own_ceiling(copy: Path) -> None:
+    names = ("first_stage", "sft")
+    rankings = {name: read_records(copy / f"evaluate/rankings/{name}.jsonl", Ranking) for name in names}
+    order = (LocalId(1), LocalId(2))
+    rankings["sft"] = [
+        r.model_copy(
+            update={
+                "shown": r.shown[:2],
+                "greedy": r.greedy.model_copy(update={"order": order}),
+                "samples": tuple(a.model_copy(update={"order": order}) for a in r.samples),
+            }
+        )
+        for r in rankings["sft"]
+    ]
+    results = score_rankings(rankings, [], draws=50)
+    write_json(copy / "evaluate/results.json", results)
+    write_records(copy / "evaluate/rankings/sft.jsonl", rankings["sft"])
+    text = Reader(write(copy, copy / "out")).text
+    assert f"Ceiling of First stage {results['rows'][0]['ceiling']['recall@1']:.3f}" in text
+    assert f"Ceiling of SFT {results['rows'][1]['ceiling']['recall@1']:.3f}" in text
 
 
 def test_it_shows_both_trainings(page: Reader) -> None:
@@ -177,9 +255,11 @@ def test_a_missing_or_broken_picture_leaves_a_placeholder(copy: Path, capsys: py
 def test_one_system_alone(copy: Path) -> None:
     first = read_records(copy / "evaluate/rankings/first_stage.jsonl", Ranking)
     write_json(copy / "evaluate/results.json", score_rankings({"first_stage": first}, [], draws=50))
-    text = Reader(write(copy, copy / "out")).text
-    assert "First stage: recall@1" in text
-    assert "Differences" not in text
+    page = Reader(write(copy, copy / "out"))
+    assert "First stage: recall@1" in page.text
+    assert "Differences" not in page.text
+    assert not {"answers", "cost"} & set(page.values("id"))  # it writes nothing
+    assert {link[1:] for link in page.values("href") if link.startswith("#")} <= set(page.values("id"))
 
 
 @pytest.mark.parametrize(

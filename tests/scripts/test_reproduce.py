@@ -28,8 +28,9 @@ def test_three_checkpoints_beside_the_published_figures(tmp_path):
     for stage in ("shared/sft", "mm_r5/grpo", "rl_only/grpo"):
         assert read_manifest(tmp_path / "out" / stage)["counts"]["processes"] == 2
     table = (tmp_path / "out/compare/table.md").read_text()
-    for published in ("(0.6951)", "(0.6673)", "(0.6586)"):
-        assert published in table
+    for recipe, published in (("mm_r5", "0.6951"), ("sft_only", "0.6673"), ("rl_only", "0.6586")):
+        assert f"published | 1,658 | {published} |" in table
+        assert f"**{recipe}** | measured | 8 |" in table
     for model in ("shared/sft", "mm_r5/grpo", "rl_only/grpo"):
         card = ModelCard.load(tmp_path / "out" / model / "model/README.md")
         assert card.data.base_model == "tiny"

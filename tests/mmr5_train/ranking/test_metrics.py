@@ -164,6 +164,7 @@ def test_defect_counts():
     assert counted == {
         "answers": 4,
         "complete_permutations": 2,
+        "without_defect": 2,
         "no_think": 2,
         "no_answer": 1,
         "duplicates": 1,

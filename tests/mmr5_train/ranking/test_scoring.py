@@ -9,7 +9,15 @@ import pytest
 from mmr5_train.ranking.files import InputError
 from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.ranking.records import Answered, Candidate, LocalId, Page, PageId, Ranking
-from mmr5_train.ranking.scoring import find_difference, results_table, score_rankings, true_share
+from mmr5_train.ranking.scoring import (
+    distinct_ceilings,
+    find_difference,
+    p_text,
+    reached,
+    results_table,
+    score_rankings,
+    true_share,
+)
 
 # question → (domain, types, relevant pages of document q); pages 0, 1, 2 are the candidates
 QUESTIONS = {
@@ -95,6 +103,26 @@ def test_the_ceiling_puts_relevant_candidates_first(results: dict) -> None:
         assert all(row[name] <= results["ceiling"][name] + 1e-12 for name in results["metrics"])
 
 
+def test_each_row_has_the_ceiling_of_its_own_candidates(results: dict, rankings: dict[str, list[Ranking]]) -> None:
+    assert [row["ceiling"] for row in results["rows"]] == [results["ceiling"]] * 2
+    # Of two candidates, q2 has lost both of its relevant pages.
+    fewer = [
+        r.model_copy(update={"shown": r.shown[:2], "greedy": answered(2, 1)}) for r in rankings["first_stage"]
+    ]
+    both = score_rankings(rankings | {"cut": fewer}, PAGES, draws=10)
+    cut = both["rows"][-1]
+    assert both["ceiling"] == results["ceiling"]
+    assert cut["ceiling"]["recall@1"] == cut["ceiling"]["mrr"] == pytest.approx(2 / 3)
+    assert reached(cut, "recall@1") == pytest.approx((1 / 3) / (2 / 3))
+    assert reached({"ceiling": {"mrr": 0.0}, "mrr": 0.0}, "mrr") is None
+    assert [systems for systems, _ in distinct_ceilings(both)] == [["first_stage", "model"], ["cut"]]
+    lines = [line.strip() for line in results_table(both).splitlines()]
+    whole, cut_off = (line for line in lines if line.startswith("ceiling of "))
+    assert "first_stage, model" in whole
+    assert " 0.833 " in whole
+    assert cut_off.split()[2:4] == ["cut", "0.667"]
+
+
 def test_macro_and_groups(results: dict) -> None:
     model = results["rows"][1]
     assert model["by_domain"]["Guidebook"]["recall@1"] == pytest.approx(0.5)
@@ -116,6 +144,9 @@ def test_samples_are_averaged_in_their_question(results: dict) -> None:
 def test_answers_and_descriptions(results: dict, rankings: dict[str, list[Ranking]]) -> None:
     baseline, model = results["rows"]
     assert model["defects"] == {"no_think": 1, "duplicates": 1}
+    assert {name: count for name, count in model["classes"].items() if count} == {"ok": 2, "repetition": 1}
+    assert sum(model["classes_sampled"].values()) == model["classes_sampled"]["ok"] == 6
+    assert set(baseline["classes"].values()) == {0}  # the first stage writes no answers
     assert model["complete_permutations"] == model["without_defect"] == pytest.approx(2 / 3)
     descriptions = {page.id: page.description for page in PAGES}
     # q3: page 2 has no description, page 1 is described wrongly; q2: no line at all.
@@ -143,7 +174,34 @@ def test_every_system_is_compared_with_the_one_before_and_with_the_first(
     found = score_rankings(three, PAGES, draws=10)["differences"]
     pairs = [(d["system"], d["baseline"]) for d in found]
     assert pairs == [("model", "first_stage"), ("better", "model"), ("better", "first_stage")]
-    assert found[1]["true_descriptions"] == {"mean": 0, "low": 0, "high": 0}
+    assert found[1]["true_descriptions"] == {"mean": 0, "low": 0, "high": 0, "p": 1, "p_holm": 1}
+
+
+def test_p_values_are_corrected_over_the_comparisons_of_a_figure(rankings: dict[str, list[Ranking]]) -> None:
+    # q1 and q2 as in the first stage, q3 won: one difference that is not zero, so p is 1 whatever the sign.
+    found = score_rankings(rankings, PAGES, draws=10)["differences"]
+    assert [d["recall@1"]["p"] for d in found] == [1]
+    questions = [f"d{i}" for i in range(8)]
+
+    def ranked(system: str, wins: int) -> list[Ranking]:
+        """Page 1 of each question is relevant; the system puts it first in so many of them."""
+        rows = []
+        for k, query_id in enumerate(questions):
+            order = (2, 1, 3) if k < wins else (1, 2, 3)
+            row = ranking(system, "q3", answered(*order))
+            shown = tuple(c.model_copy(update={"doc_name": query_id}) for c in row.shown)
+            positives = (PageId(doc_name=query_id, page=1),)
+            rows.append(row.model_copy(update={"query_id": query_id, "shown": shown, "positives": positives}))
+        return rows
+
+    systems = {"none": ranked("none", 0), "six": ranked("six", 6), "all": ranked("all", 8)}
+    found = score_rankings(systems, [], draws=10)["differences"]
+    assert [(d["system"], d["baseline"]) for d in found] == [("six", "none"), ("all", "six"), ("all", "none")]
+    # k wins and no loss: 2 of the 2^k signs are as far from zero.
+    assert [d["recall@1"]["p"] for d in found] == [2 / 2**6, 2 / 2**2, 2 / 2**8]
+    assert [d["recall@1"]["p_holm"] for d in found] == [2 * 2 / 2**6, 2 / 2**2, 3 * 2 / 2**8]
+    assert found[0]["recall@3"]["p"] == 1  # the same in both
+    assert "p 0.062" in results_table(score_rankings(systems, [], draws=10))
 
 
 def test_intervals_hold_their_means_and_the_seed_decides(
@@ -170,6 +228,10 @@ def test_other_questions_are_refused(rankings: dict[str, list[Ranking]]) -> None
 def test_the_table_holds_the_figures(results: dict) -> None:
     table = results_table(results)
     line = next(line for line in table.splitlines() if line.strip().startswith("model "))
-    assert line.split() == ["model", "0.667", "0.833", "0.833", "0.778", "0.583", "66.7%", "38.9%"]
+    assert line.split() == ["model", "0.667", "80.0%", "0.833", "0.833", "0.778", "0.583", "66.7%", "38.9%"]
     assert max(map(len, table.splitlines())) <= 80
-    assert "model − first_stage recall@1 +0.333 [+0.000, +1.000]" in " ".join(table.split())
+    assert "model − first_stage recall@1 +0.333 [+0.000, +1.000] p 1.000" in " ".join(table.split())
+
+
+def test_a_p_value_is_never_printed_as_zero() -> None:
+    assert [p_text(p) for p in (1.0, 0.0314, 0.001, 0.0001)] == ["1.000", "0.031", "0.001", "<0.001"]

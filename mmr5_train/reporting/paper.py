@@ -1,0 +1,29 @@
+"""The page on which measured rows stand in the frame of the published tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmr5_train.ranking.files import code_version
+from mmr5_train.ranking.paper_table import NOTE, Row
+from mmr5_train.ranking.published import FIGURES, SOURCE
+from mmr5_train.reporting.page import render_page
+
+
+def paper_view(blocks: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    """The arguments of the template's `paper_table`."""
+    return {"blocks": blocks, "figures": FIGURES, "source": SOURCE, "note": NOTE}
+
+
+def tables_page(blocks: Sequence[Sequence[Row]]) -> str:
+    """`tables.html`."""
+    stages = dict.fromkeys(row.first_stage for block in blocks for named in block for row in named.measured)
+    return render_page(
+        "tables.html.j2",
+        title="Measured beside published",
+        first_stages=list(stages),
+        table=paper_view(blocks),
+        code=code_version(),
+        pictures={},
+    )

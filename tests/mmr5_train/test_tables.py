@@ -1,0 +1,64 @@
+"""The tables: measured rows in the frame of the published ones."""
+
+import json
+
+import pytest
+from html_reader import Reader
+from made_up import make_evaluation
+
+from mmr5_train import tables
+from mmr5_train.config import compose_stage
+from mmr5_train.ranking.files import InputError, read_manifest
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tables")
+    for seed, name in enumerate(("colqwen", "bm25")):
+        make_evaluation(root / name, questions=12, seed=seed, draws=100)
+    return root
+
+
+def run(folder, out, *overrides):
+    wanted = [f"evaluations={{ColQwen: {folder}/colqwen, BM25: {folder}/bm25}}", f"out={out}", *overrides]
+    tables.main(compose_stage(tables.TablesStage, "tables", wanted))
+
+
+def test_both_forms_hold_what_was_measured_and_what_was_published(folder, tmp_path, capsys):
+    run(folder, tmp_path / "out", "rows={sft: SFT only, sft+grpo: MM-R5}")
+    said = capsys.readouterr().out
+    text = (tmp_path / "out/tables.md").read_text()
+    page = Reader((tmp_path / "out/tables.html").read_text())
+    assert text in said
+    assert "6 measured rows, 3 beside a published one" in said
+    assert read_manifest(tmp_path / "out")["counts"] == {"measured": 6, "beside_published": 3}
+    for first_stage in ("ColQwen", "BM25"):
+        results = json.loads((folder / first_stage.lower() / "results.json").read_text())
+        for row in results["rows"]:
+            ends = row["macro"]["intervals"]["recall@1"]
+            value = f"{row['macro']['recall@1']:.4f}"
+            assert f"{value} [{ends['low']:.4f}, {ends['high']:.4f}]" in text
+            assert f"{value} {ends['low']:.4f} – {ends['high']:.4f}" in page.text
+    assert "ColQwen + MM-R5 published 0.6951 0.8520" in page.text
+    against = "ColQwen + sft+grpo measured on 12 questions measured − published"
+    assert page.text.index("ColQwen + MM-R5 published") < page.text.index(against)
+    assert text.count("| difference |") == 3
+    assert "held to be exact" in page.text
+    assert page.text.endswith("everything in it is in it.")
+
+
+def test_the_same_inputs_give_the_same_bytes(folder, tmp_path):
+    for name in ("one", "two"):
+        run(folder, tmp_path / name)
+    for name in ("tables.md", "tables.html"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_wrong_input(folder, tmp_path):
+    with pytest.raises(InputError, match=r"rows\.sft: no published row is called 'nothing'"):
+        run(folder, tmp_path / "out", "rows={sft: nothing}")
+    with pytest.raises(InputError, match=r"evaluations: .*give at least one, such as"):
+        compose_stage(tables.TablesStage, "tables", [])
+    with pytest.raises(InputError, match=r"nowhere/colqwen/manifest\.json: no such file"):
+        run(tmp_path / "nowhere", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

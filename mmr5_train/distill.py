@@ -8,12 +8,14 @@
 What the model answered with reasoning, on questions that are not evaluated, is what it learns from. At the place
 where its list would begin without a thought, the probabilities of the page ids are drawn towards its own order, by
 a listwise loss: cross-entropy with targets that fall geometrically with the rank (ZipRerank, arXiv 2605.11864,
-trains such scores from a teacher's ranking). Beside it, its own completions are taught again, so that one
-checkpoint serves the modes `reason` and `logits`. Writes what sft writes.
+trains such scores from a teacher's ranking). What its thought said of each page, that it helps or not, is taught
+at the page's own last token, before any thought: the order follows from that. And its completions are taught
+again, so that one checkpoint serves the modes `reason` and `logits`. Writes what sft writes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 from datasets import Dataset
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -44,10 +47,14 @@ from mmr5_train.models.finetune import (
 from mmr5_train.models.inputs import check_images, encode_messages
 from mmr5_train.models.loading import ModelConfig, load_model, load_processor
 from mmr5_train.models.watching import FiniteSFTTrainer, HeldOutConfig, held_out
+from mmr5_train.ranking.answer import parse_answer
 from mmr5_train.ranking.files import InputError, read_records, write_manifest
 from mmr5_train.ranking.metrics import is_complete
+from mmr5_train.ranking.notes import described_note, split_notes, verdict
 from mmr5_train.ranking.prompt import Prompt, with_images
 from mmr5_train.ranking.records import Ranking
+
+UNSAID = -100  # the verdict on a page of which the thought says nothing
 
 
 class DistillStage(StageConfig):
@@ -56,7 +63,9 @@ class DistillStage(StageConfig):
     data: Path = Field(description="rankings of the reasoning model, as evaluate writes them")
     limit: int | None = Field(default=None, gt=0, description="use the first so many")
     decay: float = Field(gt=0, lt=1, description="how much less a page's target is than that of the one before it")
-    weight: float = Field(gt=0, description="of the listwise loss; that of the completions has 1")
+    listwise: float = Field(gt=0, description="weight of the listwise loss; that of the completions has 1")
+    kept: float = Field(gt=0, le=1, description="share of each batch whose completions are taught again")
+    verdicts: float = Field(ge=0, description="weight of the verdicts on single pages; 0: they are not taught")
     model: ModelConfig
     prompt: Prompt
     heldout: HeldOutConfig | None = None
@@ -65,46 +74,60 @@ class DistillStage(StageConfig):
 
 @dataclass
 class Collator:
-    """TRL's collator for the completions, and the same prompts with an answer begun behind them."""
+    """TRL's collator for the completions of some rows, and all prompts with an answer begun behind them."""
 
     processor: Any
     completions: DataCollatorForVisionLanguageModeling
     decay: float
+    kept: float
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.completions([dict(row) for row in rows])
+        batch = self.completions([dict(row) for row in rows[: math.ceil(self.kept * len(rows))]])
         asked = [
             with_images(row["prompt"], [{"type": "image", "image": image} for image in row["images"]])
             for row in rows
         ]
         begun = with_list_open(encode_messages(self.processor, asked), self.processor.tokenizer)
         most = max(len(row["order"]) for row in rows)
-        batch["begun"] = {
-            **begun,
-            "targets": torch.stack([targets(row["order"], self.decay, most) for row in rows]),
-        }
-        return batch
+        wanted = torch.stack([targets(row["order"], self.decay, most) for row in rows])
+        said = torch.tensor([verdict for row in rows for verdict in row["verdicts"]])
+        return batch | {"begun": {**begun, "targets": wanted, "verdicts": said}}
+
+
+@dataclass(frozen=True)
+class Readout:
+    """Which tokens speak for a page."""
+
+    identifiers: Tensor  # (most pages,) of each page id, where the list begins
+    verdicts: Tensor  # (2,) of "helps" and of "does not help"
+    page_end: int  # the last one of a page in the prompt
 
 
 class DistillTrainer(FiniteSFTTrainer):
-    """SFT on completions, and the listwise loss beside it."""
+    """SFT on completions, with the listwise loss and that of the verdicts beside it."""
 
-    listwise_weight: float
-    identifiers: Tensor  # (most pages,) token of each page id
+    readout: Readout
+    weights: tuple[float, float]  # of the listwise loss, of the verdicts
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         begun = inputs.pop("begun")
-        targets_BN = begun.pop("targets")
+        targets_BN, verdicts_P = begun.pop("targets"), begun.pop("verdicts")
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        logits_BV = model(**begun, logits_to_keep=1, use_cache=False).logits[:, -1].float()
-        identifiers_N = self.identifiers[: targets_BN.shape[1]].to(logits_BV.device)
-        listwise = listwise_loss(logits_BV[:, identifiers_N], targets_BN)
-        self._metrics["train"]["listwise_loss"].append(self.accelerator.gather(listwise.detach()).mean().item())
-        # Where the loss of the completions is a share of the whole step's, this one is too.
+        ends_BT = begun["input_ids"] == self.readout.page_end
+        # The head is large: only where some prompt has a page's end, and where the lists begin.
+        kept_T = torch.cat([ends_BT.any(0).nonzero()[:, 0], torch.tensor([-1], device=ends_BT.device)])
+        logits_BTV = model(**begun, logits_to_keep=kept_T, use_cache=False).logits.float()
+        identifiers_N = self.readout.identifiers[: targets_BN.shape[1]].to(logits_BTV.device)
+        listwise = listwise_loss(logits_BTV[:, -1, identifiers_N], targets_BN)
+        logits_PV = logits_BTV[:, :-1][ends_BT[:, kept_T[:-1]]]
+        said = verdict_loss(logits_PV[:, self.readout.verdicts.to(logits_PV.device)], verdicts_P)
+        for name, value in (("listwise_loss", listwise), ("verdict_loss", said)):
+            self._metrics["train"][name].append(self.accelerator.gather(value.detach()).mean().item())
+        # Where the loss of the completions is a share of the whole step's, these are too.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        return loss + self.listwise_weight * listwise / steps
+        return loss + (self.weights[0] * listwise + self.weights[1] * said) / steps
 
 
 def targets(order: Sequence[int], decay: float, most: int) -> Tensor:
@@ -124,10 +147,16 @@ def listwise_loss(logits_BN: Tensor, targets_BN: Tensor) -> Tensor:
     return -(targets_BN * log_probs_BN).sum(-1).mean()
 
 
+def verdict_loss(logits_P2: Tensor, verdicts_P: Tensor) -> Tensor:
+    """Cross-entropy of the verdicts on single pages, mean over those of which something was said; or 0."""
+    said = cross_entropy(logits_P2, verdicts_P, ignore_index=UNSAID, reduction="sum")
+    return said / (verdicts_P != UNSAID).sum().clamp(min=1)
+
+
 def main(config: DistillStage) -> None:
     rankings = read_taught(config)
     processor = load_processor(config.model)
-    identifiers = page_identifiers(processor, rankings, config.data)
+    readout = make_readout(processor, rankings, config.data)
     arguments = trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=config.model)
     watch = held_out(config.heldout, arguments, processor, config.prompt, True)
     settings, inputs = run_settings(config), [config.data, Path(config.model.path)]
@@ -140,14 +169,15 @@ def main(config: DistillStage) -> None:
             model=load_model(config.model),
             args=arguments,
             train_dataset=taught_dataset(rankings, config, processor),
-            data_collator=Collator(processor, completions, config.decay),  # type: ignore[arg-type]
+            data_collator=Collator(processor, completions, config.decay, config.kept),  # type: ignore[arg-type]
             processing_class=processor,
             peft_config=lora_config(config.model),
         )
-    trainer.listwise_weight, trainer.identifiers = config.weight, torch.tensor(identifiers)
+    trainer.readout, trainer.weights = readout, (config.listwise, config.verdicts)
     weigh_tokens_alike(trainer)
     trained = trained_parameters(trainer)
-    train(trainer, "distill", {"loss": "loss", "listwise_loss": "listwise"}, settings, checkpoint, watch)
+    shown = {"loss": "loss", "listwise_loss": "listwise", "verdict_loss": "verdicts"}
+    train(trainer, "distill", shown, settings, checkpoint, watch)
     save_result(trainer, processor, config.model, config.prompt, True, config.out)
     if trainer.accelerator.is_main_process:
         steps = trainer.state.global_step
@@ -173,8 +203,11 @@ def read_taught(config: DistillStage) -> list[Ranking]:
     return whole[: config.limit]
 
 
-def page_identifiers(processor: Any, rankings: Sequence[Ranking], data: Path) -> list[int]:
-    """The token of each page id. Raises `InputError` where prompts hold more pages than these tell apart."""
+def make_readout(processor: Any, rankings: Sequence[Ranking], data: Path) -> Readout:
+    """The tokens of the processor's vocabulary that speak for pages.
+
+    Raises `InputError` where prompts hold more pages than the ids' first tokens tell apart.
+    """
     most = max(len(ranking.shown) for ranking in rankings)
     identifiers = identifier_ids(processor.tokenizer, most)
     if len(identifiers) < most:
@@ -182,7 +215,18 @@ def page_identifiers(processor: Any, rankings: Sequence[Ranking], data: Path) ->
             f"{data}: prompts of up to {most} pages, and this tokenizer tells {len(identifiers)} apart by their "
             "ids' first token; rank fewer candidates a question"
         )
-    return identifiers
+    helps, helps_not = processor.tokenizer([described_note("", True), described_note("", False)])["input_ids"]
+    pair = next([a, b] for a, b in zip(helps, helps_not, strict=False) if a != b)
+    end = processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    return Readout(torch.tensor(identifiers), torch.tensor(pair), end)
+
+
+def verdicts_of(ranking: Ranking) -> list[int]:
+    """What the thought says of each page: 0 that it helps, 1 that it does not, else `UNSAID`."""
+    n = len(ranking.shown)
+    notes = split_notes(parse_answer(ranking.greedy.completion, n).think or "")
+    said = [verdict(notes.get(i, "")) for i in range(1, n + 1)]
+    return [UNSAID if helps is None else int(not helps) for helps in said]
 
 
 def taught_dataset(rankings: Sequence[Ranking], config: DistillStage, processor: Any) -> Dataset:
@@ -191,6 +235,7 @@ def taught_dataset(rankings: Sequence[Ranking], config: DistillStage, processor:
         {
             "completion": [{"role": "assistant", "content": ranking.greedy.completion}],
             "order": list(ranking.greedy.order),
+            "verdicts": verdicts_of(ranking),
         }
         for ranking in rankings
     ]

@@ -93,5 +93,5 @@ def test_both_stages_and_the_reranker(qwen3, traces, questions, tmp_path, capsys
     )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before if ".visual." in name)
-    reranker = Reranker.load(tmp_path / "grpo/model", max_new_tokens=4)
+    reranker = Reranker(tmp_path / "grpo/model", max_new_tokens=40)
     assert len(reranker.rank("Which?", [traces.parent / f"page-{i}.png" for i in range(3)]).order) == 3

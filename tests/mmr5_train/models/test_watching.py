@@ -61,7 +61,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(stage, lora, data, tmp_path
     assert best.keys() == four.keys()
     assert all(torch.equal(best[name], four[name]) for name in best)
     assert any(not torch.equal(best[name], last[name]) for name in best)
-    Reranker.load(tmp_path / "out/best")
+    Reranker(tmp_path / "out/best")
 
 
 @pytest.mark.parametrize("stage", STAGES)

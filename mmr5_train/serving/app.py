@@ -147,6 +147,7 @@ def make_app(config: ServeConfig, batcher: Batcher, key: str | None) -> FastAPI:
         batcher.start()
         yield
         batcher.stop()
+        service.decoders.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(batcher.join, config.shutdown_s)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)

@@ -103,7 +103,8 @@ def _page(pdf: pypdfium2.PdfDocument, index: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    if sys.platform == "linux":  # elsewhere the limit is refused, or not held to
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     try:
         rendered = render(sys.stdin.buffer.read(), int(sys.argv[1]))
     except PdfError as error:

@@ -63,7 +63,7 @@ def test_an_animation_gives_its_first_frame_and_a_tiff_with_pages_is_refused():
     assert "several pages" in refusal(saved(frames[0], "TIFF", save_all=True, append_images=frames[1:]))
 
 
-@pytest.mark.parametrize("side", [7_000, 12_000, 60_000])
+@pytest.mark.parametrize("side", [7_000, 60_000])
 def test_pixels_are_counted_before_anything_is_decoded(side):
     assert "megapixels" in refusal(png_that_claims(side, side))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import logging
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,9 @@ from PIL import Image, UnidentifiedImageError
 
 from mmr5_train.serving.errors import RequestError, shown
 from mmr5_train.serving.settings import MB, Limits
+
+# What is wrong with a picture is told to who sent it; the server's log is not theirs to fill.
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 LONGEST = 200  # times as long as wide; the models take no longer page

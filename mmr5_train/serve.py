@@ -31,7 +31,8 @@ def load_reranker(config: ServeConfig) -> Ranker:
     from mmr5_train.reranker import Reranker  # torch takes seconds, in which the server already answers
 
     chosen = config.model_dump(include={"mode", "max_new_tokens", "window", "stride", "batch_size"})
-    return Reranker.load(config.checkpoint, **{name: value for name, value in chosen.items() if value is not None})
+    options = {name: value for name, value in chosen.items() if value is not None}
+    return Reranker(config.checkpoint, prompt=config.prompt, **options)
 
 
 if __name__ == "__main__":

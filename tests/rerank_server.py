@@ -24,6 +24,8 @@ from mmr5_train.serving.settings import ServeConfig
 class FakeRanker:
     """The redder a page, the better. A question with "poison" in it makes its batch fail; `gate` holds it up."""
 
+    mode = "reason"
+
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
         self.gate = threading.Event()

@@ -125,7 +125,7 @@ class Service:
         body = {
             "status": state,
             "model": self.config.model_name,
-            "mode": self.config.mode or "as trained",
+            "mode": self.batcher.mode,
             "requests": self.requests,
             "waiting": self.batcher.waiting,
             "uptime_s": round(time.time() - self.started, 1),

@@ -24,6 +24,9 @@ State = Literal["loading", "ready", "stopping", "failed"]
 class Ranker(Protocol):
     """What the server needs of a reranker."""
 
+    @property
+    def mode(self) -> str: ...
+
     def rank_many(
         self, queries: Sequence[str], pages: Sequence[Sequence[bytes]], top_k: int | None = None
     ) -> list[RankedResults]: ...
@@ -41,11 +44,15 @@ class _Job:
 
 
 class Batcher:
-    """A queue and the thread that ranks what stands in it. `failure` is what kept the model from loading."""
+    """A queue, and the thread that ranks what stands in it.
+
+    `failure` is what kept the model from loading, `mode` how it ranks when it is loaded.
+    """
 
     def __init__(self, load: Callable[[], Ranker], batch_size: int, wait_s: float) -> None:
         self.state: State = "loading"
         self.failure: BaseException | None = None
+        self.mode: str | None = None
         self._load, self._batch_size, self._wait_s = load, batch_size, wait_s
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
@@ -98,6 +105,7 @@ class Batcher:
             self.failure = error
             self.state = "failed"
             return
+        self.mode = ranker.mode
         with self._changed:
             if self.state == "loading":
                 self.state = "ready"

@@ -21,9 +21,9 @@ from typing import Any
 
 import pypdfium2
 
+from mmr5_train.pages import DPI, MAX_SIDE, render_page
 from mmr5_train.serving.settings import API_KEY
 
-DPI, MAX_SIDE = 150, 1024  # pixels; as the corpora are rendered by default
 JPEG_QUALITY = 90
 LONGEST = 200  # times as long as wide; the models take no longer page
 MEMORY = 3_000_000_000  # bytes that the process may map, libraries included
@@ -92,7 +92,7 @@ def _page(pdf: pypdfium2.PdfDocument, index: int) -> dict[str, Any]:
             0 < width < math.inf and 0 < height < math.inf and max(width, height) <= LONGEST * min(width, height)
         ):
             raise PdfError("pdf_unreadable", f"page {index + 1} is {width:g} × {height:g} points: no page to read")
-        image = page.render(scale=min(DPI / 72, MAX_SIDE / max(width, height)) * (1 - 1e-9)).to_pil()
+        image = render_page(page, DPI, MAX_SIDE)
         page.close()
     except pypdfium2.PdfiumError as error:
         raise PdfError("pdf_unreadable", f"page {index + 1} can't be rendered ({error})") from None

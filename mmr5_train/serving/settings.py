@@ -7,6 +7,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mmr5_train.ranking.prompt import Prompt
+
 API_KEY = "MMR5_API_KEY"
 """The environment variable with the key that callers must show; without it none is asked for."""
 
@@ -32,10 +34,11 @@ class ServeConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    checkpoint: str = Field(description="a checkpoint that sft or grpo wrote: its folder model/ or best/")
+    checkpoint: str = Field(description="a folder such as sft and grpo write, or a hub id")
     name: str | None = Field(
         default=None, min_length=1, description="the model's name in answers; null: checkpoint"
     )
+    prompt: Prompt | None = Field(default=None, description="of a checkpoint that does not say its own")
     mode: Literal["reason", "direct", "logits"] | None = Field(default=None, description="null: as trained")
     max_new_tokens: int | None = Field(default=None, ge=1)
     window: int | None = Field(default=None, ge=2, description="pages of one prompt")

@@ -30,6 +30,7 @@ def test_the_config_file_holds_the_defaults():
     config = compose_stage(ServeConfig, "serve", ["checkpoint=tiny"])
     assert config == ServeConfig(checkpoint="tiny")
     assert compose_stage(ServeConfig, "serve", ["checkpoint=x", "limits.pages=7"]).limits == Limits(pages=7)
+    assert compose_stage(ServeConfig, "serve", ["checkpoint=x", "prompt=default"]).prompt is not None
     with pytest.raises(InputError, match=r"limits\.page: no such field; did you mean pages"):
         compose_stage(ServeConfig, "serve", ["checkpoint=x", "+limits.page=7"])
     with pytest.raises(InputError, match="nowhere is no folder"):

@@ -280,7 +280,7 @@ def test_until_the_model_is_loaded_the_server_says_so():
         ready.set()
         until(lambda: early.client.get("/health").status_code == 200, "the model is loaded")
         health = early.client.get("/health").json()
-        assert health.items() >= {"status": "ready", "model": "fake", "mode": "as trained", "waiting": 0}.items()
+        assert health.items() >= {"status": "ready", "model": "fake", "mode": "reason", "waiting": 0}.items()
         assert early.ask("red?", [RED]).status_code == 200
 
 

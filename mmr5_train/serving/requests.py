@@ -146,6 +146,7 @@ def answer(question: Question, ranked: RankedResults, name: str) -> dict[str, An
         "id": f"rerank-{uuid.uuid4().hex}",
         "model": name,
         "results": results,
+        "has_scores": ranked.has_scores,
         "usage": {"total_tokens": sum(answered.tokens for answered in ranked.answers)},
         "reasoning": ranked.reasoning if question.reasoning else None,
         "defects": list(ranked.defects),

@@ -3,7 +3,7 @@
 const at = (id) => document.getElementById(id);
 const most = Number(document.body.dataset.pages);
 const pdfBytes = Number(document.body.dataset.pdfBytes);
-let pages = [];          // {name, image}: a data URL and what to call it
+let pages = [];          // {name, short, image}: a data URL, and what to call it in full and below its picture
 let running = null;      // an AbortController while something is asked of the server
 
 function made(tag, className, text) {
@@ -69,9 +69,9 @@ async function take(files) {
         const pdf = await ask("/pages", "application/pdf", file, signal);
         const taken = pdf.pages.slice(0, room);
         if (taken.length < pdf.n_pages) notes.push(`${file.name} has ${pdf.n_pages} pages; the first ${taken.length} were taken`);
-        for (const page of taken) pages.push({ name: `${file.name}, page ${page.number}`, image: page.image });
+        for (const page of taken) pages.push({ name: `${file.name}, page ${page.number}`, short: "page " + page.number, image: page.image });
       } else if (file.type.startsWith("image/")) {
-        pages.push({ name: file.name, image: await asDataUrl(file) });
+        pages.push({ name: file.name, short: file.name, image: await asDataUrl(file) });
       } else {
         throw new Error(`${file.name}: neither a PDF nor a picture`);
       }
@@ -108,7 +108,7 @@ function shelve() {
       const next = at("pages").querySelectorAll(".away")[Math.min(i, pages.length - 1)];
       (next || at("files")).focus();
     });
-    const name = made("span", "number", page.name);
+    const name = made("span", "number", page.short);
     name.title = page.name;
     item.append(picture(page), name, away);
     return item;
@@ -122,7 +122,7 @@ function enlarge(page) {
   at("zoom").showModal();
 }
 
-function card(result, rank, page) {
+function card(result, rank, page, hasScores) {
   const item = made("li", rank === 1 ? "found first" : "found");
   const look = made("button", "look");
   look.type = "button";
@@ -130,15 +130,15 @@ function card(result, rank, page) {
   look.append(picture(page), made("span", "rank", String(rank)));
   look.addEventListener("click", () => enlarge(page));
   const words = made("div");
-  const meter = made("p", "meter");
+  const meter = made("p", hasScores ? "meter" : "meter by-rank");
   const bar = made("span", "bar");
   const filled = made("i");
   filled.style.width = Math.round(100 * Math.min(1, Math.max(0, result.relevance_score))) + "%";
   bar.append(filled);
   bar.setAttribute("aria-hidden", "true");
-  meter.append(bar, made("span", "", "score " + result.relevance_score.toFixed(3)));
-  const note = result.reasoning;
-  words.append(made("h3", "", page.name), meter, made("p", note ? "says" : "says none", note || "The reasoning has no line on this page."));
+  meter.append(bar, made("span", "", `score ${result.relevance_score.toFixed(3)}${hasScores ? "" : ", from the rank alone"}`));
+  words.append(made("h3", "", page.name), meter);
+  if (result.reasoning) words.append(made("p", "says", result.reasoning));
   item.append(look, words);
   return item;
 }
@@ -147,7 +147,7 @@ function present(answered, query, shown, seconds) {
   at("asked").textContent = query;
   const pagesText = shown.length === 1 ? "1 page" : shown.length + " pages";
   at("timing").textContent = `${pagesText} in ${seconds.toFixed(1)} s · ${answered.usage.total_tokens} tokens written · ${answered.model}`;
-  at("ranked").replaceChildren(...answered.results.map((result, i) => card(result, i + 1, shown[result.index])));
+  at("ranked").replaceChildren(...answered.results.map((result, i) => card(result, i + 1, shown[result.index], answered.has_scores)));
   at("flaw").hidden = answered.defects.length === 0;
   at("defects").replaceChildren(...answered.defects.map((defect) => made("li", "", defect.replaceAll("_", " "))));
   at("reasoning").textContent = answered.reasoning || "";

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import bench_serve
 import httpx
@@ -13,6 +14,7 @@ import pytest
 
 from mmr5_train.config import compose_stage
 from mmr5_train.ranking.files import InputError
+from mmr5_train.serving import server
 from mmr5_train.serving.server import listen, read_key
 from mmr5_train.serving.settings import API_KEY, Limits, ServeConfig
 
@@ -37,11 +39,16 @@ def test_the_config_file_holds_the_defaults():
         compose_stage(ServeConfig, "serve", ["checkpoint=x", "folder=nowhere"])
 
 
-def test_a_checkpoint_that_is_none_ends_the_server(tmp_path):
-    ended = serve(f"checkpoint={tmp_path}")
-    assert ended.returncode == 2
-    assert "holds no config.json, so it is no checkpoint" in ended.stderr
-    assert "Traceback" not in ended.stderr
+def test_a_checkpoint_that_is_none_ends_the_server(monkeypatch, capfd):
+    def load():
+        raise InputError("outputs/typo: no such checkpoint folder")
+
+    monkeypatch.setattr(server, "signal", Mock())  # the handlers of the test run stay
+    with pytest.raises(InputError, match="no such checkpoint folder"):
+        server.run(ServeConfig(checkpoint="outputs/typo", port=0), load)
+    said = capfd.readouterr()
+    assert said.out.startswith("serve: outputs/typo at http://127.0.0.1:")
+    assert "Traceback" not in said.err
 
 
 def test_a_port_that_is_taken():

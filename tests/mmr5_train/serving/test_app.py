@@ -39,6 +39,7 @@ def test_pages_come_back_in_order(served, route):
         {"total_tokens": 7},
         ["no_think"],
     )
+    assert answered["has_scores"] is True
     assert answered["id"].startswith("rerank-")
 
 

@@ -67,6 +67,8 @@ def test_a_reader_ranks_a_pdf_and_a_picture(browser, files, served):
     browser.press("Enter", 13, "\r")
     browser.until("document.querySelectorAll('#ranked > li').length === 3")
     assert texts(browser, "#ranked h3") == [f"{NASTY}.png", "report.pdf, page 1", "report.pdf, page 2"]
+    assert texts(browser, "#pages .number") == ["page 1", "page 2", f"{NASTY}.png"]
+    assert texts(browser, "#ranked .meter")[0].startswith("score 0.")
     assert texts(browser, "#ranked .rank") == ["1", "2", "3"]
     assert texts(browser, "#ranked .says")[0].startswith("<b>page 2</b> is")
     assert texts(browser, "#asked") == [f"Which page is red? {NASTY}"]

@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import base64
 import io
+import itertools
 import json
 import os
 import platform
@@ -32,10 +33,14 @@ import httpx
 import psutil
 from PIL import Image
 
+from data_construction.corpus.drawing import draw_page
+from data_construction.corpus.synthetic import make_document
 from mmr5_train.ranking.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = 5
+PAGES = 5  # of a good request
+QUESTIONS = 20  # different good requests of the load
+JSON = {"Content-Type": "application/json"}
 MEMORY_SAMPLES = 12
 
 
@@ -49,7 +54,7 @@ class Malformed:
     body: bytes
     path: str = "/v1/rerank"
     method: str = "POST"
-    headers: dict[str, str] = field(default_factory=lambda: {"Content-Type": "application/json"})
+    headers: dict[str, str] = field(default_factory=lambda: JSON)
 
 
 def malformed_kinds(body_mb: float = 32, pages: int = 50, query_chars: int = 2000) -> list[Malformed]:
@@ -112,7 +117,7 @@ def malformed_kinds(body_mb: float = 32, pages: int = 50, query_chars: int = 200
         Malformed("another content type", 415, "Content-Type", asked(), headers={"Content-Type": "text/plain"}),
         Malformed("no content type", 415, "Content-Type", asked(), headers={}),
         Malformed("a compressed body", 415, "Content-Encoding", asked(),
-                  headers={"Content-Type": "application/json", "Content-Encoding": "gzip"}),
+                  headers=JSON | {"Content-Encoding": "gzip"}),
         Malformed("another method", 405, "POST", b"", method="GET"),
         Malformed("another path", 404, "no such path", asked(), path="/v1/rerankk/../%00"),
         Malformed("no PDF", 422, "no PDF", b"hello", "/pages", headers={"Content-Type": "application/pdf"}),
@@ -121,10 +126,14 @@ def malformed_kinds(body_mb: float = 32, pages: int = 50, query_chars: int = 200
     ]  # fmt: skip
 
 
-def encoded(kind: str, size: tuple[int, int] = (90, 120), color: str | tuple[int, int, int] = "red") -> bytes:
+def encoded(kind: str, size: tuple[int, int] = (90, 120), color: str = "red") -> bytes:
     """A picture with some content: one plain colour would still be whole when cut in half."""
     image = Image.effect_noise(size, 60).convert("RGB")
     image.paste(color, (0, 0, size[0], size[1] // 2))
+    return saved(image, kind)
+
+
+def saved(image: Image.Image, kind: str) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind)
     return stream.getvalue()
@@ -176,10 +185,12 @@ def fault(kind: Malformed, response: httpx.Response) -> str | None:
     return None
 
 
-def good_request(pages: int = PAGES) -> dict[str, Any]:
-    colors = [(40 * i % 256, 90, 200 - 30 * i % 200) for i in range(pages)]
-    documents = [data_url(encoded("JPEG", (600, 800), color), "image/jpeg") for color in colors]
-    return {"query": "Which page shows a red bar chart about water use?", "documents": documents}
+def good_request(index: int = 0, pages: int = PAGES) -> dict[str, Any]:
+    """A question about the first pages of synthetic document number `index`, which no corpus of the demo holds."""
+    document = make_document(index, seed=999)
+    drawn = [draw_page(page) for page in document.pages[:pages]]
+    pictures = [data_url(saved(page, "JPEG"), "image/jpeg") for page in drawn]
+    return {"query": document.questions[0]["Q"], "documents": pictures}
 
 
 def ask_once(base_url: str) -> httpx.Response:
@@ -188,7 +199,7 @@ def ask_once(base_url: str) -> httpx.Response:
 
 async def load(base_url: str, pid: int, clients: int, seconds: float) -> dict[str, Any]:
     """`clients` at once for `seconds`. Latencies in seconds, memory in MiB."""
-    body = json.dumps(good_request()).encode()
+    bodies = itertools.cycle([json.dumps(good_request(i)).encode() for i in range(QUESTIONS)])
     latencies: list[float] = []
     failures: Counter[int] = Counter()
     memory: list[dict[str, float]] = []
@@ -198,7 +209,7 @@ async def load(base_url: str, pid: int, clients: int, seconds: float) -> dict[st
     async def one_client(client: httpx.AsyncClient) -> None:
         while time.perf_counter() - start < seconds:
             sent = time.perf_counter()
-            response = await client.post("/v1/rerank", content=body, headers={"Content-Type": "application/json"})
+            response = await client.post("/v1/rerank", content=next(bodies), headers=JSON)
             if response.status_code == 200:
                 latencies.append(time.perf_counter() - sent)
             else:

@@ -78,7 +78,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path):
 def test_a_trained_checkpoint_is_served_and_stops_when_told(guessing_model, page_folder):
     options = ("name=guesser", f"folder={page_folder}", "max_new_tokens=24")
     with bench_serve.started_server(str(guessing_model), *options) as (url, process):
-        body = bench_serve.good_request(2) | {"model": "guesser", "return_reasoning": True}
+        body = bench_serve.good_request(pages=2) | {"model": "guesser", "return_reasoning": True}
         body["documents"].append({"image": "page-0.png"})
         answered = httpx.post(f"{url}/v1/rerank", json=body, timeout=60, trust_env=False)
         assert answered.status_code == 200, answered.text

@@ -58,6 +58,7 @@ const asDataUrl = (file) => new Promise((resolve, reject) => {
 });
 
 async function take(files) {
+  if (running) return;
   const notes = [];
   await busy(async (show, signal) => {
     for (const file of files) {

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mmr5_train.ranking.results import RankedResults
 from mmr5_train.serving.errors import RequestError, shown
 from mmr5_train.serving.pictures import read_document
-from mmr5_train.serving.settings import Limits
+from mmr5_train.serving.settings import MB, Limits
 
 # Fields of other services' requests that say how text is cut, or who asks: nothing depends on them here.
 WITHOUT_EFFECT = ("max_chunks_per_doc", "max_tokens_per_doc", "priority", "truncate_prompt_tokens", "user")
@@ -56,6 +56,9 @@ def read_question(body: bytes, limits: Limits, name: str, folder: Path | None) -
         data, echo = read_document(document, f"documents[{i}]", limits, folder)
         pages.append(data)
         echoes.append(echo)
+        if sum(map(len, pages)) > limits.body_mb * MB:  # by paths into the folder a small body can name much
+            message = f"documents: the first {i + 1} pictures are more than {limits.body_mb:g} MB; send fewer"
+            raise RequestError(422, "pictures_too_large", message, param="documents")
     return Question(
         query=request.query,
         pages=pages,

@@ -9,6 +9,7 @@ import time
 import bench_serve
 import httpx
 import pytest
+from PIL import Image
 from rerank_server import FakeRanker, serving, until
 
 RED, GREEN, BLUE = (bench_serve.data_url(bench_serve.encoded("PNG", color=c)) for c in ("red", "green", "blue"))
@@ -103,6 +104,7 @@ def test_pages_of_a_folder(tmp_path):
     (folder / "inside.png").symlink_to(folder / "doc/page-2.png")
     (folder / "round.png").symlink_to(folder / "round.png")
     (folder / "large.png").write_bytes(bytes(1_500_000))
+    Image.effect_noise((800, 800), 60).save(folder / "noisy.png")
     os.mkfifo(folder / "pipe.png")
     with serving(folder=folder, limits={"body_mb": 1}) as here:
         documents = [{"image": "doc/page-2.png"}, "doc/page 1.png", "file:doc/page%201.png", "inside.png"]
@@ -136,6 +138,8 @@ def test_pages_of_a_folder(tmp_path):
             assert response.status_code == 422, path
             assert error_of(response)["code"] == ("invalid_character" if "\ud800" in path else "not_a_picture")
         assert error_of(here.ask("red?", ["large.png"]))["code"] == "picture_too_large"
+        assert here.ask("red?", ["noisy.png"]).status_code == 200
+        assert error_of(here.ask("red?", ["noisy.png"] * 3))["code"] == "pictures_too_large"
         assert "not fetched" in error_of(here.ask("red?", ["https://example.com/page.png"]))["message"]
 
 

@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test bench-grpo bench-data bench-train lint format lock clean
+.PHONY: help setup demo test bench-grpo bench-data bench-train bench-serve lint format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make bench-grpo     time GRPO with shared prompts beside TRL's trainer, write outputs/bench/grpo.json"
 	@echo "make bench-data     time the data stages, and kill them while calls fail, write outputs/bench/data.json"
 	@echo "make bench-train    time SFT beside a bare TRL script, and two processes beside one, write outputs/bench/train.json"
+	@echo "make bench-serve    the server under load and under malformed requests, write outputs/bench/serve.json"
 	@echo "make lint           ruff (lint, format) and mypy"
 	@echo "make format         let ruff rewrite what it can"
 	@echo "make setup          make .venv and install (the other targets do it too)"
@@ -49,6 +50,9 @@ bench-data: setup
 
 bench-train: setup
 	$(BIN)/python scripts/bench_train.py
+
+bench-serve: setup
+	$(BIN)/python scripts/bench_serve.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -89,9 +89,9 @@ def read_settings(checkpoint: str | Path) -> RerankerSettings | None:
 
     Raises `InputError` where they can't be read.
     """
+    source = str(checkpoint) if is_adapter(checkpoint) else resolve_checkpoint(checkpoint)
     try:
-        source = TINY if str(checkpoint) == "tiny" else checkpoint
-        found = cached_file(str(source), SETTINGS, _raise_exceptions_for_missing_entries=False)
+        found = cached_file(source, SETTINGS, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
         raise _not_loaded(str(checkpoint), SETTINGS, error) from None
     if found is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = {f"mmr5_train.{name}" for name in ("sft", "grpo", "select", "evaluate", "report", "tables")}
+STAGES = {f"mmr5_train.{name}" for name in ("sft", "grpo", "select", "evaluate", "report", "serve", "tables")}
 STAGES |= {f"data_construction.{name}" for name in ("candidates", "traces", "report")}
 FILES = sorted([*ROOT.glob("mmr5_train/**/*.py"), *ROOT.glob("data_construction/**/*.py")])
 
@@ -54,7 +54,13 @@ def test_shared_prefixes_can_be_lifted_out():
 
 @pytest.mark.parametrize(
     "module",
-    ["mmr5_train.ranking.scoring", "mmr5_train.select", "mmr5_train.tables", "data_construction.candidates"],
+    [
+        "mmr5_train.ranking.scoring",
+        "mmr5_train.select",
+        "mmr5_train.serving.server",
+        "mmr5_train.tables",
+        "data_construction.candidates",
+    ],
 )
 def test_no_torch_is_loaded(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

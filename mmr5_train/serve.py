@@ -1,0 +1,39 @@
+"""A reranker behind HTTP: an API as hosted rerank services have it, and a web page to try it on your own PDF.
+
+    python -m mmr5_train.serve checkpoint=outputs/grpo/model          # then open http://127.0.0.1:8000
+    MMR5_API_KEY=… python -m mmr5_train.serve checkpoint=… host=0.0.0.0 port=8080 folder=outputs/data/pages
+
+It writes nothing. The model is loaded while the server already answers (/health says which); requests that come
+together are ranked together. docs/serving.md has the requests, the limits and what is refused.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from mmr5_train.config import run_stage
+from mmr5_train.ranking.files import InputError
+from mmr5_train.serving.batching import Ranker
+from mmr5_train.serving.settings import ServeConfig
+
+
+def main(config: ServeConfig) -> None:
+    try:
+        from mmr5_train.serving.server import run
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "starlette", "uvicorn"):
+            raise
+        raise InputError(f"serve needs {error.name}: pip install 'mmr5-train[serve]'") from None
+    run(config, partial(load_reranker, config))
+
+
+def load_reranker(config: ServeConfig) -> Ranker:
+    from mmr5_train.reranker import Reranker  # torch takes seconds, in which the server already answers
+
+    chosen = config.model_dump(include={"mode", "max_new_tokens", "window", "stride", "batch_size"})
+    options = {name: value for name, value in chosen.items() if value is not None}
+    return Reranker(config.checkpoint, prompt=config.prompt, **options)
+
+
+if __name__ == "__main__":
+    run_stage(main, ServeConfig, "serve")

@@ -11,13 +11,16 @@ a listwise loss: cross-entropy with targets that fall geometrically with the ran
 trains such scores from a teacher's ranking). What its thought said of each page, that it helps or not, is taught
 at the page's own last token, before any thought: the order follows from that. And its completions are taught
 again, so that one checkpoint serves the modes `reason` and `logits`. Writes what sft writes.
+
+What was answered on n pages holds for any of them, in any order of the prompt: `variants` of each answer are taught.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +53,9 @@ from mmr5_train.models.watching import FiniteSFTTrainer, HeldOutConfig, held_out
 from mmr5_train.ranking.answer import parse_answer
 from mmr5_train.ranking.files import InputError, read_records, write_manifest
 from mmr5_train.ranking.metrics import is_complete
-from mmr5_train.ranking.notes import described_note, split_notes, verdict
-from mmr5_train.ranking.prompt import Prompt, with_images
-from mmr5_train.ranking.records import Ranking
+from mmr5_train.ranking.notes import described_note, join_notes, split_notes, verdict
+from mmr5_train.ranking.prompt import Prompt, render_completion, with_images
+from mmr5_train.ranking.records import Candidate, LocalId, Ranking
 
 UNSAID = -100  # the verdict on a page of which the thought says nothing
 
@@ -62,6 +65,9 @@ class DistillStage(StageConfig):
 
     data: Path = Field(description="rankings of the reasoning model, as evaluate writes them")
     limit: int | None = Field(default=None, gt=0, description="use the first so many")
+    variants: int = Field(
+        ge=1, description="prompts made of each answer: its own, and some of its pages, shuffled"
+    )
     decay: float = Field(gt=0, lt=1, description="how much less a page's target is than that of the one before it")
     listwise: float = Field(gt=0, description="weight of the listwise loss; that of the completions has 1")
     kept: float = Field(gt=0, le=1, description="share of each batch whose completions are taught again")
@@ -70,6 +76,17 @@ class DistillStage(StageConfig):
     prompt: Prompt
     heldout: HeldOutConfig | None = None
     trainer: dict[str, Any] = Field(description="fields of trl.SFTConfig")
+
+
+@dataclass(frozen=True)
+class Taught:
+    """One prompt, and what is taught on it. All of it refers to the pages in the order of the prompt."""
+
+    query: str
+    shown: tuple[Candidate, ...]
+    order: tuple[LocalId, ...]
+    verdicts: tuple[int, ...]  # of each page: 0 that it helps, 1 that it does not, else UNSAID
+    completion: str
 
 
 @dataclass
@@ -155,8 +172,9 @@ def verdict_loss(logits_P2: Tensor, verdicts_P: Tensor) -> Tensor:
 
 def main(config: DistillStage) -> None:
     rankings = read_taught(config)
+    taught = [one for ranking in rankings for one in variants(ranking, config.variants, config.seed)]
     processor = load_processor(config.model)
-    readout = make_readout(processor, rankings, config.data)
+    readout = make_readout(processor, max(len(one.shown) for one in taught), config.data)
     arguments = trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=config.model)
     watch = held_out(config.heldout, arguments, processor, config.prompt, True)
     settings, inputs = run_settings(config), [config.data, Path(config.model.path)]
@@ -168,7 +186,7 @@ def main(config: DistillStage) -> None:
         trainer = DistillTrainer(
             model=load_model(config.model),
             args=arguments,
-            train_dataset=taught_dataset(rankings, config, processor),
+            train_dataset=taught_dataset(taught, config, processor),
             data_collator=Collator(processor, completions, config.decay, config.kept),  # type: ignore[arg-type]
             processing_class=processor,
             peft_config=lora_config(config.model),
@@ -181,13 +199,15 @@ def main(config: DistillStage) -> None:
     save_result(trainer, processor, config.model, config.prompt, True, config.out)
     if trainer.accelerator.is_main_process:
         steps = trainer.state.global_step
-        counts = {"rankings": len(rankings), "steps": steps, "trained_parameters": trained}
+        counts = {"rankings": len(rankings), "prompts": len(taught), "steps": steps, "trained_parameters": trained}
         counts |= {"processes": trainer.accelerator.num_processes} | best_counts(trainer)
         values = config.model_dump(mode="json")
         write_manifest(config.out, stage="distill", config=values, inputs=[config.data], counts=counts)
         losses = [entry["listwise_loss"] for entry in trainer.state.log_history if "listwise_loss" in entry]
         learned = f"listwise loss {losses[0]:.3f} → {losses[-1]:.3f}, " if losses else ""
-        print(f"distill: {len(rankings)} rankings, {steps} steps, {learned}in {config.out / MODEL}")
+        print(
+            f"distill: {len(taught)} prompts of {len(rankings)} rankings, {steps} steps, {learned}in {config.out / MODEL}"
+        )
 
 
 def read_taught(config: DistillStage) -> list[Ranking]:
@@ -203,12 +223,11 @@ def read_taught(config: DistillStage) -> list[Ranking]:
     return whole[: config.limit]
 
 
-def make_readout(processor: Any, rankings: Sequence[Ranking], data: Path) -> Readout:
-    """The tokens of the processor's vocabulary that speak for pages.
+def make_readout(processor: Any, most: int, data: Path) -> Readout:
+    """The tokens of the processor's vocabulary that speak for pages, at most `most` in a prompt.
 
     Raises `InputError` where prompts hold more pages than the ids' first tokens tell apart.
     """
-    most = max(len(ranking.shown) for ranking in rankings)
     identifiers = identifier_ids(processor.tokenizer, most)
     if len(identifiers) < most:
         raise InputError(
@@ -221,25 +240,47 @@ def make_readout(processor: Any, rankings: Sequence[Ranking], data: Path) -> Rea
     return Readout(torch.tensor(identifiers), torch.tensor(pair), end)
 
 
-def verdicts_of(ranking: Ranking) -> list[int]:
-    """What the thought says of each page: 0 that it helps, 1 that it does not, else `UNSAID`."""
-    n = len(ranking.shown)
-    notes = split_notes(parse_answer(ranking.greedy.completion, n).think or "")
-    said = [verdict(notes.get(i, "")) for i in range(1, n + 1)]
-    return [UNSAID if helps is None else int(not helps) for helps in said]
+def variants(ranking: Ranking, count: int, seed: int) -> Iterator[Taught]:
+    """The answer as it was given, and `count` − 1 times for some of its pages, at least two, in an order drawn by seed.
+
+    Where the thought is more than a note on each page it can't be divided, and the answer stays alone.
+    """
+    think = parse_answer(ranking.greedy.completion, len(ranking.shown)).think or ""
+    notes, places = split_notes(think), range(1, len(ranking.shown) + 1)
+    yield _part(ranking, notes, list(places), ranking.greedy.completion)
+    if think != join_notes([notes.get(i, "") for i in places]) or len(places) < 2:
+        return
+    rng = random.Random(f"{seed}/{ranking.query_id}")
+    for _ in range(count - 1):
+        chosen = rng.sample(places, rng.randint(2, len(places)))
+        part = _part(ranking, notes, chosen, "")
+        own = render_completion(join_notes([notes[i] for i in chosen]), part.order)
+        yield replace(part, completion=own)
 
 
-def taught_dataset(rankings: Sequence[Ranking], config: DistillStage, processor: Any) -> Dataset:
-    """The model's own completions, and the orders in them."""
+def _part(ranking: Ranking, notes: Mapping[int, str], chosen: Sequence[int], completion: str) -> Taught:
+    """What was said of the pages at some places of the prompt, as if these were all, in this order."""
+    now = {place: LocalId(i) for i, place in enumerate(chosen, 1)}
+    said = [verdict(notes.get(place, "")) for place in chosen]
+    return Taught(
+        query=ranking.query,
+        shown=tuple(ranking.shown[place - 1] for place in chosen),
+        order=tuple(now[place] for place in ranking.greedy.order if place in now),
+        verdicts=tuple(UNSAID if helps is None else int(not helps) for helps in said),
+        completion=completion,
+    )
+
+
+def taught_dataset(taught: Sequence[Taught], config: DistillStage, processor: Any) -> Dataset:
     rows = [
         {
-            "completion": [{"role": "assistant", "content": ranking.greedy.completion}],
-            "order": list(ranking.greedy.order),
-            "verdicts": verdicts_of(ranking),
+            "completion": [{"role": "assistant", "content": one.completion}],
+            "order": list(one.order),
+            "verdicts": list(one.verdicts),
         }
-        for ranking in rankings
+        for one in taught
     ]
-    queries, shown = [ranking.query for ranking in rankings], [ranking.shown for ranking in rankings]
+    queries, shown = [one.query for one in taught], [one.shown for one in taught]
     return prompt_dataset(rows, queries, shown, config.data.parent, config.prompt, processor)
 
 

@@ -8,10 +8,13 @@ from made_up import make_evaluation
 
 from mmr5_train import distill
 from mmr5_train.config import compose_stage
-from mmr5_train.distill import UNSAID, listwise_loss, targets, verdict_loss, verdicts_of
+from mmr5_train.distill import UNSAID, listwise_loss, targets, variants, verdict_loss
 from mmr5_train.models.answering import identifier_ids
+from mmr5_train.ranking.answer import parse_answer, read_answer
 from mmr5_train.ranking.files import InputError, read_records, write_records
 from mmr5_train.ranking.metrics import is_complete
+from mmr5_train.ranking.notes import join_notes, split_notes
+from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.ranking.records import Ranking
 from mmr5_train.reranker import Reranker
 
@@ -55,14 +58,38 @@ def test_verdicts_that_were_not_given_do_not_count():
     assert verdict_loss(logits, torch.tensor([UNSAID] * 3)).item() == 0
 
 
-def test_the_verdicts_are_those_of_the_thought(rankings):
-    ranking = read_records(rankings, Ranking)[0]
-    n = len(ranking.shown)
-    said = [f"Image {i}: a table, so it {'helps' if i == 2 else 'does not help'}." for i in range(1, n)]
-    completion = f"<think>{chr(10).join(said)}</think><answer>[]</answer>"
-    answered = ranking.greedy.model_copy(update={"completion": completion})
-    found = verdicts_of(ranking.model_copy(update={"greedy": answered}))
-    assert found == [1, 0, *[1] * (n - 3), UNSAID]
+@pytest.fixture
+def ranking(rankings):
+    """Five pages, of which the third helps."""
+    one = read_records(rankings, Ranking)[0]
+    notes = [f"a table of {i}, so it {'helps' if i == 3 else 'does not help'}." for i in range(1, 6)]
+    completion = render_completion(join_notes(notes), [3, 1, 2, 4, 5])
+    return one.model_copy(update={"greedy": read_answer(completion, 5)})
+
+
+def test_an_answer_holds_for_some_of_its_pages_in_any_order(ranking):
+    own, *others = variants(ranking, 40, seed=1)
+    assert (own.shown, own.order, own.completion) == (ranking.shown, (3, 1, 2, 4, 5), ranking.greedy.completion)
+    assert own.verdicts == (1, 1, 0, 1, 1)
+    assert len({one.shown for one in others}) > 30
+    assert {len(one.shown) for one in others} == {2, 3, 4, 5}
+    for one in others:
+        places = [ranking.shown.index(page) + 1 for page in one.shown]
+        assert [places[i - 1] for i in one.order] == [place for place in (3, 1, 2, 4, 5) if place in places]
+        assert one.verdicts == tuple(int(place != 3) for place in places)
+        notes = split_notes(parse_answer(one.completion, len(places)).think)
+        assert [notes[i].split(",")[0] for i in range(1, len(places) + 1)] == [f"a table of {p}" for p in places]
+        assert read_answer(one.completion, len(places)).order == one.order
+    assert others == list(variants(ranking, 40, seed=1))[1:]
+    assert others != list(variants(ranking, 40, seed=2))[1:]
+
+
+def test_a_thought_that_is_not_page_by_page_stays_whole(ranking):
+    completion = "<think>Page 3 has the total. The others don't help.</think><answer>[3, 1, 2, 4, 5]</answer>"
+    refined = ranking.model_copy(update={"greedy": read_answer(completion, 5)})
+    [own] = variants(refined, 4, seed=1)
+    assert own.completion == completion
+    assert own.verdicts == (UNSAID,) * 5
 
 
 def test_it_learns_and_leaves_a_checkpoint_that_scores(rankings, tmp_path, capsys):
@@ -71,7 +98,8 @@ def test_it_learns_and_leaves_a_checkpoint_that_scores(rankings, tmp_path, capsy
     for name in ("listwise_loss", "verdict_loss"):
         assert history[-1][name] < 0.8 * history[0][name], name
     whole = [ranking for ranking in read_records(rankings, Ranking) if is_complete(ranking.greedy)]
-    assert f"distill: {len(whole)} rankings, 8 steps, listwise loss" in capsys.readouterr().out
+    said = f"distill: {4 * len(whole)} prompts of {len(whole)} rankings, 8 steps, listwise loss"
+    assert said in capsys.readouterr().out
     pages = [rankings.parent / page.image for page in whole[0].shown]
     assert Reranker(tmp_path / "out/model", mode="logits").rank(whole[0].query, pages).has_scores
     assert Reranker(tmp_path / "out/model").mode == "reason"
@@ -94,7 +122,7 @@ def test_the_scores_are_read_where_they_are_taught(rankings, tiny, prompt, proce
 
     config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}"])
     whole = read_records(rankings, Ranking)[:2]
-    dataset = taught_dataset(whole, config, processor)
+    dataset = taught_dataset([next(variants(ranking, 1, 0)) for ranking in whole], config, processor)
     begun = Collator(processor, lambda rows: {}, config.decay, config.kept)([dataset[0], dataset[1]])["begun"]
     pages = [load_pages(ranking.shown, rankings.parent, processor) for ranking in whole]
     asked = with_list_open(

@@ -12,7 +12,8 @@ trains such scores from a teacher's ranking). What its thought said of each page
 at the page's own last token, before any thought: the order follows from that. And its completions are taught
 again, so that one checkpoint serves the modes `reason` and `logits`. Writes what sft writes.
 
-What was answered on n pages holds for any of them, in any order of the prompt: `variants` of each answer are taught.
+What was answered on n pages holds for any of them, in any order of the prompt: so each answer is taught in several
+`variants`.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def main(config: DistillStage) -> None:
             model=load_model(config.model),
             args=arguments,
             train_dataset=taught_dataset(taught, config, processor),
-            data_collator=Collator(processor, completions, config.decay, config.kept),  # type: ignore[arg-type]
+            data_collator=Collator(processor, completions, config.decay, config.kept),
             processing_class=processor,
             peft_config=lora_config(config.model),
         )
@@ -205,9 +206,8 @@ def main(config: DistillStage) -> None:
         write_manifest(config.out, stage="distill", config=values, inputs=[config.data], counts=counts)
         losses = [entry["listwise_loss"] for entry in trainer.state.log_history if "listwise_loss" in entry]
         learned = f"listwise loss {losses[0]:.3f} → {losses[-1]:.3f}, " if losses else ""
-        print(
-            f"distill: {len(taught)} prompts of {len(rankings)} rankings, {steps} steps, {learned}in {config.out / MODEL}"
-        )
+        made = f"{len(taught)} prompts of {len(rankings)} rankings, {steps} steps"
+        print(f"distill: {made}, {learned}in {config.out / MODEL}")
 
 
 def read_taught(config: DistillStage) -> list[Ranking]:
@@ -241,7 +241,7 @@ def make_readout(processor: Any, most: int, data: Path) -> Readout:
 
 
 def variants(ranking: Ranking, count: int, seed: int) -> Iterator[Taught]:
-    """The answer as it was given, and `count` − 1 times for some of its pages, at least two, in an order drawn by seed.
+    """The answer as it was given, and `count` − 1 times for some of its pages, at least two, in a drawn order.
 
     Where the thought is more than a note on each page it can't be divided, and the answer stays alone.
     """

@@ -3,9 +3,10 @@
     python scripts/bench_rerank.py --checkpoint outputs/demo/distill/model \
         --data outputs/demo/data/heldout.jsonl        # make bench-rerank; writes outputs/bench/rerank.json
 
-The *plain loop* is what MM-R5's own inference does: one question after another, `generate` as transformers has it, each
-page opened as it is needed. Here with the same model, pages, prompt and number of tokens, greedily. The modes are asked
-through `Reranker.rank_many`. All in one process, in turn, so that a slow minute is everyone's; medians of the repeats.
+The *plain loop* is what MM-R5's own inference does: one question after another, `generate` as transformers has it,
+each page opened as it is needed. Here with the same model, pages, prompt and number of tokens, greedily. The modes
+are asked through `Reranker.rank_many`. All in one process, in turn, so that a slow minute is everyone's; medians of
+the repeats.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ def main() -> None:
     write_json(args.out, {"questions": len(tasks), "batch_size": args.batch_size, "rows": rows})
     for row in rows:
         print(
-            f"{row['way']:<11} {row['questions_per_s']:>7.2f} questions/s   {row['times_the_plain_loop']:>6.2f} ×   "
-            f"recall@1 {row['recall@1']:.3f}"
+            f"{row['way']:<11} {row['questions_per_s']:>7.2f} questions/s   {row['times_the_plain_loop']:>6.2f} ×"
+            f"   recall@1 {row['recall@1']:.3f}"
         )
 
 

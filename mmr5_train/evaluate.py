@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_serializer, field_validator
 from tqdm import tqdm
 
 from mmr5_train.config import StageConfig, run_stage
@@ -104,6 +104,12 @@ class EvaluateStage(StageConfig):
         if not isinstance(systems, dict):
             return {} if systems is None else systems  # Hydra adds names to a null, not to an empty dict
         return {name: {"checkpoint": one} if isinstance(one, str) else one for name, one in systems.items()}
+
+    @field_serializer("systems")
+    def _as_told(self, systems: dict[str, System]) -> dict[str, Any]:
+        """What was given, without defaults: what is not given is the stage's."""
+        told = {name: system.model_dump(mode="json", exclude_unset=True) for name, system in systems.items()}
+        return {name: one["checkpoint"] if one.keys() == {"checkpoint"} else one for name, one in told.items()}
 
     @field_validator("systems")
     @classmethod

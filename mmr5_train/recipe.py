@@ -26,7 +26,7 @@ from pydantic import Field
 
 from data_construction import candidates, traces
 from data_construction.corpus import synthetic
-from mmr5_train import evaluate, grpo, report, select, sft
+from mmr5_train import distill, evaluate, grpo, report, select, sft
 from mmr5_train.config import CONFIGS, StageConfig, compose_stage, run_stage
 from mmr5_train.ranking.files import RECIPE, InputError, file_hash, is_unfinished, read_manifest, write_json
 
@@ -39,7 +39,10 @@ STAGES: dict[str, tuple[Any, type[StageConfig], str]] = {
     "sft": (sft, sft.SftStage, "sft"),
     "select": (select, select.SelectStage, "select"),
     "grpo": (grpo, grpo.GrpoStage, "grpo"),
+    "teach": (evaluate, evaluate.EvaluateStage, "evaluate"),
+    "distill": (distill, distill.DistillStage, "distill"),
     "evaluate": (evaluate, evaluate.EvaluateStage, "evaluate"),
+    "modes": (evaluate, evaluate.EvaluateStage, "evaluate"),
     "report": (report, report.ReportStage, "report"),
 }
 LAUNCHED = ("sft", "grpo")
@@ -74,7 +77,7 @@ def stage_commands(config: RecipeStage) -> dict[str, list[str]]:
     told = {name: values for name in names if (values := config.stages.get(name)) is not None}
     if "report" in told:
         folders = {name: values["out"] for name, values in told.items() if "out" in values}
-        shown: dict[str, Any] = {name: folders[name] for name in ("sft", "grpo") if name in folders}
+        shown: dict[str, Any] = {name: folders[name] for name in ("sft", "grpo", "modes") if name in folders}
         data = [
             folders[name] for name in ("corpus", "heldout", "candidates", "traces", "select") if name in folders
         ]

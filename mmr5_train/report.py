@@ -28,6 +28,7 @@ from mmr5_train.ranking.files import (
 from mmr5_train.ranking.records import Page, PageId, Ranking
 from mmr5_train.reporting.answers import answer_view, cost_view, read_timing
 from mmr5_train.reporting.cases import OUTCOMES, Case, choose, make_case, outcome
+from mmr5_train.reporting.modes import modes_view
 from mmr5_train.reporting.page import picture_views, render_page, sheet_views
 from mmr5_train.reporting.pictures import Picture, inline_pictures
 from mmr5_train.reporting.views import (
@@ -51,6 +52,7 @@ class ReportStage(StageConfig):
     evaluation: Path = Field(description="folder of the evaluate stage")
     sft: Path | None = Field(default=None, description="folder of the SFT stage, for its curves")
     grpo: Path | None = Field(default=None, description="folder of the GRPO stage, for its curves")
+    modes: Path | None = Field(default=None, description="evaluation of one checkpoint asked in several ways")
     data: list[Path] = Field(default=[], description="folders of the data stages, in order, for their counts")
     questions: int = Field(default=12, ge=0, description="held-out questions shown with their pages")
 
@@ -58,13 +60,20 @@ class ReportStage(StageConfig):
 def main(config: ReportStage) -> None:
     results, rankings, pages = read_evaluation(config.evaluation)
     html, unseen = render(config, results, rankings, pages)
-    read = [path for path in (config.evaluation, config.sft, config.grpo, *config.data) if path is not None]
+    read = [
+        path
+        for path in (config.evaluation, config.sft, config.grpo, config.modes, *config.data)
+        if path is not None
+    ]
     out = open_output(config.out, config.overwrite, inputs=read)
     with whole_file(out / "report.html") as stream:
         stream.write(html)
     inputs = [config.evaluation / "results.json", config.evaluation / "pages.jsonl"]
     inputs += [config.evaluation / "rankings" / f"{system}.jsonl" for system in rankings]
-    inputs += [path for path in [config.evaluation / "timing.json"] if path.is_file()]
+    timed = [config.evaluation / "timing.json"]
+    if config.modes is not None:
+        timed += [config.modes / "results.json", config.modes / "timing.json"]
+    inputs += [path for path in timed if path.is_file()]
     write_manifest(
         out,
         stage="report",
@@ -102,11 +111,12 @@ def render(
     images = {c.id: c.image for ranked in rankings.values() for ranking in ranked for c in ranking.shown}
     files = {page: config.evaluation / "rankings" / images[page] for case in cases for page in case.numbers}
     pictures = inline_pictures(files, PICTURE_BUDGET)
-    folders = [*config.data, config.sft, config.grpo, config.evaluation]
+    folders = [*config.data, config.sft, config.grpo, config.evaluation, config.modes]
     groups = breakdowns(results)
     training = [view for view in (training_view(config.sft, "sft"), training_view(config.grpo, "grpo")) if view]
     evaluated = read_manifest(config.evaluation)
     answers, cost = answer_view(rankings), cost_view(rankings, read_timing(config.evaluation))
+    modes = modes_view(config.modes)
     html = render_page(
         "report.html.j2",
         **headline(results),
@@ -120,11 +130,12 @@ def render(
         tally=tally,
         answers=answers,
         cost=cost,
+        modes=modes,
         label_last=label(list(rankings)[-1]),
         pictures=picture_views(pictures),
         stages=[stage_view(folder) for folder in folders if folder],
         seed=config.seed,
-        sections=_sections(groups, training=training, cases=cases, answers=answers, cost=cost),
+        sections=_sections(groups, training=training, cases=cases, answers=answers, cost=cost, modes=modes),
     )
     return html, sum(not picture.url for picture in pictures.values())
 
@@ -155,7 +166,7 @@ def _case_view(
 
 def _sections(groups: Sequence[Mapping[str, Any]], **others: Any) -> list[tuple[str, str]]:
     """(anchor, name) of the sections there are; of `others`, by anchor, those that hold something."""
-    names = {"training": "Training", "cases": "Questions", "answers": "Answers", "cost": "Cost"}
+    names = {"training": "Training", "cases": "Questions", "answers": "Answers", "cost": "Cost", "modes": "Modes"}
     sections = [("results", "Results"), *((str(g["anchor"]), str(g["title"])) for g in groups)]
     return [*sections, *((key, names[key]) for key in names if others[key]), ("made", "How it was made")]
 

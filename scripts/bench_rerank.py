@@ -5,8 +5,8 @@
 
 The *plain loop* is what MM-R5's own inference does: one question after another, `generate` as transformers has it,
 each page opened as it is needed. Here with the same model, pages, prompt and number of tokens, greedily. The modes
-are asked through `Reranker.rank_many`. All in one process, in turn, so that a slow minute is everyone's; medians of
-the repeats.
+are asked through `Reranker.rank_many`. All in one process, in turn, so that a slow minute is everyone's; medians
+of the repeats.
 """
 
 from __future__ import annotations

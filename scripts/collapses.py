@@ -98,7 +98,7 @@ def stage(name: str, out: Path, *overrides: str) -> None:
 def make_shared(folder: Path, seed: int) -> None:
     """Corpus, candidates, traces and SFT of the demo's recipe."""
     command = [sys.executable, "-m", "mmr5_train.recipe", "experiment=recommended", "size=tiny", f"seed={seed}"]
-    command += [f"out={folder}", f"shared={folder}", "leave_out=[grpo,evaluate,report]"]
+    command += [f"out={folder}", f"shared={folder}", "leave_out=[grpo,teach,distill,evaluate,modes,report]"]
     subprocess.run(command, cwd=ROOT, check=True)
 
 

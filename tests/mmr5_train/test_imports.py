@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = {f"mmr5_train.{name}" for name in ("sft", "grpo", "select", "evaluate", "report", "serve", "tables")}
+STAGES = {
+    f"mmr5_train.{name}" for name in ("sft", "grpo", "select", "distill", "evaluate", "report", "serve", "tables")
+}
 STAGES |= {f"data_construction.{name}" for name in ("candidates", "traces", "report")}
 FILES = sorted([*ROOT.glob("mmr5_train/**/*.py"), *ROOT.glob("data_construction/**/*.py")])
 

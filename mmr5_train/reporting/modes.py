@@ -1,0 +1,68 @@
+"""What the report shows of one checkpoint asked in several ways: how well it ranks, and how long that takes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from mmr5_train.reporting.answers import read_timing
+from mmr5_train.reporting.curves import PLACEHOLDERS, SERIES, STYLE, inline, show
+from mmr5_train.reporting.views import read_results
+
+FIGURE = "recall@1"
+
+
+def modes_view(folder: Path | None) -> dict[str, Any] | None:
+    """A row a mode, slowest first, and a chart of quality over time; None without a folder."""
+    if folder is None:
+        return None
+    results, timing = read_results(folder), read_timing(folder)
+    rows = [
+        {
+            "name": row["system"],
+            "value": row[FIGURE],
+            **row["intervals"][FIGURE],
+            "ms": 1000 * timing[row["system"]]["seconds_per_question"],
+            "tokens": timing[row["system"]]["tokens"],
+        }
+        for row in results["rows"]
+        if row["system"] in timing
+    ]
+    rows.sort(key=lambda row: -row["ms"])
+    return {
+        "rows": [row | {"times": rows[0]["ms"] / row["ms"], "shown_ms": show(row["ms"])} for row in rows],
+        "questions": results["questions"],
+        "ceiling": results["ceiling"][FIGURE],
+        "chart": draw(rows, results["ceiling"][FIGURE]),
+    }
+
+
+def draw(rows: Sequence[Mapping[str, Any]], ceiling: float) -> str:
+    """Recall@1 with its 95 % interval over the milliseconds of a question, as inline SVG."""
+    colors = list(PLACEHOLDERS)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 2.5))
+        axes = figure.add_axes((0.12, 0.19, 0.85, 0.77))
+        axes.set_xscale("log")
+        axes.axhline(ceiling, color=colors[1], linewidth=1, linestyle=(0, (3, 3)))
+        for place, row in enumerate(rows):
+            color = colors[2 + place % len(SERIES)]
+            axes.plot([row["ms"]] * 2, [row["low"], row["high"]], color=color, linewidth=2.4)
+            axes.plot(row["ms"], row["value"], "o", color=color, markersize=6)
+            axes.annotate(row["name"], (row["ms"], row["high"]), (0, 4), textcoords="offset points", ha="center")
+        axes.margins(x=0.2, y=0.18)
+        axes.set_xlabel("milliseconds a question")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    return inline(stream.getvalue(), "modes")

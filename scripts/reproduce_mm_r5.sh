@@ -22,6 +22,7 @@ if [[ ${1:-} == --tiny ]]; then
     export TOKENIZERS_PARALLELISM=false
     "$PYTHON" scripts/hub_server.py "${HF_ENDPOINT##*:}" & # stands in for the hub: files of a few bytes
     trap 'kill %1' EXIT
+    until (exec 3<> "/dev/tcp/127.0.0.1/${HF_ENDPOINT##*:}") 2> /dev/null; do kill -0 %1 && sleep 0.1; done
     DATA=$OUT/download
 else
     OUT=${1:-outputs/reproduce}

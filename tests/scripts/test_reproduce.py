@@ -1,4 +1,4 @@
-"""The script that reproduces MM-R5's checkpoints, every line of it, at the size of a test."""
+"""The scripts that reproduce MM-R5's checkpoints and its tables, every line of them, at the size of a test."""
 
 import os
 import socket
@@ -7,7 +7,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from mmr5_train.ranking.files import read_manifest
+from mmr5_train.ranking.files import read_manifest, read_records
+from mmr5_train.ranking.records import Ranking
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,3 +37,24 @@ def test_three_checkpoints_beside_the_published_figures(tmp_path):
         assert card.data.base_model == "tiny"
         assert card.data.eval_results
     assert (tmp_path / "out/compare/compare.html").is_file()
+
+
+def test_the_published_tables_are_filled(tmp_path):
+    command = ["scripts/reproduce_tables.sh", "--tiny", str(tmp_path / "out")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, f"{ended.stdout[-3000:]}\n{ended.stderr[-3000:]}"
+    table = (tmp_path / "out/tables/tables.md").read_text()
+    for row in ("BM25", "BM25 + MM-R5", "BM25 + SFT_only", "BM25 run", "BM25 run + MM-R5"):
+        assert f"**{row}** | measured | 12 |" in table
+    for published in ("ColQwen + MM-R5", "CLIP", "GME + MM-R5"):
+        assert f"| {published} | published | 1,658 |" in table
+    first, second = (
+        tmp_path / f"out/{name}/evaluation/rankings/first_stage.jsonl" for name in ("BM25", "BM25 run")
+    )
+    orders = [
+        [ranking.pages(ranking.greedy) for ranking in read_records(path, Ranking)] for path in (first, second)
+    ]
+    assert orders[0] == orders[1], "the run file gives the order back that it was written from"
+    again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert again.stdout.count("\n> ") == 1, "only the table is made anew"

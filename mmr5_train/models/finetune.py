@@ -30,7 +30,7 @@ from mmr5_train.models.checkpoints import (
     keep_names,
     last_checkpoint,
 )
-from mmr5_train.models.inputs import load_pages
+from mmr5_train.models.inputs import keep_small_pages, load_pages
 from mmr5_train.models.loading import SETTINGS, ModelConfig, load_merged, load_model
 from mmr5_train.models.watching import HELD_OUT, HeldOut
 from mmr5_train.ranking.files import InputError, whole_folder, write_json
@@ -53,7 +53,7 @@ def prompt_dataset(
 ) -> Dataset:
     """A data set in TRL's prompt format: `rows` with "prompt" (messages) and "images" added as they are read.
 
-    Pages are opened when a row is used, so that a corpus larger than memory can be trained on.
+    Pages are opened when a row is used, so that a corpus larger than memory can be trained on; small ones now.
     """
 
     def read(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -62,6 +62,7 @@ def prompt_dataset(
         batch["images"] = [load_pages(shown[i], folder, processor) for i in indices]
         return batch
 
+    keep_small_pages((page for pages in shown for page in pages), folder, processor)
     return Dataset.from_list([{**row, "index": i} for i, row in enumerate(rows)]).with_transform(read)
 
 

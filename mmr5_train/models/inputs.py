@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from transformers import BatchFeature
 
-from mmr5_train.models.loading import load_page
+from mmr5_train.models.loading import KEPT_PAGES, is_small, load_page
 from mmr5_train.ranking.files import InputError
 from mmr5_train.ranking.prompt import Prompt, build_messages, with_images
 from mmr5_train.ranking.records import Candidate
@@ -27,6 +28,15 @@ def check_images(shown: Iterable[Candidate], folder: Path) -> None:
 def load_pages(shown: Sequence[Candidate], folder: Path, processor: Any) -> list[Image.Image]:
     """The prepared page images of `shown`, whose paths are relative to `folder`."""
     return [load_page(folder / candidate.image, processor) for candidate in shown]
+
+
+def keep_small_pages(shown: Iterable[Candidate], folder: Path, processor: Any) -> None:
+    """Opens all pages that are so small that they are kept in memory, at once: on a CPU no later step can hide it."""
+    if is_small(processor):
+        paths = {folder / candidate.image: None for candidate in shown}
+        with ThreadPoolExecutor() as pool:  # Pillow lets others work while it decodes and resizes
+            for _ in pool.map(lambda path: load_page(path, processor), list(paths)[:KEPT_PAGES]):
+                pass
 
 
 def encode(

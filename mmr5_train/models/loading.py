@@ -26,6 +26,7 @@ SETTINGS = "reranker.json"  # in a checkpoint that this project trained: its pro
 
 # A page of at most this many pixels is kept in memory once it is prepared; larger ones are read again.
 SMALL_PAGE = 64_000
+KEPT_PAGES = 8192
 
 
 class LoraChoice(BaseModel):
@@ -275,12 +276,17 @@ def load_page(path: str | Path, processor: Any) -> Image.Image:
     """A page image file, prepared for the processor. Raises `InputError` naming a file that can't be read."""
     processing = processor.image_processor
     limits = processing.size["shortest_edge"], processing.size["longest_edge"]
-    if limits[1] <= SMALL_PAGE:
+    if is_small(processor):
         return _small_page(str(path), processing.patch_size * processing.merge_size, *limits, processor)
     return prepare_page(open_image(Path(path)), processor)
 
 
-@lru_cache(maxsize=8192)
+def is_small(processor: Any) -> bool:
+    """Whether pages are so small that they are kept in memory once they are prepared."""
+    return bool(processor.image_processor.size["longest_edge"] <= SMALL_PAGE)
+
+
+@lru_cache(maxsize=KEPT_PAGES)
 def _small_page(path: str, factor: int, min_pixels: int, max_pixels: int, processor: Any) -> Image.Image:
     return prepare_page(open_image(Path(path)), processor)
 

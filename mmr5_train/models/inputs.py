@@ -31,7 +31,7 @@ def load_pages(shown: Sequence[Candidate], folder: Path, processor: Any) -> list
 
 
 def keep_small_pages(shown: Iterable[Candidate], folder: Path, processor: Any) -> None:
-    """Opens all pages that are so small that they are kept in memory, at once: on a CPU no later step can hide it."""
+    """Opens all pages that are small enough to be kept in memory, at once: on a CPU no later step can hide it."""
     if is_small(processor):
         paths = {folder / candidate.image: None for candidate in shown}
         with ThreadPoolExecutor() as pool:  # Pillow lets others work while it decodes and resizes

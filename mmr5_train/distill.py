@@ -140,7 +140,8 @@ class DistillTrainer(FiniteSFTTrainer):
         identifiers_N = self.readout.identifiers[: targets_BN.shape[1]].to(logits_BTV.device)
         listwise = listwise_loss(logits_BTV[:, -1, identifiers_N], targets_BN)
         logits_PV = logits_BTV[:, :-1][ends_BT[:, kept_T[:-1]]]
-        said = verdict_loss(logits_PV[:, self.readout.verdicts.to(logits_PV.device)], verdicts_P)
+        logits_P2 = logits_PV[:, self.readout.verdicts.to(logits_PV.device)]
+        said = verdict_loss(logits_P2, verdicts_P, ends_BT.nonzero()[:, 0])
         for name, value in (("listwise_loss", listwise), ("verdict_loss", said)):
             self._metrics["train"][name].append(self.accelerator.gather(value.detach()).mean().item())
         # Where the loss of the completions is a share of the whole step's, these are too.
@@ -165,10 +166,17 @@ def listwise_loss(logits_BN: Tensor, targets_BN: Tensor) -> Tensor:
     return -(targets_BN * log_probs_BN).sum(-1).mean()
 
 
-def verdict_loss(logits_P2: Tensor, verdicts_P: Tensor) -> Tensor:
-    """Cross-entropy of the verdicts on single pages, mean over those of which something was said; or 0."""
-    said = cross_entropy(logits_P2, verdicts_P, ignore_index=UNSAID, reduction="sum")
-    return said / (verdicts_P != UNSAID).sum().clamp(min=1)
+def verdict_loss(logits_P2: Tensor, verdicts_P: Tensor, prompts_P: Tensor) -> Tensor:
+    """Cross-entropy of the verdicts: mean over a prompt's pages of which something was said, then over prompts.
+
+    `prompts_P` is the row of the batch that each page stands in. 0 where nothing was said of any page.
+    """
+    said_P = verdicts_P != UNSAID
+    if not said_P.any():
+        return logits_P2.sum() * 0
+    pages_B = torch.bincount(prompts_P[said_P], minlength=int(prompts_P.max()) + 1)
+    losses_P = cross_entropy(logits_P2[said_P], verdicts_P[said_P], reduction="none")
+    return (losses_P / pages_B[prompts_P[said_P]]).sum() / len(pages_B)
 
 
 def main(config: DistillStage) -> None:

@@ -19,9 +19,9 @@ made() { [[ -f $1/manifest.json ]] && grep -q '"finished": true' "$1/manifest.js
 if [[ ${1:-} == --tiny ]]; then
     OUT=${2:-outputs/tables_tiny}
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-    made "$OUT/corpus" || run data_construction.corpus.synthetic out="$OUT/corpus" documents=12 overwrite=true
+    made "$OUT/corpus" || run data_construction.corpus.synthetic out="$OUT/corpus" documents=4 overwrite=true
     CORPUS=(corpus=synthetic corpus.folder="$OUT/corpus" corpus.page_cache="$OUT/pages")
-    MODEL=(model=tiny batch_size=16 max_new_tokens=64 limit=12)
+    MODEL=(model=tiny batch_size=16 max_new_tokens=64)
     # The run file of the first of these is the score file of the second.
     set -- "$OUT" BM25 "BM25 run=$OUT/BM25/evaluation/trec/first_stage.run" -- 'MM-R5=tiny' 'SFT only=tiny'
 elif [[ $# -lt 4 ]]; then
@@ -54,7 +54,7 @@ for stage in "${stages[@]}"; do
     [[ ${PROCESSES:-1} -gt 1 ]] && launch=(accelerate.commands.launch --num_processes "$PROCESSES" -m mmr5_train.evaluate)
     made "$folder/evaluation" || run "${launch[@]}" data="'$folder/candidates/heldout.jsonl'" "systems={$systems}" \
         "${MODEL[@]}" out="'$folder/evaluation'"
-    evaluations+="${evaluations:+,}'$name':'$folder/evaluation'"
+    evaluations+="${evaluations:+,}$name:'$folder/evaluation'"
 done
 run mmr5_train.tables "evaluations={$evaluations}" "rows={$rows}" out="$OUT/tables" overwrite=true
 echo "open $OUT/tables/tables.html"

@@ -52,10 +52,19 @@ def test_the_listwise_loss_is_the_cross_entropy_among_the_pages_there_are():
 
 
 def test_verdicts_that_were_not_given_do_not_count():
-    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 0.0]])
-    both = verdict_loss(logits[:2], torch.tensor([0, 1]))
-    assert verdict_loss(logits, torch.tensor([0, 1, UNSAID])).item() == pytest.approx(both.item())
-    assert verdict_loss(logits, torch.tensor([UNSAID] * 3)).item() == 0
+    logits, first = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 0.0]]), torch.tensor([0, 0, 0])
+    both = verdict_loss(logits[:2], torch.tensor([0, 1]), first[:2])
+    assert both.item() == pytest.approx(torch.tensor(1 + torch.e**-1).log().item())
+    assert verdict_loss(logits, torch.tensor([0, 1, UNSAID]), first).item() == pytest.approx(both.item())
+    assert verdict_loss(logits, torch.tensor([UNSAID] * 3), first).item() == 0
+
+
+def test_each_prompt_has_the_same_say():
+    logits, verdicts = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0, 0])
+    one, other = (torch.nn.functional.cross_entropy(logits[i : i + 1], verdicts[:1]) for i in (1, 2))
+    first = torch.nn.functional.cross_entropy(logits[:1], verdicts[:1])
+    together = verdict_loss(logits, verdicts, torch.tensor([0, 1, 1]))
+    assert together.item() == pytest.approx(((first + (one + other) / 2) / 2).item())
 
 
 @pytest.fixture

@@ -115,9 +115,7 @@ def test_bounds_that_leave_nothing_cost_no_rollouts(
 
 
 def test_what_cannot_be_asked_is_said_first(data: Path, reciting_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"reranker.json: no such file, so nothing says how the model was trained"
-    ):
+    with pytest.raises(InputError, match=r"nothing says with which prompt it was taught"):
         select(data, reciting_model, tmp_path / "out")
     (data.parent / "page-2.png").unlink()
     with pytest.raises(InputError, match=r"page-2.png: no such page image"):

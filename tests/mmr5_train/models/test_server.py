@@ -21,8 +21,8 @@ def no_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
-def behind(server, **options):
-    where = {"url": server.base_url, "model": "m", "attempts": 2} | options.pop("server", {})
+def behind(scripted, **options):
+    where = {"url": scripted.base_url, "model": "m", "attempts": 2} | options.pop("server", {})
     return Reranker("tiny", server=where, **options)
 
 

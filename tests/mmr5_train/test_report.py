@@ -115,6 +115,23 @@ def test_it_shows_what_answers_cost_as_far_as_that_is_known(page: Reader, copy: 
         write(copy, copy / "other")
 
 
+def test_it_shows_the_modes_of_one_checkpoint(folders: Path, copy: Path) -> None:
+    shutil.copytree(copy / "evaluate", copy / "modes")
+    timing = {"sft": {"seconds_per_question": 0.5, "tokens": 80.0}, "sft+grpo": {"seconds_per_question": 0.02}}
+    timing["sft+grpo"]["tokens"] = 0.0
+    write_json(copy / "modes/timing.json", timing)
+    html = write(copy, copy / "out", f"modes={copy / 'modes'}")
+    text = Reader(html).text
+    rows = {row["system"]: row for row in json.loads((copy / "modes/results.json").read_text())["rows"]}
+    slow, fast = rows["sft"]["recall@1"], rows["sft+grpo"]["recall@1"]
+    assert "Mode recall@1 Milliseconds Times as fast Completion tokens sft" in text
+    for value, rest in ((slow, "500 1.0 80"), (fast, "20.0 25.0 0")):
+        assert re.search(rf"{value:.3f} [\d.]+ to [\d.]+ {re.escape(rest)}", text), text[-3000:]
+    assert text.index("500 1.0 80") < text.index("20.0 25.0 0"), "the slowest first"
+    assert html.count("milliseconds a question") == 1
+    assert "Modes" not in Reader(write(folders, copy / "without")).text
+
+
 def test_results_of_an_older_version_are_shown(copy: Path) -> None:
     path = copy / "evaluate/results.json"
     results = json.loads(path.read_text())

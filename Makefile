@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test bench-grpo bench-data bench-train bench-serve lint format lock clean
+.PHONY: help setup demo test bench-grpo bench-data bench-train bench-serve bench-rerank lint format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make bench-data     time the data stages, and kill them while calls fail, write outputs/bench/data.json"
 	@echo "make bench-train    time SFT beside a bare TRL script, and two processes beside one, write outputs/bench/train.json"
 	@echo "make bench-serve    the server under load and under malformed requests, write outputs/bench/serve.json"
+	@echo "make bench-rerank   the reranker's modes beside a plain loop, write outputs/bench/rerank.json"
 	@echo "make lint           ruff (lint, format) and mypy"
 	@echo "make format         let ruff rewrite what it can"
 	@echo "make setup          make .venv and install (the other targets do it too)"
@@ -53,6 +54,9 @@ bench-train: setup
 
 bench-serve: setup
 	$(BIN)/python scripts/bench_serve.py
+
+bench-rerank: setup
+	$(BIN)/python scripts/bench_rerank.py
 
 lint: setup
 	$(BIN)/ruff check .

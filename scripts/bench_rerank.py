@@ -1,6 +1,6 @@
 """How fast the reranker's modes are beside the plain loop, and how well they rank.
 
-    python scripts/bench_rerank.py --checkpoint outputs/demo/distill/model \
+    python scripts/bench_rerank.py --checkpoint outputs/demo/grpo/model \
         --data outputs/demo/data/heldout.jsonl        # make bench-rerank; writes outputs/bench/rerank.json
 
 The *plain loop* is what MM-R5's own inference does: one question after another, `generate` as transformers has it,
@@ -99,7 +99,7 @@ def recall(orders: Sequence[Sequence[int]], tasks: Sequence[RankingTask]) -> flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="outputs/demo/distill/model")
+    parser.add_argument("--checkpoint", default="outputs/demo/grpo/model")
     parser.add_argument("--data", type=Path, default=Path("outputs/demo/data/heldout.jsonl"))
     parser.add_argument("--questions", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)

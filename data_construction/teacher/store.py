@@ -15,11 +15,13 @@ import secrets
 import socket
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
+
+from tenacity import retry, retry_if_exception, stop_after_delay, wait_random
 
 from mmr5_train.ranking.files import InputError
 
@@ -80,7 +82,7 @@ class AnswerStore:
                 f"{path}: can't be made or opened ({error}); give answers=… in another folder"
             ) from None
         with self._clear():
-            self._db.execute("PRAGMA journal_mode = WAL")
+            _waiting(self._db.execute, "PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
         with self._transaction():
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -214,3 +216,17 @@ class AnswerStore:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:60] + "…"
+
+
+@retry(
+    retry=retry_if_exception(lambda error: getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY),
+    wait=wait_random(0.01, 0.05),
+    stop=stop_after_delay(BUSY_SECONDS),
+    reraise=True,
+)
+def _waiting(execute: Callable[[str], Any], statement: str) -> None:
+    """Runs a statement for which SQLite's own timeout does not hold.
+
+    Two processes that change the journal mode at once would wait for each other, so one is refused right away.
+    """
+    execute(statement)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_construction.teacher.store import Answer, AnswerStore, Spent, request_key
+from data_construction.teacher.store import Answer, AnswerStore, Spent, _waiting, request_key
 from mmr5_train.ranking.files import InputError
 
 ANSWER = Answer("It shows a table.", "stop", 1300, 9)
@@ -80,6 +80,26 @@ def test_two_processes_write_at_once(path: Path):
         writer.communicate(f"{name}\n" * 300, timeout=120)
         assert writer.returncode == 0
     assert AnswerStore(path).spent("m") == Spent(600, 600, 600)
+
+
+def test_a_refusal_that_sqlite_does_not_wait_out_is_waited_out():
+    """Two processes that change the journal mode at once: one is told SQLITE_BUSY right away."""
+    busy, broken = sqlite3.OperationalError("database is locked"), sqlite3.OperationalError("disk I/O error")
+    busy.sqlite_errorcode, broken.sqlite_errorcode = sqlite3.SQLITE_BUSY, sqlite3.SQLITE_IOERR
+    said = []
+
+    def execute(statement: str) -> None:
+        said.append(statement)
+        if len(said) < 3:
+            raise busy
+        if statement == "broken":
+            raise broken
+
+    _waiting(execute, "PRAGMA journal_mode = WAL")
+    assert len(said) == 3
+    with pytest.raises(sqlite3.OperationalError, match="disk I/O"):
+        _waiting(execute, "broken")
+    assert len(said) == 4
 
 
 def test_other_settings_are_named(path: Path):

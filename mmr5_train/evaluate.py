@@ -239,12 +239,11 @@ def kept_batches(out: Path, name: str) -> dict[int, Batch]:
     for path in sorted((out / PARTIAL).glob(f"{name}.*.jsonl")):
         if re.fullmatch(re.escape(name) + r"\.\d+\.jsonl", path.name):
             for line in path.read_text(encoding="utf-8").splitlines():
-                if line.endswith("}"):
-                    try:
-                        batch = Batch.model_validate_json(line)
-                    except ValidationError:
-                        continue
-                    batches[batch.start] = batch
+                try:
+                    batch = Batch.model_validate_json(line)
+                except ValidationError:
+                    continue
+                batches[batch.start] = batch
     return batches
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from mmr5_train.ranking.files import InputError
 
 LARGEST_PAGE = 120_000_000  # pixels; a picture that claims more is refused before it is decoded
+LONGEST = 200  # times as long as wide; the models take no longer page
 DPI, MAX_SIDE = 150, 1024  # how PDF pages are rendered, as in configs/corpus/pdf_folder.yaml
 # What Pillow raises for bytes that are not an image, are cut off, or would fill the memory.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)

@@ -256,7 +256,7 @@ def _behind_server(
             "server: nothing says with which prompt and page sizes the model was taught; give the checkpoint as "
             'well (no weights are loaded), or prompt="default" and model=ModelConfig(…)'
         )
-    mode = asked["mode"] or ("direct" if settings and not settings.think else "reason")
+    mode = asked["mode"] or (settings.mode if settings else "reason")
     told = {**asked, "mode": mode, "min_pixels": sizes.min_pixels, "max_pixels": sizes.max_pixels}
     return ServerAnswerer(where, prompt, **told)
 

@@ -71,9 +71,14 @@ class Answerer:
         return Vocabulary(self.processor.tokenizer)
 
     @cached_property
+    def identifiers(self) -> list[int]:
+        """The tokens of page ids that `logits` can tell apart."""
+        return identifier_ids(self.processor.tokenizer, 100)
+
+    @property
     def most_scored(self) -> int:
-        """The most pages whose ids differ in their first token, so that `logits` can tell them apart."""
-        return len(identifier_ids(self.processor.tokenizer, 100))
+        """The most pages that `logits` takes at a time."""
+        return len(self.identifiers)
 
     def prepare(self, page: Image.Image) -> Image.Image:
         """A page as the model sees it."""
@@ -200,8 +205,7 @@ class Answerer:
                     f"mode logits: this checkpoint's tokenizer tells {self.most_scored} pages apart by their "
                     f"first token, found {len(shown)}; rank them in windows"
                 )
-            ids = identifier_ids(self.processor.tokenizer, len(shown))
-            scores = logits_BV[row, ids].softmax(-1).tolist()
+            scores = logits_BV[row, self.identifiers[: len(shown)]].softmax(-1).tolist()
             order = sorted(range(len(shown)), key=lambda i, scores=scores: -scores[i])  # type: ignore[misc]
             by_rank = tuple(scores[i] for i in order)
             ids_by_rank = tuple(LocalId(i + 1) for i in order)
@@ -242,7 +246,7 @@ def load_answerer(
         loaded.to(device).eval(),
         load_processor(config),
         prompt,
-        mode=mode or ("direct" if settings and not settings.think else "reason"),
+        mode=mode or (settings.mode if settings else "reason"),
         max_new_tokens=max_new_tokens,
         constrain=constrain,
     )

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.utils import cached_file, is_bitsandbytes_available, is_flash_attn_2_available
 
-from mmr5_train.pages import on_white, open_image
+from mmr5_train.pages import LONGEST, on_white, open_image
 from mmr5_train.ranking.files import InputError, validation_message
 from mmr5_train.ranking.prompt import Prompt
-from mmr5_train.ranking.records import Record
+from mmr5_train.ranking.records import Mode, Record
 
 TINY = Path(__file__).parent / "tiny"
 SETTINGS = "reranker.json"  # in a checkpoint that this project trained: its prompt, page sizes, dtype
@@ -79,6 +79,11 @@ class RerankerSettings(Record):
     dtype: str
     think: bool
     prompt: Prompt
+
+    @property
+    def mode(self) -> Mode:
+        """How the checkpoint is asked where nothing else is said."""
+        return "reason" if self.think else "direct"
 
     def model(self, path: str) -> ModelConfig:
         """How the checkpoint is loaded."""
@@ -246,8 +251,8 @@ def page_size(width: int, height: int, factor: int, min_pixels: int, max_pixels:
     The rule of Qwen2-VL's image processor (arXiv 2409.12191, section 2.1), which leaves such a picture as it
     is: a page is resized once, here.
     """
-    if max(width, height) > 200 * min(width, height):
-        raise InputError(f"a page of {width} × {height} pixels is too long for its width (200 : 1 at most)")
+    if max(width, height) > LONGEST * min(width, height):
+        raise InputError(f"a page of {width} × {height} pixels is too long for its width ({LONGEST} : 1 at most)")
     sized = [max(factor, round(side / factor) * factor) for side in (width, height)]
     if sized[0] * sized[1] > max_pixels:
         scale = math.sqrt(width * height / max_pixels)

@@ -21,11 +21,10 @@ from typing import Any
 
 import pypdfium2
 
-from mmr5_train.pages import DPI, MAX_SIDE, render_page
+from mmr5_train.pages import DPI, LONGEST, MAX_SIDE, render_page
 from mmr5_train.serving.settings import API_KEY
 
 JPEG_QUALITY = 90
-LONGEST = 200  # times as long as wide; the models take no longer page
 MEMORY = 3_000_000_000  # bytes that the process may map, libraries included
 
 log = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 
+from mmr5_train.pages import LONGEST
 from mmr5_train.serving.errors import RequestError, shown
 from mmr5_train.serving.settings import MB, Limits
 
@@ -21,7 +22,6 @@ from mmr5_train.serving.settings import MB, Limits
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
-LONGEST = 200  # times as long as wide; the models take no longer page
 LONGEST_PATH = 1024
 
 _DATA_URL = re.compile(

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import unset_hf_deepspeed_config
 from trl import GRPOTrainer
+from trl.trainer import utils as trl_utils
 
 from mmr5_train.models.checkpoints import (
     MarkWhole,
@@ -39,6 +40,7 @@ from mmr5_train.ranking.records import Candidate
 
 MODEL = "model"  # the folder of a stage's output that holds the merged checkpoint
 ADAPTER = "adapter"  # beside it, where LoRA was used: the adapter alone
+_compacts = trl_utils._use_triton  # TRL's own choice of devices that score no more than the labelled positions
 BEST = "best"  # beside it, where held-out questions were ranked: the checkpoint that ranked them best
 LOG_HISTORY = "log_history.json"
 
@@ -183,6 +185,15 @@ class Progress(TrainerCallback):
             self.bar.close()
 
 
+def score_labels_alone(device: torch.device) -> bool:
+    """Whether TRL's language-model head is to compute labelled positions and no others: on CPUs too.
+
+    TRL computes every position where there is no Triton, since some devices compile each new shape. On a CPU
+    that would be two fifths of a step of SFT, most of it for tokens of the prompt, which are multiplied by 0.
+    """
+    return device.type == "cpu" or _compacts(device)
+
+
 def train(
     trainer: Trainer,
     name: str,
@@ -203,6 +214,7 @@ def train(
         watch.trainer = trainer
         trainer.add_callback(watch)
     keep_names(trainer.model)
+    trl_utils._use_triton = score_labels_alone  # no setting of TRL's says it
     if isinstance(trainer, GRPOTrainer):
         trainer.add_callback(SamplerGoesOn())
     if checkpoint is not None and trainer.accelerator.is_main_process:

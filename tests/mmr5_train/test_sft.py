@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl.trainer import utils as trl_utils
 
 from mmr5_train import sft
 from mmr5_train.config import compose_stage
 from mmr5_train.models.checkpoints import last_checkpoint
 from mmr5_train.models.loading import TINY
-from mmr5_train.ranking.files import InputError, read_manifest, write_json
+from mmr5_train.ranking.files import InputError, read_manifest, read_records, write_json
+from mmr5_train.ranking.prompt import render_completion
+from mmr5_train.ranking.records import Trace
 from mmr5_train.reranker import Reranker
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +69,22 @@ def test_a_step_is_the_same_however_it_is_split(traces, tmp_path):
     losses = [[entry["loss"] for entry in history if "loss" in entry] for history in (whole, parts)]
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_head_scores_no_token_of_a_prompt(traces, tmp_path, monkeypatch):
+    scored, head = [], trl_utils._ChunkedLogProbFunction
+
+    class Counting:
+        @staticmethod
+        def apply(hidden, *rest):
+            scored.append(len(hidden))
+            return head.apply(hidden, *rest)
+
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", Counting)
+    run(traces, tmp_path / "out", "trainer.max_steps=1")
+    tokenizer = AutoProcessor.from_pretrained(TINY).tokenizer
+    texts = [render_completion(trace.think, trace.answer) for trace in read_records(traces, Trace)]
+    assert scored == [sum(len(tokenizer(f"{text}<|im_end|>\n")["input_ids"]) for text in texts)]
 
 
 def test_lora_leaves_an_adapter_and_a_merged_model(traces, tmp_path):

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import RLock
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -22,18 +24,36 @@ LONGEST = 200  # times as long as wide; the models take no longer page
 DPI, MAX_SIDE = 150, 1024  # how PDF pages are rendered, as in configs/corpus/pdf_folder.yaml
 # What Pillow raises for bytes that are not an image, are cut off, or would fill the memory.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_PDFIUM = RLock()  # it works in one thread at a time
 _PAGE = re.compile(r"page=([1-9]\d{0,5})")
 
 PageInput = str | Path | bytes | Image.Image
 
 
-def open_pages(given: Sequence[PageInput]) -> list[tuple[Any, Image.Image]]:
-    """Each page as (what it is called, its picture), in order; a PDF becomes as many as it has pages.
+def open_pages(
+    rows: Sequence[Sequence[PageInput]], prepare: Callable[[Image.Image], Image.Image]
+) -> list[list[tuple[Any, Image.Image]]]:
+    """Each row's pages as (what it is called, its picture as `prepare` makes it); a PDF becomes all of its pages.
 
-    Takes paths and file:// URLs of pictures and PDFs, the bytes of a picture, and open pictures. Raises
-    `InputError` for what can't be read, naming it, and for URLs of other machines: nothing is fetched.
+    Takes paths and file:// URLs of pictures and PDFs, the bytes of a picture, and open pictures. What stands in
+    several rows is opened once, and several are opened at a time; of each, only what `prepare` made is kept.
+    Raises `InputError` for what can't be read, naming it, and for URLs of other machines: nothing is fetched.
     """
-    return [page for i, one in enumerate(given) for page in _open_one(one, i)]
+    distinct: dict[Any, tuple[PageInput, int]] = {}
+    for row in rows:
+        for place, one in enumerate(row):
+            distinct.setdefault(_key(one), (one, place))
+
+    def open_one(job: tuple[PageInput, int]) -> list[tuple[Any, Image.Image]]:
+        return [(name, prepare(picture)) for name, picture in _open_one(*job)]
+
+    with ThreadPoolExecutor() as pool:  # Pillow lets others work while it decodes and resizes
+        opened = dict(zip(distinct, pool.map(open_one, distinct.values()), strict=True))
+    return [[page for one in row for page in opened[_key(one)]] for row in rows]
+
+
+def _key(given: PageInput) -> Any:
+    return given if isinstance(given, str | Path) else id(given)
 
 
 def _open_one(given: PageInput, place: int) -> Iterator[tuple[Any, Image.Image]]:
@@ -94,23 +114,24 @@ def open_image(source: Path | io.BytesIO, name: object = None) -> Image.Image:
 
 def render_pdf(path: Path, only: int | None = None) -> Iterator[Image.Image]:
     """The pages of a PDF as pictures, one after another, or the one with the number `only`, from 1."""
-    try:
-        pdf = pypdfium2.PdfDocument(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such PDF; mend the path") from None
-    except (OSError, pypdfium2.PdfiumError) as error:
-        raise InputError(f"{path}: not a PDF that can be opened ({one_line(error)})") from None
-    with pdf:
-        if only is not None and only > len(pdf):
-            raise InputError(f"{path}: has {len(pdf)} pages, page {only} was asked for")
-        pdf.init_forms()  # so that what was filled in is drawn
-        for number in range(len(pdf)) if only is None else [only - 1]:
-            try:
-                page = pdf[number]
-                yield render_page(page, DPI, MAX_SIDE)
-                page.close()
-            except pypdfium2.PdfiumError as error:
-                raise InputError(f"{path}: page {number + 1} can't be rendered ({one_line(error)})") from None
+    with _PDFIUM:
+        try:
+            pdf = pypdfium2.PdfDocument(path)
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such PDF; mend the path") from None
+        except (OSError, pypdfium2.PdfiumError) as error:
+            raise InputError(f"{path}: not a PDF that can be opened ({one_line(error)})") from None
+        with pdf:
+            if only is not None and only > len(pdf):
+                raise InputError(f"{path}: has {len(pdf)} pages, page {only} was asked for")
+            pdf.init_forms()  # so that what was filled in is drawn
+            for number in range(len(pdf)) if only is None else [only - 1]:
+                try:
+                    page = pdf[number]
+                    yield render_page(page, DPI, MAX_SIDE)
+                    page.close()
+                except pypdfium2.PdfiumError as error:
+                    raise InputError(f"{path}: page {number + 1} can't be rendered ({one_line(error)})") from None
 
 
 def render_page(page: pypdfium2.PdfPage, dpi: int, max_side: int) -> Image.Image:

@@ -150,9 +150,8 @@ class Reranker:
             raise InputError(f"top_k: expected at least 1, found {top_k}")
         if len(queries) != len(pages):
             raise InputError(f"pages: expected a list for each of {len(queries)} queries, found {len(pages)}")
-        opened = [open_pages(given) for given in pages]
-        prepared = [[self.answerer.prepare(picture) for _, picture in row] for row in opened]
-        ranked = self.order(queries, prepared)
+        opened = open_pages(pages, self.answerer.prepare)
+        ranked = self.order(queries, [[picture for _, picture in row] for row in opened])
         return [
             _results(query, [name for name, _ in row], found, self.answerer.mode == "reason", top_k)
             for query, row, found in zip(queries, opened, ranked, strict=True)

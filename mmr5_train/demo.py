@@ -1,4 +1,4 @@
-"""The whole pipeline, small: the recommended recipe on a synthetic corpus, and its figures in one file.
+"""The whole pipeline, small: the recommended recipe and distillation on a synthetic corpus, with its figures.
 
     make demo            or  python -m mmr5_train.demo seed=1
 
@@ -29,26 +29,48 @@ def main(config: RecipeStage) -> None:
     out = open_output(config.out, config.overwrite)
     run_commands(stage_commands(config), config)
     seconds = time.monotonic() - started
-    results = json.loads((out / "evaluation/results.json").read_text(encoding="utf-8"))
-    write_json(out / "results.json", summary(results, config.seed, seconds))
+    results, modes, timing = (
+        json.loads((out / path).read_text(encoding="utf-8"))
+        for path in ("evaluation/results.json", "modes/results.json", "modes/timing.json")
+    )
+    figures = {"seed": config.seed, "seconds": round(seconds, 1)} | summary(results) | of_modes(modes, timing)
+    write_json(out / "results.json", figures)
     shutil.copyfile(out / "report/report.html", out / "report.html")
     write_manifest(out, stage="demo", config=config.model_dump(mode="json"))
     print(f"\ndemo: {seconds:.0f} s; figures in {out / 'results.json'}")
     print(f"open {(out / 'report.html').resolve()}")
 
 
-def summary(results: dict[str, Any], seed: int, seconds: float) -> dict[str, Any]:
-    """The demo's figures: a row a system, and what GRPO changed, with paired 95 % intervals."""
-    difference = find_difference(results, "sft+grpo", "sft")
+def summary(results: dict[str, Any]) -> dict[str, Any]:
+    """A row a system, and what GRPO changed, with paired 95 % intervals."""
     return {
-        "seed": seed,
-        "seconds": round(seconds, 1),
         "rows": [{name: row.get(name) for name in FIGURES} for row in results["rows"]],
-        "grpo_minus_sft": {
-            name: {key: difference[name][key] for key in ("mean", "low", "high")}
-            for name in ("recall@1", "recall@1_sampled", "complete_permutations", "true_descriptions")
-        },
+        "grpo_minus_sft": _difference(
+            results,
+            "sft+grpo",
+            "sft",
+            "recall@1",
+            "recall@1_sampled",
+            "complete_permutations",
+            "true_descriptions",
+        ),
     }
+
+
+def of_modes(results: dict[str, Any], timing: dict[str, Any]) -> dict[str, Any]:
+    """What the distilled checkpoint ranks with reasoning, without, and in one forward pass, and how fast."""
+    rows = [
+        {name: row.get(name) for name in ("system", "questions", "recall@1", "complete_permutations")}
+        | {"seconds_per_question": timing[row["system"]]["seconds_per_question"]}
+        for row in results["rows"]
+        if row["system"] in timing
+    ]
+    return {"modes": rows, "logits_minus_reason": _difference(results, "logits", "reason", "recall@1")}
+
+
+def _difference(results: dict[str, Any], system: str, baseline: str, *figures: str) -> dict[str, Any]:
+    difference = find_difference(results, system, baseline)
+    return {name: {key: difference[name][key] for key in ("mean", "low", "high")} for name in figures}
 
 
 if __name__ == "__main__":

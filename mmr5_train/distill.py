@@ -12,8 +12,8 @@ trains such scores from a teacher's ranking). What its thought said of each page
 at the page's own last token, before any thought: the order follows from that. And its completions are taught
 again, so that one checkpoint serves the modes `reason` and `logits`. Writes what sft writes.
 
-What was answered on n pages holds for any of them, in any order of the prompt: so each answer is taught in several
-`variants`.
+What was answered on n pages holds for any of them: so each answer is taught in several `variants`, with fewer
+pages. They stay in the order of the prompt, since an answer's order among pages that help alike may be that one.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class DistillStage(StageConfig):
     data: Path = Field(description="rankings of the reasoning model, as evaluate writes them")
     limit: int | None = Field(default=None, gt=0, description="use the first so many")
     variants: int = Field(
-        ge=1, description="prompts made of each answer: its own, and some of its pages, shuffled"
+        ge=1, description="prompts made of each answer: its own, and such with some of its pages"
     )
     decay: float = Field(gt=0, lt=1, description="how much less a page's target is than that of the one before it")
     listwise: float = Field(gt=0, description="weight of the listwise loss; that of the completions has 1")
@@ -249,7 +249,7 @@ def make_readout(processor: Any, most: int, data: Path) -> Readout:
 
 
 def variants(ranking: Ranking, count: int, seed: int) -> Iterator[Taught]:
-    """The answer as it was given, and `count` − 1 times for some of its pages, at least two, in a drawn order.
+    """The answer as it was given, and `count` − 1 times for its best page and some others of the prompt.
 
     Where the thought is more than a note on each page it can't be divided, and the answer stays alone.
     """
@@ -260,7 +260,8 @@ def variants(ranking: Ranking, count: int, seed: int) -> Iterator[Taught]:
         return
     rng = random.Random(f"{seed}/{ranking.query_id}")
     for _ in range(count - 1):
-        chosen = rng.sample(places, rng.randint(2, len(places)))
+        best, *others = ranking.greedy.order
+        chosen = sorted([best, *rng.sample(others, rng.randint(1, len(others)))])
         part = _part(ranking, notes, chosen, "")
         own = render_completion(join_notes([notes[i] for i in chosen]), part.order)
         yield replace(part, completion=own)

@@ -1,23 +1,29 @@
-"""How fast the reranker's modes are beside the plain loop, and how well they rank.
+"""How fast the reranker's modes are beside the plain loop, how well they rank, and the server under load.
 
-    python scripts/bench_rerank.py --checkpoint outputs/demo/grpo/model \
-        --data outputs/demo/data/heldout.jsonl        # make bench-rerank; writes outputs/bench/rerank.json
+    python scripts/bench_rerank.py          # make bench-rerank; writes outputs/bench/rerank.json
 
-The *plain loop* is what MM-R5's own inference does: one question after another, `generate` as transformers has it,
-each page opened as it is needed. Here with the same model, pages, prompt and number of tokens, greedily. The modes
-are asked through `Reranker.rank_many`. All in one process, in turn, so that a slow minute is everyone's; medians
-of the repeats.
+Makes the distilled model of the demo for each of `--seeds` first, under `--models` (what is there already stays).
+*Quality* is each one's recall@1 on its held-out questions, by mode. *Speed* is measured with the first: the *plain
+loop* is what MM-R5's own inference does: one question after another, `generate` as transformers has it, each page
+opened as it is needed; here with the same model, pages, prompt and number of tokens, greedily. The modes are asked
+through `Reranker.rank_many`. All in one process, in turn, so that a slow minute is everyone's; medians.
+Pages are candidates of several questions, and a reranker opens each once; so there is a second measurement, on
+questions no two of which share a page. The *server* is scripts/bench_serve.py's.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import bench_serve
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -29,6 +35,7 @@ from mmr5_train.ranking.answer import read_answer
 from mmr5_train.ranking.files import read_records, write_json
 from mmr5_train.ranking.metrics import recall_at_k
 from mmr5_train.ranking.records import RankingTask
+from mmr5_train.ranking.scoring import find_difference
 
 ROOT = Path(__file__).resolve().parents[1]
 Ranks = Callable[[Sequence[RankingTask], Path], list[list[int]]]
@@ -97,27 +104,82 @@ def recall(orders: Sequence[Sequence[int]], tasks: Sequence[RankingTask]) -> flo
     return sum(found) / len(found)
 
 
+def without_common_pages(tasks: Sequence[RankingTask]) -> list[RankingTask]:
+    """Those, from the first on, that share no page with one before."""
+    seen: set[str] = set()
+    apart = []
+    for task in tasks:
+        pages = {page.image for page in task.candidates}
+        if not pages & seen:
+            apart.append(task)
+            seen |= pages
+    return apart
+
+
+def make_model(folder: Path, seed: int) -> None:
+    command = [sys.executable, "-m", "mmr5_train.recipe", "experiment=[recommended,distilled]", "size=tiny"]
+    subprocess.run([*command, f"seed={seed}", f"out={folder}"], cwd=ROOT, check=True)
+
+
+def quality(folder: Path) -> dict[str, Any]:
+    """Recall@1 of each mode on the held-out questions, and what `logits` loses or gains, with its interval."""
+    results = json.loads((folder / "modes/results.json").read_text(encoding="utf-8"))
+    changed = find_difference(results, "logits", "reason")["recall@1"]
+    return {
+        "questions": results["questions"],
+        "ceiling": results["ceiling"]["recall@1"],
+        "recall@1": {row["system"]: row["recall@1"] for row in results["rows"]},
+        "logits_minus_reason": {key: changed[key] for key in ("mean", "low", "high")},
+    }
+
+
+def speed(folder: Path, questions: int, repeats: int, batch_size: int, max_new_tokens: int) -> dict[str, Any]:
+    checkpoint, data = str(folder / "distill/model"), folder / "data/heldout.jsonl"
+    tasks = read_records(data, RankingTask)
+    ways = {"plain_loop": plain_loop(checkpoint, max_new_tokens)}
+    for name in ("reason", "direct", "logits"):
+        ways[name] = mode(checkpoint, name, max_new_tokens, batch_size)
+    measured = {}
+    for name, asked in (("as_they_come", tasks), ("no_page_twice", without_common_pages(tasks))):
+        chosen = asked[:questions]
+        shown = [page.image for task in chosen for page in task.candidates]
+        measured[name] = {
+            "questions": len(chosen),
+            "pages": len(shown),
+            "different_pages": len(set(shown)),
+            "rows": measure(ways, chosen, data.parent, repeats),
+        }
+    return {"batch_size": batch_size, **measured}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="outputs/demo/grpo/model")
-    parser.add_argument("--data", type=Path, default=Path("outputs/demo/data/heldout.jsonl"))
+    parser.add_argument("--models", type=Path, default=ROOT / "outputs/bench/rerank")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--questions", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=112)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--malformed", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench/rerank.json")
     args = parser.parse_args()
-    tasks = read_records(args.data, RankingTask)[: args.questions]
-    ways = {"plain_loop": plain_loop(args.checkpoint, args.max_new_tokens)}
-    for name in ("reason", "direct", "logits"):
-        ways[name] = mode(args.checkpoint, name, args.max_new_tokens, args.batch_size)
-    rows = measure(ways, tasks, args.data.parent, args.repeats)
-    write_json(args.out, {"questions": len(tasks), "batch_size": args.batch_size, "rows": rows})
-    for row in rows:
-        print(
-            f"{row['way']:<11} {row['questions_per_s']:>7.2f} questions/s   {row['times_the_plain_loop']:>6.2f} ×"
-            f"   recall@1 {row['recall@1']:.3f}"
-        )
+    folders = {seed: (args.models / str(seed)).resolve() for seed in args.seeds}
+    for seed, folder in folders.items():
+        make_model(folder, seed)
+    first = folders[args.seeds[0]]
+    result = {
+        "quality": {str(seed): quality(folder) for seed, folder in folders.items()},
+        "speed": speed(first, args.questions, args.repeats, args.batch_size, args.max_new_tokens),
+        "server": bench_serve.measure(
+            str(first / "distill/model"), args.clients, args.seconds, args.malformed, []
+        ),
+    }
+    write_json(args.out, result)
+    print(json.dumps(result, indent=2))
+    if bench_serve.unanswered(result["server"]):
+        sys.exit("bench_rerank: a request to the server was not answered as it must be; see above")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The server under load, and under requests that nobody should send.
 
-    python scripts/bench_serve.py --checkpoint outputs/demo/grpo/model          # writes outputs/bench/serve.json
+    python scripts/bench_serve.py --checkpoint outputs/demo/distill/model       # writes outputs/bench/serve.json
 
 Starts `mmr5_train.serve` as a process of its own. First `--clients` clients ask for `--seconds`, each its next
 question when the last is answered: throughput, latency, and the server's memory (resident set) over the time. Then
@@ -264,35 +264,44 @@ def started_server(checkpoint: str, *overrides: str) -> Iterator[tuple[str, subp
         server.wait(60)
 
 
+def measure(checkpoint: str, clients: int, seconds: float, malformed: int, overrides: list[str]) -> dict[str, Any]:
+    """A server of its own under load, then under malformed requests, then asked once more."""
+    path = str(Path(checkpoint).resolve()) if Path(checkpoint).is_dir() else checkpoint
+    with started_server(path, *overrides) as (base_url, server):
+        ask_once(base_url).raise_for_status()
+        loaded = asyncio.run(load(base_url, server.pid, clients, seconds))
+        refused = send_malformed(base_url, malformed, malformed_kinds())
+        return {
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "server": overrides,
+            "load": loaded,
+            "malformed": refused,
+            "good_request_afterwards": ask_once(base_url).status_code,
+            "memory_at_the_end_mib": round(psutil.Process(server.pid).memory_info().rss / 2**20, 1),
+        }
+
+
+def unanswered(measured: dict[str, Any]) -> bool:
+    """Whether any request was not answered as it must be."""
+    wrong = measured["malformed"]["wrong"] or measured["load"]["failed"]
+    return bool(wrong) or measured["good_request_afterwards"] != 200
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="outputs/demo/grpo/model")
+    parser.add_argument("--checkpoint", default="outputs/demo/distill/model")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--malformed", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench/serve.json")
     parser.add_argument("overrides", nargs="*", help="of the server, such as batch_size=16")
     args = parser.parse_args()
-    checkpoint = str(Path(args.checkpoint).resolve()) if Path(args.checkpoint).is_dir() else args.checkpoint
-    with started_server(checkpoint, *args.overrides) as (base_url, server):
-        ask_once(base_url).raise_for_status()
-        loaded = asyncio.run(load(base_url, server.pid, args.clients, args.seconds))
-        refused = send_malformed(base_url, args.malformed, malformed_kinds())
-        after = ask_once(base_url).status_code
-        rss = psutil.Process(server.pid).memory_info().rss / 2**20
-    result = {
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "server": args.overrides,
-        "load": loaded,
-        "malformed": refused,
-        "good_request_afterwards": after,
-        "memory_at_the_end_mib": round(rss, 1),
-    }
+    result = measure(args.checkpoint, args.clients, args.seconds, args.malformed, args.overrides)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, result)
     print(json.dumps(result, indent=2))
-    if refused["wrong"] or after != 200 or loaded["failed"]:
+    if unanswered(result):
         sys.exit("bench_serve: a request was not answered as it must be; see above")
 
 

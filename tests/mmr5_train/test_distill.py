@@ -76,14 +76,16 @@ def ranking(rankings):
     return one.model_copy(update={"greedy": read_answer(completion, 5)})
 
 
-def test_an_answer_holds_for_some_of_its_pages_in_any_order(ranking):
+def test_an_answer_holds_for_its_best_page_and_some_others(ranking):
     own, *others = variants(ranking, 40, seed=1)
     assert (own.shown, own.order, own.completion) == (ranking.shown, (3, 1, 2, 4, 5), ranking.greedy.completion)
     assert own.verdicts == (1, 1, 0, 1, 1)
-    assert len({one.shown for one in others}) > 30
+    assert len({one.shown for one in others}) > 10
     assert {len(one.shown) for one in others} == {2, 3, 4, 5}
     for one in others:
         places = [ranking.shown.index(page) + 1 for page in one.shown]
+        assert places == sorted(places), "an order among pages that help alike may be that of the prompt"
+        assert 3 in places
         assert [places[i - 1] for i in one.order] == [place for place in (3, 1, 2, 4, 5) if place in places]
         assert one.verdicts == tuple(int(place != 3) for place in places)
         notes = split_notes(parse_answer(one.completion, len(places)).think)

@@ -2,6 +2,7 @@ import itertools
 import re
 
 import pytest
+import xgrammar
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -77,6 +78,25 @@ def test_a_thought_that_runs_out_of_tokens_says_so():
 def test_the_grammar_holds_exactly_the_permutations(n):
     found = set(expansions(as_grammar(n)))
     assert found == {render_completion(None, order) for order in itertools.permutations(range(1, n + 1))}
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, EXACT, 20])
+def test_what_vllm_and_sglang_compile_takes_permutations(n):
+    compiler = xgrammar.GrammarCompiler(xgrammar.TokenizerInfo([chr(i) for i in range(256)]))
+    compiled = compiler.compile_grammar(xgrammar.Grammar.from_ebnf(as_grammar(n)))
+
+    def takes(text):
+        matcher = xgrammar.GrammarMatcher(compiled, terminate_without_stop_token=True)
+        return matcher.accept_string(text) and matcher.is_terminated()
+
+    pages = list(range(1, n + 1))
+    assert takes(render_completion(None, pages))
+    assert takes(render_completion(None, pages[::-1]))
+    assert not takes(render_completion(None, pages) + "\n")
+    for wrong in (pages[1:], [*pages, n + 1], [*pages[1:], n + 1], [*pages[1:], 0]):
+        assert not takes(render_completion(None, wrong)), wrong
+    if 1 < n <= EXACT:
+        assert not takes(render_completion(None, [1, *pages[:-1]]))
 
 
 def test_beyond_some_pages_the_grammar_stays_small():

@@ -12,8 +12,8 @@ trains such scores from a teacher's ranking). What its thought said of each page
 at the page's own last token, before any thought: the order follows from that. And its completions are taught
 again, so that one checkpoint serves the modes `reason` and `logits`. Writes what sft writes.
 
-What was answered on n pages holds for any of them: so each answer is taught in several `variants`, with fewer
-pages. They stay in the order of the prompt, since an answer's order among pages that help alike may be that one.
+An order of n pages holds for any of them: scores are taught on all pages of an answer, and on `parts` of them.
+These stay in the order of the prompt, since an answer's order among pages that help alike may be that one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +48,17 @@ from mmr5_train.models.finetune import (
     trainer_arguments,
     weigh_tokens_alike,
 )
-from mmr5_train.models.inputs import check_images, encode_messages
+from mmr5_train.models.inputs import check_images, encode
 from mmr5_train.models.loading import ModelConfig, load_model, load_processor
 from mmr5_train.models.watching import FiniteSFTTrainer, HeldOutConfig, held_out
 from mmr5_train.ranking.answer import parse_answer
 from mmr5_train.ranking.files import InputError, read_records, write_manifest
 from mmr5_train.ranking.metrics import is_complete
-from mmr5_train.ranking.notes import described_note, join_notes, split_notes, verdict
-from mmr5_train.ranking.prompt import Prompt, render_completion, with_images
-from mmr5_train.ranking.records import Candidate, LocalId, Ranking
+from mmr5_train.ranking.notes import described_note, split_notes, verdict
+from mmr5_train.ranking.prompt import Prompt
+from mmr5_train.ranking.records import Ranking
 
+OVERLAP = 2  # so many numbers of pages come mixed with each other
 UNSAID = -100  # the verdict on a page of which the thought says nothing
 
 
@@ -66,12 +67,10 @@ class DistillStage(StageConfig):
 
     data: Path = Field(description="rankings of the reasoning model, as evaluate writes them")
     limit: int | None = Field(default=None, gt=0, description="use the first so many")
-    variants: int = Field(
-        ge=1, description="prompts made of each answer: its own, and such with some of its pages"
-    )
+    parts: int = Field(ge=0, description="prompts with some of an answer's pages, besides its own")
+    kept: float = Field(gt=0, le=1, description="share of each batch whose whole answers are taught again")
     decay: float = Field(gt=0, lt=1, description="how much less a page's target is than that of the one before it")
     listwise: float = Field(gt=0, description="weight of the listwise loss; that of the completions has 1")
-    kept: float = Field(gt=0, le=1, description="share of each batch whose completions are taught again")
     verdicts: float = Field(ge=0, description="weight of the verdicts on single pages; 0: they are not taught")
     model: ModelConfig
     prompt: Prompt
@@ -80,35 +79,32 @@ class DistillStage(StageConfig):
 
 
 @dataclass(frozen=True)
-class Taught:
-    """One prompt, and what is taught on it. All of it refers to the pages in the order of the prompt."""
+class Part:
+    """Some pages of an answer, whose scores are taught."""
 
-    query: str
-    shown: tuple[Candidate, ...]
-    order: tuple[LocalId, ...]
+    places: tuple[int, ...]  # of the pages in the prompt that was answered, from 1, rising
+    order: tuple[int, ...]  # best first; these are places among `places`, from 1
     verdicts: tuple[int, ...]  # of each page: 0 that it helps, 1 that it does not, else UNSAID
-    completion: str
 
 
 @dataclass
 class Collator:
-    """TRL's collator for the completions of some rows, and all prompts with an answer begun behind them."""
+    """TRL's collator for the answers of some rows, and the parts of all as prompts with an answer begun behind."""
 
     processor: Any
     completions: DataCollatorForVisionLanguageModeling
+    prompt: Prompt
     decay: float
     kept: float
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.completions([dict(row) for row in rows[: math.ceil(self.kept * len(rows))]])
-        asked = [
-            with_images(row["prompt"], [{"type": "image", "image": image} for image in row["images"]])
-            for row in rows
-        ]
-        begun = with_list_open(encode_messages(self.processor, asked), self.processor.tokenizer)
+        pages = [[row["images"][place - 1] for place in row["places"]] for row in rows]
+        begun = encode(self.processor, self.prompt, [row["query"] for row in rows], pages)
+        begun = with_list_open(begun, self.processor.tokenizer)
         most = max(len(row["order"]) for row in rows)
         wanted = torch.stack([targets(row["order"], self.decay, most) for row in rows])
         said = torch.tensor([verdict for row in rows for verdict in row["verdicts"]])
+        batch = self.completions([dict(row) for row in rows[: math.ceil(self.kept * len(rows))]])
         return batch | {"begun": {**begun, "targets": wanted, "verdicts": said}}
 
 
@@ -181,9 +177,8 @@ def verdict_loss(logits_P2: Tensor, verdicts_P: Tensor, prompts_P: Tensor) -> Te
 
 def main(config: DistillStage) -> None:
     rankings = read_taught(config)
-    taught = [one for ranking in rankings for one in variants(ranking, config.variants, config.seed)]
     processor = load_processor(config.model)
-    readout = make_readout(processor, max(len(one.shown) for one in taught), config.data)
+    readout = make_readout(processor, max(len(ranking.shown) for ranking in rankings), config.data)
     arguments = trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=config.model)
     watch = held_out(config.heldout, arguments, processor, config.prompt, True)
     settings, inputs = run_settings(config), [config.data, Path(config.model.path)]
@@ -195,8 +190,8 @@ def main(config: DistillStage) -> None:
         trainer = DistillTrainer(
             model=load_model(config.model),
             args=arguments,
-            train_dataset=taught_dataset(taught, config, processor),
-            data_collator=Collator(processor, completions, config.decay, config.kept),
+            train_dataset=taught_dataset(rankings, config, processor),
+            data_collator=Collator(processor, completions, config.prompt, config.decay, config.kept),
             processing_class=processor,
             peft_config=lora_config(config.model),
         )
@@ -208,14 +203,13 @@ def main(config: DistillStage) -> None:
     save_result(trainer, processor, config.model, config.prompt, True, config.out)
     if trainer.accelerator.is_main_process:
         steps = trainer.state.global_step
-        counts = {"rankings": len(rankings), "prompts": len(taught), "steps": steps, "trained_parameters": trained}
+        counts = {"rankings": len(rankings), "steps": steps, "trained_parameters": trained}
         counts |= {"processes": trainer.accelerator.num_processes} | best_counts(trainer)
         values = config.model_dump(mode="json")
         write_manifest(config.out, stage="distill", config=values, inputs=[config.data], counts=counts)
         losses = [entry["listwise_loss"] for entry in trainer.state.log_history if "listwise_loss" in entry]
         learned = f"listwise loss {losses[0]:.3f} → {losses[-1]:.3f}, " if losses else ""
-        made = f"{len(taught)} prompts of {len(rankings)} rankings, {steps} steps"
-        print(f"distill: {made}, {learned}in {config.out / MODEL}")
+        print(f"distill: {len(rankings)} rankings, {steps} steps, {learned}in {config.out / MODEL}")
 
 
 def read_taught(config: DistillStage) -> list[Ranking]:
@@ -248,48 +242,47 @@ def make_readout(processor: Any, most: int, data: Path) -> Readout:
     return Readout(torch.tensor(identifiers), torch.tensor(pair), end)
 
 
-def variants(ranking: Ranking, count: int, seed: int) -> Iterator[Taught]:
-    """The answer as it was given, and `count` − 1 times for its best page and some others of the prompt.
-
-    Where the thought is more than a note on each page it can't be divided, and the answer stays alone.
-    """
+def divide(ranking: Ranking, count: int, seed: int) -> Iterator[Part]:
+    """All pages of an answer, and `count` times its best page with some others, where there are enough."""
     think = parse_answer(ranking.greedy.completion, len(ranking.shown)).think or ""
-    notes, places = split_notes(think), range(1, len(ranking.shown) + 1)
-    yield _part(ranking, notes, list(places), ranking.greedy.completion)
-    if think != join_notes([notes.get(i, "") for i in places]) or len(places) < 2:
-        return
+    said = {place: verdict(note) for place, note in split_notes(think).items()}
+    best, *others = ranking.greedy.order
+    yield _part(ranking, said, [best, *others])
     rng = random.Random(f"{seed}/{ranking.query_id}")
-    for _ in range(count - 1):
-        best, *others = ranking.greedy.order
-        chosen = sorted([best, *rng.sample(others, rng.randint(1, len(others)))])
-        part = _part(ranking, notes, chosen, "")
-        own = render_completion(join_notes([notes[i] for i in chosen]), part.order)
-        yield replace(part, completion=own)
+    for _ in range(count if len(others) > 1 else 0):
+        yield _part(ranking, said, [best, *rng.sample(others, rng.randint(1, len(others) - 1))])
 
 
-def _part(ranking: Ranking, notes: Mapping[int, str], chosen: Sequence[int], completion: str) -> Taught:
-    """What was said of the pages at some places of the prompt, as if these were all, in this order."""
-    now = {place: LocalId(i) for i, place in enumerate(chosen, 1)}
-    said = [verdict(notes.get(place, "")) for place in chosen]
-    return Taught(
-        query=ranking.query,
-        shown=tuple(ranking.shown[place - 1] for place in chosen),
-        order=tuple(now[place] for place in ranking.greedy.order if place in now),
-        verdicts=tuple(UNSAID if helps is None else int(not helps) for helps in said),
-        completion=completion,
+def _part(ranking: Ranking, said: Mapping[int, bool | None], chosen: Sequence[int]) -> Part:
+    places = sorted(chosen)
+    found = [said.get(place) for place in places]
+    return Part(
+        places=tuple(places),
+        order=tuple(places.index(place) + 1 for place in ranking.greedy.order if place in places),
+        verdicts=tuple(UNSAID if helps is None else int(not helps) for helps in found),
     )
 
 
-def taught_dataset(taught: Sequence[Taught], config: DistillStage, processor: Any) -> Dataset:
+def few_pages_first(parts: Sequence[tuple[Ranking, Part]], seed: int) -> list[tuple[Ranking, Part]]:
+    """What is learned of two pages in a hundred steps takes several hundred on five, most of which don't help."""
+    rng = random.Random(seed)
+    return sorted(parts, key=lambda row: len(row[1].places) + OVERLAP * rng.random())
+
+
+def taught_dataset(rankings: Sequence[Ranking], config: DistillStage, processor: Any) -> Dataset:
+    """A row is a part of an answer, and the whole answer."""
+    parts = few_pages_first(
+        [(one, part) for one in rankings for part in divide(one, config.parts, config.seed)], config.seed
+    )
     rows = [
         {
-            "completion": [{"role": "assistant", "content": one.completion}],
-            "order": list(one.order),
-            "verdicts": list(one.verdicts),
+            "query": ranking.query,
+            "completion": [{"role": "assistant", "content": ranking.greedy.completion}],
+            **asdict(part),
         }
-        for one in taught
+        for ranking, part in parts
     ]
-    queries, shown = [one.query for one in taught], [one.shown for one in taught]
+    queries, shown = [ranking.query for ranking, _ in parts], [ranking.shown for ranking, _ in parts]
     return prompt_dataset(rows, queries, shown, config.data.parent, config.prompt, processor)
 
 

@@ -51,11 +51,6 @@ def encode(
     for query, images in zip(queries, pages, strict=True):
         messages = build_messages(prompt, query, len(images))
         conversations.append(with_images(messages, [{"type": "image", "image": image} for image in images]))
-    return encode_messages(processor, conversations)
-
-
-def encode_messages(processor: Any, conversations: Sequence[Sequence[dict[str, Any]]]) -> BatchFeature:
-    """As `encode`, for messages whose images are in place."""
     return processor.apply_chat_template(
         conversations,
         tokenize=True,

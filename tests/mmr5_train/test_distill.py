@@ -8,12 +8,12 @@ from made_up import make_evaluation
 
 from mmr5_train import distill
 from mmr5_train.config import compose_stage
-from mmr5_train.distill import UNSAID, listwise_loss, targets, variants, verdict_loss
+from mmr5_train.distill import UNSAID, divide, few_pages_first, listwise_loss, targets, verdict_loss
 from mmr5_train.models.answering import identifier_ids
-from mmr5_train.ranking.answer import parse_answer, read_answer
+from mmr5_train.ranking.answer import read_answer
 from mmr5_train.ranking.files import InputError, read_records, write_records
 from mmr5_train.ranking.metrics import is_complete
-from mmr5_train.ranking.notes import join_notes, split_notes
+from mmr5_train.ranking.notes import join_notes
 from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.ranking.records import Ranking
 from mmr5_train.reranker import Reranker
@@ -77,40 +77,54 @@ def ranking(rankings):
 
 
 def test_an_answer_holds_for_its_best_page_and_some_others(ranking):
-    own, *others = variants(ranking, 40, seed=1)
-    assert (own.shown, own.order, own.completion) == (ranking.shown, (3, 1, 2, 4, 5), ranking.greedy.completion)
-    assert own.verdicts == (1, 1, 0, 1, 1)
-    assert len({one.shown for one in others}) > 10
-    assert {len(one.shown) for one in others} == {2, 3, 4, 5}
-    for one in others:
-        places = [ranking.shown.index(page) + 1 for page in one.shown]
-        assert places == sorted(places), "an order among pages that help alike may be that of the prompt"
-        assert 3 in places
-        assert [places[i - 1] for i in one.order] == [place for place in (3, 1, 2, 4, 5) if place in places]
-        assert one.verdicts == tuple(int(place != 3) for place in places)
-        notes = split_notes(parse_answer(one.completion, len(places)).think)
-        assert [notes[i].split(",")[0] for i in range(1, len(places) + 1)] == [f"a table of {p}" for p in places]
-        assert read_answer(one.completion, len(places)).order == one.order
-    assert others == list(variants(ranking, 40, seed=1))[1:]
-    assert others != list(variants(ranking, 40, seed=2))[1:]
+    own, *parts = divide(ranking, 40, seed=1)
+    assert (own.places, own.order, own.verdicts) == ((1, 2, 3, 4, 5), (3, 1, 2, 4, 5), (1, 1, 0, 1, 1))
+    assert {len(part.places) for part in parts} == {2, 3, 4}
+    assert len({part.places for part in parts}) > 10
+    for part in parts:
+        assert 3 in part.places
+        assert list(part.places) == sorted(part.places), "pages that help alike may be in the prompt's order"
+        assert [part.places[i - 1] for i in part.order] == [p for p in (3, 1, 2, 4, 5) if p in part.places]
+        assert part.verdicts == tuple(int(place != 3) for place in part.places)
+    assert parts == list(divide(ranking, 40, seed=1))[1:]
+    assert parts != list(divide(ranking, 40, seed=2))[1:]
 
 
-def test_a_thought_that_is_not_page_by_page_stays_whole(ranking):
+def test_prompts_with_few_pages_come_first_and_those_with_more_by_and_by(rankings):
+    read = read_records(rankings, Ranking)
+    parts = [(one, part) for one in read for part in divide(one, 9, seed=1)]
+    pages = [len(part.places) for _, part in few_pages_first(parts, seed=1)]
+    assert sorted(pages) == sorted(len(part.places) for _, part in parts)
+    assert set(pages[:20]) == {2}
+    assert set(pages[-10:]) <= {4, 5}
+    assert 3 in pages[: pages.index(4)]
+    assert 2 in pages[pages.index(3) :]
+
+
+def test_two_pages_can_t_be_divided(ranking):
+    two = read_answer(render_completion("One of them.", [2, 1]), 2)
+    few = ranking.model_copy(update={"shown": ranking.shown[:2], "greedy": two})
+    [own] = divide(few, 3, seed=1)
+    assert own.order == (2, 1)
+
+
+def test_a_thought_that_is_not_page_by_page_teaches_the_order_alone(ranking):
     completion = "<think>Page 3 has the total. The others don't help.</think><answer>[3, 1, 2, 4, 5]</answer>"
     refined = ranking.model_copy(update={"greedy": read_answer(completion, 5)})
-    [own] = variants(refined, 4, seed=1)
-    assert own.completion == completion
-    assert own.verdicts == (UNSAID,) * 5
+    own, *parts = divide(refined, 4, seed=1)
+    assert own.order == (3, 1, 2, 4, 5)
+    assert len(parts) == 4
+    for part in (own, *parts):
+        assert part.verdicts == (UNSAID,) * len(part.places)
 
 
 def test_it_learns_and_leaves_a_checkpoint_that_scores(rankings, tmp_path, capsys):
     size = "trainer.per_device_train_batch_size=8"
-    history = run(rankings, tmp_path / "out", "trainer.max_steps=8", size)
+    history = run(rankings, tmp_path / "out", "trainer.max_steps=8", "parts=0", size)
     for name in ("listwise_loss", "verdict_loss"):
         assert history[-1][name] < 0.8 * history[0][name], name
     whole = [ranking for ranking in read_records(rankings, Ranking) if is_complete(ranking.greedy)]
-    said = f"distill: {4 * len(whole)} prompts of {len(whole)} rankings, 8 steps, listwise loss"
-    assert said in capsys.readouterr().out
+    assert f"distill: {len(whole)} rankings, 8 steps, listwise loss" in capsys.readouterr().out
     pages = [rankings.parent / page.image for page in whole[0].shown]
     assert Reranker(tmp_path / "out/model", mode="logits").rank(whole[0].query, pages).has_scores
     assert Reranker(tmp_path / "out/model").mode == "reason"
@@ -131,13 +145,18 @@ def test_the_scores_are_read_where_they_are_taught(rankings, tiny, prompt, proce
     from mmr5_train.models.answering import with_list_open
     from mmr5_train.models.inputs import encode, load_pages
 
-    config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}"])
+    config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}", "parts=1"])
     whole = read_records(rankings, Ranking)[:2]
-    dataset = taught_dataset([next(variants(ranking, 1, 0)) for ranking in whole], config, processor)
-    begun = Collator(processor, lambda rows: {}, config.decay, config.kept)([dataset[0], dataset[1]])["begun"]
-    pages = [load_pages(ranking.shown, rankings.parent, processor) for ranking in whole]
+    parts = few_pages_first([(one, part) for one in whole for part in divide(one, 1, config.seed)], config.seed)
+    dataset = taught_dataset(whole, config, processor)
+    collator = Collator(processor, lambda rows: {}, config.prompt, config.decay, config.kept)
+    begun = collator([dataset[i] for i in range(4)])["begun"]
+    pages = [
+        load_pages([ranking.shown[place - 1] for place in part.places], rankings.parent, processor)
+        for ranking, part in parts
+    ]
     asked = with_list_open(
-        encode(processor, prompt, [ranking.query for ranking in whole], pages), processor.tokenizer
+        encode(processor, prompt, [ranking.query for ranking, _ in parts], pages), processor.tokenizer
     )
     for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids"):
         assert torch.equal(begun[name], asked[name]), name

@@ -11,17 +11,18 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test bench-grpo bench-data bench-train bench-serve bench-rerank lint format lock clean
+.PHONY: help setup demo demo-modes test bench-grpo bench-data bench-train bench-serve bench-rerank lint format lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo [SEED=n]  train and evaluate a tiny reasoning reranker, write outputs/demo/report.html"
+	@echo "make demo-modes     go on from there: teach it one forward pass, compare the three modes in the report"
 	@echo "make test           run the tests"
 	@echo "make bench-grpo     time GRPO with shared prompts beside TRL's trainer, write outputs/bench/grpo.json"
 	@echo "make bench-data     time the data stages, and kill them while calls fail, write outputs/bench/data.json"
 	@echo "make bench-train    time SFT beside a bare TRL script, and two processes beside one, write outputs/bench/train.json"
 	@echo "make bench-serve    the server under load and under malformed requests, write outputs/bench/serve.json"
-	@echo "make bench-rerank   the reranker's modes beside a plain loop, write outputs/bench/rerank.json"
+	@echo "make bench-rerank   the reranker's modes beside a plain loop, three seeds, write outputs/bench/rerank.json"
 	@echo "make lint           ruff (lint, format) and mypy"
 	@echo "make format         let ruff rewrite what it can"
 	@echo "make setup          make .venv and install (the other targets do it too)"
@@ -39,6 +40,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python -m mmr5_train.demo seed=$(SEED)
+
+demo-modes: setup
+	$(BIN)/python -m mmr5_train.demo seed=$(SEED) overwrite=false 'leave_out=[]'
 
 test: setup
 	$(BIN)/python -m pytest

@@ -39,9 +39,9 @@ STAGES: dict[str, tuple[Any, type[StageConfig], str]] = {
     "sft": (sft, sft.SftStage, "sft"),
     "select": (select, select.SelectStage, "select"),
     "grpo": (grpo, grpo.GrpoStage, "grpo"),
+    "evaluate": (evaluate, evaluate.EvaluateStage, "evaluate"),
     "teach": (evaluate, evaluate.EvaluateStage, "evaluate"),
     "distill": (distill, distill.DistillStage, "distill"),
-    "evaluate": (evaluate, evaluate.EvaluateStage, "evaluate"),
     "modes": (evaluate, evaluate.EvaluateStage, "evaluate"),
     "report": (report, report.ReportStage, "report"),
 }

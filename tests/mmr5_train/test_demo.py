@@ -30,6 +30,12 @@ def made(tmp_path_factory):
     return out
 
 
+def go_on(out):
+    demo.main(
+        compose_stage(RecipeStage, "demo", [f"out={out}", "seed=5", *SMALL, "overwrite=false", "leave_out=[]"])
+    )
+
+
 def test_the_summary_has_every_figure(made):
     results = json.loads((made / "results.json").read_text())
     assert results["seed"] == 5
@@ -47,17 +53,6 @@ def test_the_summary_has_every_figure(made):
         assert difference["low"] <= difference["mean"] <= difference["high"]
         rows = results["rows"]
         assert difference["mean"] == pytest.approx(rows[2][name] - rows[1][name])
-
-
-def test_the_three_modes_stand_beside_each_other(made):
-    results = json.loads((made / "results.json").read_text())
-    assert [row["system"] for row in results["modes"]] == ["direct", "reason", "logits"]
-    for row in results["modes"]:
-        assert row["questions"] == 6
-        assert row["seconds_per_question"] > 0
-    _, reason, logits = (row["recall@1"] for row in results["modes"])
-    assert results["logits_minus_reason"]["recall@1"]["mean"] == pytest.approx(logits - reason)
-    assert "milliseconds a question" in (made / "report.html").read_text()
 
 
 def test_the_report_stands_alone(made):
@@ -80,3 +75,24 @@ def test_training_never_saw_a_held_out_document(made):
     assert heldout
     assert not heldout & documents(made / "traces/traces.jsonl")
     assert not heldout & documents(made / "select/questions.jsonl")
+
+
+def test_it_goes_on_to_the_three_modes(made):
+    stages = ("traces", "sft", "grpo", "evaluation")
+    before = json.loads((made / "results.json").read_text())
+    times = [(made / stage / "manifest.json").stat().st_mtime_ns for stage in stages]
+    assert "modes" not in before
+    go_on(made)
+    assert times == [(made / stage / "manifest.json").stat().st_mtime_ns for stage in stages]
+    results = json.loads((made / "results.json").read_text())
+    assert {name: results[name] for name in ("seed", "rows", "grpo_minus_sft")} == {
+        name: before[name] for name in ("seed", "rows", "grpo_minus_sft")
+    }
+    assert results["seconds"] > before["seconds"]
+    assert [row["system"] for row in results["modes"]] == ["direct", "reason", "logits"]
+    for row in results["modes"]:
+        assert row["questions"] == 6
+        assert row["seconds_per_question"] > 0
+    _, reason, logits = (row["recall@1"] for row in results["modes"])
+    assert results["logits_minus_reason"]["recall@1"]["mean"] == pytest.approx(logits - reason)
+    assert "milliseconds a question" in (made / "report.html").read_text()

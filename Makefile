@@ -44,8 +44,9 @@ demo: setup
 demo-modes: setup
 	$(BIN)/python -m mmr5_train.demo seed=$(SEED) overwrite=false 'leave_out=[]'
 
+# Two processes with a thread each: faster than one with two.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench-grpo: setup
 	$(BIN)/python scripts/bench_grpo.py --figure outputs/bench/grpo.svg

@@ -35,6 +35,14 @@ settings.register_profile("project", derandomize=True, deadline=None, suppress_h
 settings.load_profile("project")
 
 
+LONGEST = ("test_reproduce.py", "test_launch.py", "test_shared_grpo.py", "test_recipe.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: two processes share the files, and neither should be left with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> ModelConfig:
     return ModelConfig.model_validate(yaml.safe_load((ROOT / "configs/model/tiny.yaml").read_text()))

@@ -35,7 +35,7 @@ settings.register_profile("project", derandomize=True, deadline=None, suppress_h
 settings.load_profile("project")
 
 
-LONGEST = ("test_reproduce.py", "test_launch.py", "test_shared_grpo.py", "test_recipe.py")
+LONGEST = ("test_reproduce.py", "test_launch.py", "test_shared_grpo.py", "test_check_plan.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,9 +40,11 @@ from mmr5_train.ranking.records import Candidate
 
 MODEL = "model"  # the folder of a stage's output that holds the merged checkpoint
 ADAPTER = "adapter"  # beside it, where LoRA was used: the adapter alone
-_compacts = trl_utils._use_triton  # TRL's own choice of devices that score no more than the labelled positions
 BEST = "best"  # beside it, where held-out questions were ranked: the checkpoint that ranked them best
 LOG_HISTORY = "log_history.json"
+
+# TRL's own choice of devices that score no more than the labelled positions; a later TRL may have none.
+_compacts = getattr(trl_utils, "_use_triton", None)
 
 
 def prompt_dataset(
@@ -191,7 +193,7 @@ def score_labels_alone(device: torch.device) -> bool:
     TRL computes every position where there is no Triton, since some devices compile each new shape. On a CPU
     that would be two fifths of a step of SFT, most of it for tokens of the prompt, which are multiplied by 0.
     """
-    return device.type == "cpu" or _compacts(device)
+    return device.type == "cpu" or (_compacts is not None and bool(_compacts(device)))
 
 
 def train(
@@ -214,7 +216,8 @@ def train(
         watch.trainer = trainer
         trainer.add_callback(watch)
     keep_names(trainer.model)
-    trl_utils._use_triton = score_labels_alone  # no setting of TRL's says it
+    if _compacts is not None:
+        trl_utils._use_triton = score_labels_alone  # no setting of TRL's says it
     if isinstance(trainer, GRPOTrainer):
         trainer.add_callback(SamplerGoesOn())
     if checkpoint is not None and trainer.accelerator.is_main_process:

@@ -121,17 +121,23 @@ def render_pdf(path: Path, only: int | None = None) -> Iterator[Image.Image]:
             raise InputError(f"{path}: no such PDF; mend the path") from None
         except (OSError, pypdfium2.PdfiumError) as error:
             raise InputError(f"{path}: not a PDF that can be opened ({one_line(error)})") from None
-        with pdf:
-            if only is not None and only > len(pdf):
-                raise InputError(f"{path}: has {len(pdf)} pages, page {only} was asked for")
-            pdf.init_forms()  # so that what was filled in is drawn
-            for number in range(len(pdf)) if only is None else [only - 1]:
+        pages = len(pdf)
+        pdf.init_forms()  # so that what was filled in is drawn
+    try:
+        if only is not None and only > pages:
+            raise InputError(f"{path}: has {pages} pages, page {only} was asked for")
+        for number in range(pages) if only is None else [only - 1]:
+            with _PDFIUM:
                 try:
                     page = pdf[number]
-                    yield render_page(page, DPI, MAX_SIDE)
+                    picture = render_page(page, DPI, MAX_SIDE)
                     page.close()
                 except pypdfium2.PdfiumError as error:
                     raise InputError(f"{path}: page {number + 1} can't be rendered ({one_line(error)})") from None
+            yield picture  # not while it is held: who uses the picture may fail, and never come back
+    finally:
+        with _PDFIUM:
+            pdf.close()
 
 
 def render_page(page: pypdfium2.PdfPage, dpi: int, max_side: int) -> Image.Image:

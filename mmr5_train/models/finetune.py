@@ -44,7 +44,7 @@ BEST = "best"  # beside it, where held-out questions were ranked: the checkpoint
 LOG_HISTORY = "log_history.json"
 
 # TRL's own choice of devices that score no more than the labelled positions; a later TRL may have none.
-_compacts = getattr(trl_utils, "_use_triton", None)
+_compacts: Any = getattr(trl_utils, "_use_triton", None)
 
 
 def prompt_dataset(
@@ -193,7 +193,7 @@ def score_labels_alone(device: torch.device) -> bool:
     TRL computes every position where there is no Triton, since some devices compile each new shape. On a CPU
     that would be two fifths of a step of SFT, most of it for tokens of the prompt, which are multiplied by 0.
     """
-    return device.type == "cpu" or (_compacts is not None and bool(_compacts(device)))
+    return device.type == "cpu" or bool(_compacts(device))
 
 
 def train(

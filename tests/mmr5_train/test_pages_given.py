@@ -72,6 +72,20 @@ def test_many_pdfs_at_once(report, tmp_path):
     assert len(row) == 48
 
 
+def test_a_page_that_can_t_be_prepared_holds_up_no_other_pdf(report, tmp_path):
+    copies = [tmp_path / f"{i}.pdf" for i in range(8)]
+    for copy in copies:
+        copy.write_bytes(report.read_bytes())
+
+    def refuse(picture):
+        raise InputError("too long")
+
+    with pytest.raises(InputError, match="too long"):
+        open_pages([copies], refuse)
+    [row] = open_pages([copies], lambda picture: picture)
+    assert len(row) == 24
+
+
 def test_bytes_of_anything_else_are_named_by_their_place(red):
     with pytest.raises(InputError, match=r"page 2 of those given \(3 bytes\): not a readable page image"):
         opened_as_they_are([red, b"abc"])

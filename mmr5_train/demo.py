@@ -19,6 +19,8 @@ from mmr5_train.config import run_stage
 from mmr5_train.ranking.files import RECIPE, open_output, write_json, write_manifest
 from mmr5_train.ranking.scoring import find_difference
 from mmr5_train.recipe import RecipeStage, run_commands, stage_commands
+from mmr5_train.reporting.answers import read_timing
+from mmr5_train.reporting.views import read_results
 
 FIGURES = (
     "system", "questions", "recall@1", "recall@3", "recall@5", "recall@10", "ndcg@5", "mrr",
@@ -29,20 +31,16 @@ FIGURES = (
 def main(config: RecipeStage) -> None:
     out = open_output(config.out, True) if config.overwrite else config.out
     run_commands(stage_commands(config), config)
-    seconds = sum(made["seconds"] for made in _read(out / RECIPE)["stages"].values())
-    figures = {"seed": config.seed, "seconds": round(seconds, 1)} | summary(_read(out / "evaluation/results.json"))
+    stages = json.loads((out / RECIPE).read_text(encoding="utf-8"))["stages"]
+    seconds = sum(made["seconds"] for made in stages.values())
+    figures = {"seed": config.seed, "seconds": round(seconds, 1)} | summary(read_results(out / "evaluation"))
     if "modes" not in config.leave_out:
-        figures |= of_modes(_read(out / "modes/results.json"), _read(out / "modes/timing.json"))
+        figures |= of_modes(out / "modes")
     write_json(out / "results.json", figures)
     shutil.copyfile(out / "report/report.html", out / "report.html")
     write_manifest(out, stage="demo", config=config.model_dump(mode="json"))
     print(f"\ndemo: {seconds:.0f} s; figures in {out / 'results.json'}")
     print(f"open {(out / 'report.html').resolve()}")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return read
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
@@ -53,26 +51,24 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
             results,
             "sft+grpo",
             "sft",
-            "recall@1",
-            "recall@1_sampled",
-            "complete_permutations",
-            "true_descriptions",
+            ["recall@1", "recall@1_sampled", "complete_permutations", "true_descriptions"],
         ),
     }
 
 
-def of_modes(results: dict[str, Any], timing: dict[str, Any]) -> dict[str, Any]:
-    """What the distilled checkpoint ranks with reasoning, without, and in one forward pass, and how fast."""
+def of_modes(folder: Path) -> dict[str, Any]:
+    """How the distilled checkpoint ranks with reasoning, without, and in one forward pass, and how fast."""
+    results, timing = read_results(folder), read_timing(folder)
     rows = [
         {name: row.get(name) for name in ("system", "questions", "recall@1", "complete_permutations")}
         | {"seconds_per_question": timing[row["system"]]["seconds_per_question"]}
         for row in results["rows"]
         if row["system"] in timing
     ]
-    return {"modes": rows, "logits_minus_reason": _difference(results, "logits", "reason", "recall@1")}
+    return {"modes": rows, "logits_minus_reason": _difference(results, "logits", "reason", ["recall@1"])}
 
 
-def _difference(results: dict[str, Any], system: str, baseline: str, *figures: str) -> dict[str, Any]:
+def _difference(results: dict[str, Any], system: str, baseline: str, figures: list[str]) -> dict[str, Any]:
     difference = find_difference(results, system, baseline)
     return {name: {key: difference[name][key] for key in ("mean", "low", "high")} for name in figures}
 

@@ -29,13 +29,14 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmr5_train import Reranker
+from mmr5_train.demo import of_modes
 from mmr5_train.models.inputs import encode
 from mmr5_train.models.loading import read_settings
 from mmr5_train.ranking.answer import read_answer
 from mmr5_train.ranking.files import read_records, write_json
 from mmr5_train.ranking.metrics import recall_at_k
 from mmr5_train.ranking.records import RankingTask
-from mmr5_train.ranking.scoring import find_difference
+from mmr5_train.reporting.views import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 Ranks = Callable[[Sequence[RankingTask], Path], list[list[int]]]
@@ -122,15 +123,8 @@ def make_model(folder: Path, seed: int) -> None:
 
 
 def quality(folder: Path) -> dict[str, Any]:
-    """Recall@1 of each mode on the held-out questions, and what `logits` loses or gains, with its interval."""
-    results = json.loads((folder / "modes/results.json").read_text(encoding="utf-8"))
-    changed = find_difference(results, "logits", "reason")["recall@1"]
-    return {
-        "questions": results["questions"],
-        "ceiling": results["ceiling"]["recall@1"],
-        "recall@1": {row["system"]: row["recall@1"] for row in results["rows"]},
-        "logits_minus_reason": {key: changed[key] for key in ("mean", "low", "high")},
-    }
+    """Each mode on the held-out questions, and what `logits` loses or gains, with its interval."""
+    return {"ceiling": read_results(folder / "modes")["ceiling"]["recall@1"], **of_modes(folder / "modes")}
 
 
 def speed(folder: Path, questions: int, repeats: int, batch_size: int, max_new_tokens: int) -> dict[str, Any]:

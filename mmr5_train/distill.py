@@ -13,14 +13,17 @@ at the page's own last token, before any thought: the order follows from that. A
 again, so that one checkpoint serves the modes `reason` and `logits`. Writes what sft writes.
 
 An order of n pages holds for any of them: scores are taught on all pages of an answer, and on `parts` of them.
-These stay in the order of the prompt, since an answer's order among pages that help alike may be that one.
+These stay in the order of the prompt, since an answer's order among pages that help alike may be that one. Prompts
+with two pages come first. In the first of these, what the thought says of a page before its verdict stands behind
+the page, and fewer of its tokens from prompt to prompt until none are left (as Deng et al., arXiv 2405.14838, take
+a chain of thought away step by step). Without that, training can stop where a page fits half of the question.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ import torch
 from datasets import Dataset
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -51,15 +54,12 @@ from mmr5_train.models.finetune import (
 from mmr5_train.models.inputs import check_images, encode
 from mmr5_train.models.loading import ModelConfig, load_model, load_processor
 from mmr5_train.models.watching import FiniteSFTTrainer, HeldOutConfig, held_out
-from mmr5_train.ranking.answer import parse_answer
 from mmr5_train.ranking.files import InputError, read_records, write_manifest
 from mmr5_train.ranking.metrics import is_complete
-from mmr5_train.ranking.notes import described_note, split_notes, verdict
+from mmr5_train.ranking.notes import described_note
+from mmr5_train.ranking.parts import UNSAID, divide, pairs_first
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Ranking
-
-OVERLAP = 2  # so many numbers of pages come mixed with each other
-UNSAID = -100  # the verdict on a page of which the thought says nothing
 
 
 class DistillStage(StageConfig):
@@ -68,6 +68,7 @@ class DistillStage(StageConfig):
     data: Path = Field(description="rankings of the reasoning model, as evaluate writes them")
     limit: int | None = Field(default=None, gt=0, description="use the first so many")
     parts: int = Field(ge=0, description="prompts with some of an answer's pages, besides its own")
+    hinted: float = Field(ge=0, lt=1, description="share of the prompts that are begun with hints behind pages")
     kept: float = Field(gt=0, le=1, description="share of each batch whose whole answers are taught again")
     decay: float = Field(gt=0, lt=1, description="how much less a page's target is than that of the one before it")
     listwise: float = Field(gt=0, description="weight of the listwise loss; that of the completions has 1")
@@ -78,18 +79,13 @@ class DistillStage(StageConfig):
     trainer: dict[str, Any] = Field(description="fields of trl.SFTConfig")
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some pages of an answer, whose scores are taught."""
-
-    places: tuple[int, ...]  # of the pages in the prompt that was answered, from 1, rising
-    order: tuple[int, ...]  # best first; these are places among `places`, from 1
-    verdicts: tuple[int, ...]  # of each page: 0 that it helps, 1 that it does not, else UNSAID
-
-
 @dataclass
 class Collator:
-    """TRL's collator for the answers of some rows, and the parts of all as prompts with an answer begun behind."""
+    """TRL's collator for the answers of some rows, and the parts of all as prompts with an answer begun behind.
+
+    `begun` holds these prompts' inputs, with the `targets` (B, N) of their page ids, the `verdicts` (P,) on all
+    pages, and where they are taught: `ends` (B, T), true at the last token of a page or of the hint behind it.
+    """
 
     processor: Any
     completions: DataCollatorForVisionLanguageModeling
@@ -100,12 +96,15 @@ class Collator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         pages = [[row["images"][place - 1] for place in row["places"]] for row in rows]
         begun = encode(self.processor, self.prompt, [row["query"] for row in rows], pages)
+        begun = with_hints(begun, [hint for row in rows for hint in row["hints"]], self.processor.tokenizer)
+        ends = begun.pop("ends")
         begun = with_list_open(begun, self.processor.tokenizer)
+        ends = pad(ends, (0, begun["input_ids"].shape[1] - ends.shape[1]))
         most = max(len(row["order"]) for row in rows)
         wanted = torch.stack([targets(row["order"], self.decay, most) for row in rows])
         said = torch.tensor([verdict for row in rows for verdict in row["verdicts"]])
         batch = self.completions([dict(row) for row in rows[: math.ceil(self.kept * len(rows))]])
-        return batch | {"begun": {**begun, "targets": wanted, "verdicts": said}}
+        return batch | {"begun": {**begun, "targets": wanted, "verdicts": said, "ends": ends}}
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,6 @@ class Readout:
 
     identifiers: Tensor  # (most pages,) of each page id, where the list begins
     verdicts: Tensor  # (2,) of "helps" and of "does not help"
-    page_end: int  # the last one of a page in the prompt
 
 
 class DistillTrainer(FiniteSFTTrainer):
@@ -127,9 +125,8 @@ class DistillTrainer(FiniteSFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         begun = inputs.pop("begun")
-        targets_BN, verdicts_P = begun.pop("targets"), begun.pop("verdicts")
+        targets_BN, verdicts_P, ends_BT = (begun.pop(name) for name in ("targets", "verdicts", "ends"))
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        ends_BT = begun["input_ids"] == self.readout.page_end
         # The head is large: only where some prompt has a page's end, and where the lists begin.
         kept_T = torch.cat([ends_BT.any(0).nonzero()[:, 0], torch.tensor([-1], device=ends_BT.device)])
         logits_BTV = model(**begun, logits_to_keep=kept_T, use_cache=False).logits.float()
@@ -238,49 +235,52 @@ def make_readout(processor: Any, most: int, data: Path) -> Readout:
         )
     helps, helps_not = processor.tokenizer([described_note("", True), described_note("", False)])["input_ids"]
     pair = next([a, b] for a, b in zip(helps, helps_not, strict=False) if a != b)
-    end = processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
-    return Readout(torch.tensor(identifiers), torch.tensor(pair), end)
+    return Readout(torch.tensor(identifiers), torch.tensor(pair))
 
 
-def divide(ranking: Ranking, count: int, seed: int) -> Iterator[Part]:
-    """All pages of an answer, and `count` times its best page with some others, where there are enough."""
-    think = parse_answer(ranking.greedy.completion, len(ranking.shown)).think or ""
-    said = {place: verdict(note) for place, note in split_notes(think).items()}
-    best, *others = ranking.greedy.order
-    yield _part(ranking, said, [best, *others])
-    rng = random.Random(f"{seed}/{ranking.query_id}")
-    for _ in range(count if len(others) > 1 else 0):
-        yield _part(ranking, said, [best, *rng.sample(others, rng.randint(1, len(others) - 1))])
+def with_hints(inputs: Any, hints: Sequence[Sequence[int]], tokenizer: Any) -> Any:
+    """The inputs of left-padded prompts with a hint (token ids, or none) behind each page, all in one list.
+
+    `ends` (B, T) is true at the last token of each page's hint, or of the page itself where it has none.
+    """
+    page_end = tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    names = ("input_ids", "mm_token_type_ids", "attention_mask", "ends")
+    left = iter(hints)
+    rows = []
+    for ids, types, there in zip(*(inputs[name] for name in names[:3]), strict=True):
+        row: list[tuple[int, ...]] = []
+        for token, kind in zip(ids[there == 1].tolist(), types[there == 1].tolist(), strict=True):
+            is_end = token == page_end
+            tokens = [(token, kind), *((said, 0) for said in (next(left) if is_end else ()))]
+            row += [(*one, 1, False) for one in tokens[:-1]] + [(*tokens[-1], 1, is_end)]
+        rows.append(row)
+    padding = (tokenizer.pad_token_id, 0, 0, False)
+    longest = max(map(len, rows))
+    columns = torch.tensor([[padding] * (longest - len(row)) + row for row in rows]).unbind(-1)
+    return {**inputs, **dict(zip(names, columns, strict=True)), "ends": columns[-1].bool()}
 
 
-def _part(ranking: Ranking, said: Mapping[int, bool | None], chosen: Sequence[int]) -> Part:
-    places = sorted(chosen)
-    found = [said.get(place) for place in places]
-    return Part(
-        places=tuple(places),
-        order=tuple(places.index(place) + 1 for place in ranking.greedy.order if place in places),
-        verdicts=tuple(UNSAID if helps is None else int(not helps) for helps in found),
-    )
-
-
-def few_pages_first(parts: Sequence[tuple[Ranking, Part]], seed: int) -> list[tuple[Ranking, Part]]:
-    """What is learned of two pages in a hundred steps takes several hundred on five, most of which don't help."""
-    rng = random.Random(seed)
-    return sorted(parts, key=lambda row: len(row[1].places) + OVERLAP * rng.random())
+def thinned(hints: Sequence[str], share: float, tokenizer: Any, rng: random.Random) -> list[list[int]]:
+    """Each hint's token ids, of which about `share` are kept."""
+    tokens = [tokenizer(f" {hint}")["input_ids"] if hint else [] for hint in hints]
+    return [[token for token in ids if rng.random() < share] for ids in tokens]
 
 
 def taught_dataset(rankings: Sequence[Ranking], config: DistillStage, processor: Any) -> Dataset:
     """A row is a part of an answer, and the whole answer."""
-    parts = few_pages_first(
+    parts = pairs_first(
         [(one, part) for one in rankings for part in divide(one, config.parts, config.seed)], config.seed
     )
+    rng = random.Random(config.seed)
+    hinted = config.hinted * len(parts)
     rows = [
         {
             "query": ranking.query,
             "completion": [{"role": "assistant", "content": ranking.greedy.completion}],
             **asdict(part),
+            "hints": thinned(part.hints, max(0, 1 - i / hinted) if hinted else 0, processor.tokenizer, rng),
         }
-        for ranking, part in parts
+        for i, (ranking, part) in enumerate(parts)
     ]
     queries, shown = [ranking.query for ranking, _ in parts], [ranking.shown for ranking, _ in parts]
     return prompt_dataset(rows, queries, shown, config.data.parent, config.prompt, processor)

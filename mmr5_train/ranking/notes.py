@@ -21,6 +21,12 @@ def described_note(description: str, helps: bool) -> str:
     return f"{description}, so it {'helps' if helps else 'does not help'}."
 
 
+def before_verdict(note: str) -> str:
+    """A note of that form up to its verdict, e.g. "a red bar chart, so it"; of any other form, nothing."""
+    ends = (" helps.", " does not help.")
+    return next((note.removesuffix(end) for end in ends if note.endswith(f", so it{end}")), "")
+
+
 def join_notes(notes: Sequence[str]) -> str:
     """A think block: "Image i: note", a line a page, in prompt order."""
     return "\n".join(f"Image {i}: {note}" for i, note in enumerate(notes, 1))

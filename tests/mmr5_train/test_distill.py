@@ -1,20 +1,21 @@
 """Distillation: its losses on paper, and the stage with the shipped model on made-up rankings."""
 
 import json
+import random
 
 import pytest
 import torch
 from made_up import make_evaluation
+from PIL import Image
 
 from mmr5_train import distill
 from mmr5_train.config import compose_stage
-from mmr5_train.distill import UNSAID, divide, few_pages_first, listwise_loss, targets, verdict_loss
+from mmr5_train.distill import listwise_loss, targets, thinned, verdict_loss, with_hints
 from mmr5_train.models.answering import identifier_ids
-from mmr5_train.ranking.answer import read_answer
+from mmr5_train.models.inputs import encode
 from mmr5_train.ranking.files import InputError, read_records, write_records
 from mmr5_train.ranking.metrics import is_complete
-from mmr5_train.ranking.notes import join_notes
-from mmr5_train.ranking.prompt import render_completion
+from mmr5_train.ranking.parts import UNSAID, divide, pairs_first
 from mmr5_train.ranking.records import Ranking
 from mmr5_train.reranker import Reranker
 
@@ -67,57 +68,6 @@ def test_each_prompt_has_the_same_say():
     assert together.item() == pytest.approx(((first + (one + other) / 2) / 2).item())
 
 
-@pytest.fixture
-def ranking(rankings):
-    """Five pages, of which the third helps."""
-    one = read_records(rankings, Ranking)[0]
-    notes = [f"a table of {i}, so it {'helps' if i == 3 else 'does not help'}." for i in range(1, 6)]
-    completion = render_completion(join_notes(notes), [3, 1, 2, 4, 5])
-    return one.model_copy(update={"greedy": read_answer(completion, 5)})
-
-
-def test_an_answer_holds_for_its_best_page_and_some_others(ranking):
-    own, *parts = divide(ranking, 40, seed=1)
-    assert (own.places, own.order, own.verdicts) == ((1, 2, 3, 4, 5), (3, 1, 2, 4, 5), (1, 1, 0, 1, 1))
-    assert {len(part.places) for part in parts} == {2, 3, 4}
-    assert len({part.places for part in parts}) > 10
-    for part in parts:
-        assert 3 in part.places
-        assert list(part.places) == sorted(part.places), "pages that help alike may be in the prompt's order"
-        assert [part.places[i - 1] for i in part.order] == [p for p in (3, 1, 2, 4, 5) if p in part.places]
-        assert part.verdicts == tuple(int(place != 3) for place in part.places)
-    assert parts == list(divide(ranking, 40, seed=1))[1:]
-    assert parts != list(divide(ranking, 40, seed=2))[1:]
-
-
-def test_prompts_with_few_pages_come_first_and_those_with_more_by_and_by(rankings):
-    read = read_records(rankings, Ranking)
-    parts = [(one, part) for one in read for part in divide(one, 9, seed=1)]
-    pages = [len(part.places) for _, part in few_pages_first(parts, seed=1)]
-    assert sorted(pages) == sorted(len(part.places) for _, part in parts)
-    assert set(pages[:20]) == {2}
-    assert set(pages[-10:]) <= {4, 5}
-    assert 3 in pages[: pages.index(4)]
-    assert 2 in pages[pages.index(3) :]
-
-
-def test_two_pages_can_t_be_divided(ranking):
-    two = read_answer(render_completion("One of them.", [2, 1]), 2)
-    few = ranking.model_copy(update={"shown": ranking.shown[:2], "greedy": two})
-    [own] = divide(few, 3, seed=1)
-    assert own.order == (2, 1)
-
-
-def test_a_thought_that_is_not_page_by_page_teaches_the_order_alone(ranking):
-    completion = "<think>Page 3 has the total. The others don't help.</think><answer>[3, 1, 2, 4, 5]</answer>"
-    refined = ranking.model_copy(update={"greedy": read_answer(completion, 5)})
-    own, *parts = divide(refined, 4, seed=1)
-    assert own.order == (3, 1, 2, 4, 5)
-    assert len(parts) == 4
-    for part in (own, *parts):
-        assert part.verdicts == (UNSAID,) * len(part.places)
-
-
 def test_it_learns_and_leaves_a_checkpoint_that_scores(rankings, tmp_path, capsys):
     size = "trainer.per_device_train_batch_size=8"
     history = run(rankings, tmp_path / "out", "trainer.max_steps=8", "parts=0", size)
@@ -143,11 +93,11 @@ def test_the_scores_are_read_where_they_are_taught(rankings, tiny, prompt, proce
     """The tokens and pixels behind which the loss reads page ids are those that `logits` sends."""
     from mmr5_train.distill import Collator, taught_dataset
     from mmr5_train.models.answering import with_list_open
-    from mmr5_train.models.inputs import encode, load_pages
+    from mmr5_train.models.inputs import load_pages
 
-    config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}", "parts=1"])
+    config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}", "parts=1", "hinted=0"])
     whole = read_records(rankings, Ranking)[:2]
-    parts = few_pages_first([(one, part) for one in whole for part in divide(one, 1, config.seed)], config.seed)
+    parts = pairs_first([(one, part) for one in whole for part in divide(one, 1, config.seed)], config.seed)
     dataset = taught_dataset(whole, config, processor)
     collator = Collator(processor, lambda rows: {}, config.prompt, config.decay, config.kept)
     begun = collator([dataset[i] for i in range(4)])["begun"]
@@ -162,6 +112,49 @@ def test_the_scores_are_read_where_they_are_taught(rankings, tiny, prompt, proce
         assert torch.equal(begun[name], asked[name]), name
     assert processor.tokenizer.decode(begun["input_ids"][0]).endswith("<answer>[")
     assert processor.tokenizer.convert_ids_to_tokens(identifier_ids(processor.tokenizer, 3)) == ["1", "2", "3"]
+
+
+def test_hints_stand_behind_their_pages_and_verdicts_at_their_ends(tiny, prompt, processor):
+    pages = [[Image.new("RGB", (60, 80), color) for color in row] for row in (["red", "blue"], ["green"])]
+    plain = encode(processor, prompt, ["Which page?", "And which of these?"], pages)
+    tokenizer = processor.tokenizer
+    bar, line = tokenizer(" a red bar chart, so it")["input_ids"], tokenizer(" a table")["input_ids"]
+    hinted = with_hints(dict(plain), [bar, [], line], tokenizer)
+    ids, there, ends = (hinted[name] for name in ("input_ids", "attention_mask", "ends"))
+    texts = [tokenizer.decode(row[mask.bool()]) for row, mask in zip(ids, there, strict=True)]
+    assert "<|vision_end|> a red bar chart, so itImage 2:" in texts[0]
+    assert texts[0].endswith("<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
+    assert "<|vision_end|> a table<|im_end|>" in texts[1]
+    read = [tokenizer.decode(ids[row, : place + 1]) for row, place in ends.nonzero().tolist()]
+    assert [text[-4:] for text in read] == ["o it", "nd|>", "able"]
+    for row, mask in enumerate(there):
+        assert (mask.diff() >= 0).all(), "padding stands on the left"
+        without = hinted["mm_token_type_ids"][row][mask.bool()].bool()
+        assert torch.equal(
+            ids[row][mask.bool()][without], plain["input_ids"][row][plain["mm_token_type_ids"][row].bool()]
+        )
+    assert hinted["pixel_values"] is plain["pixel_values"]
+
+
+def test_without_hints_prompts_stay_as_they_are(tiny, prompt, processor):
+    plain = encode(processor, prompt, ["Which page?"], [[Image.new("RGB", (60, 80))] * 2])
+    same = with_hints(plain, [[], []], processor.tokenizer)
+    assert torch.equal(same["input_ids"], plain["input_ids"])
+    assert processor.tokenizer.convert_ids_to_tokens(same["input_ids"][same["ends"]]) == ["<|vision_end|>"] * 2
+
+
+def test_hints_lose_their_tokens_from_prompt_to_prompt(rankings, tiny, processor):
+    whole = thinned(["a red bar chart, so it", ""], 1, processor.tokenizer, random.Random(0))
+    assert processor.tokenizer.decode(whole[0]) == " a red bar chart, so it"
+    assert whole[1] == []
+    assert thinned(["a red bar chart, so it"], 0, processor.tokenizer, random.Random(0)) == [[]]
+    config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}", "parts=4", "hinted=0.5"])
+    read = [one for one in read_records(rankings, Ranking) if is_complete(one.greedy)]
+    dataset = distill.taught_dataset(read, config, processor)
+    said = [sum(map(len, row["hints"])) / len(row["hints"]) for row in dataset]
+    quarters = [sum(said[i * len(said) // 4 : (i + 1) * len(said) // 4]) for i in range(4)]
+    assert quarters[0] > 1.5 * quarters[1] > 0
+    assert quarters[2] == quarters[3] == 0
 
 
 def test_what_teaches_nothing_is_an_error(rankings, tmp_path):

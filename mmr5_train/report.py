@@ -111,7 +111,7 @@ def render(
     images = {c.id: c.image for ranked in rankings.values() for ranking in ranked for c in ranking.shown}
     files = {page: config.evaluation / "rankings" / images[page] for case in cases for page in case.numbers}
     pictures = inline_pictures(files, PICTURE_BUDGET)
-    folders = [*config.data, config.sft, config.grpo, config.evaluation, config.modes]
+    folders = [*config.data, config.sft, config.grpo, config.evaluation]
     groups = breakdowns(results)
     training = [view for view in (training_view(config.sft, "sft"), training_view(config.grpo, "grpo")) if view]
     evaluated = read_manifest(config.evaluation)
@@ -133,7 +133,10 @@ def render(
         modes=modes,
         label_last=label(list(rankings)[-1]),
         pictures=picture_views(pictures),
-        stages=[stage_view(folder) for folder in folders if folder],
+        stages=[
+            *(stage_view(folder) for folder in folders if folder),
+            *([stage_view(config.modes) | {"name": "Modes"}] if config.modes else []),
+        ],
         seed=config.seed,
         sections=_sections(groups, training=training, cases=cases, answers=answers, cost=cost, modes=modes),
     )

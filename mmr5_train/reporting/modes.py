@@ -9,13 +9,14 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from mmr5_train.reporting.answers import read_timing
 from mmr5_train.reporting.curves import PLACEHOLDERS, SERIES, STYLE, inline, show
 from mmr5_train.reporting.views import read_results
 
 FIGURE = "recall@1"
+SIZE = (6.2, 2.3)  # inches at 72 points
 
 
 def modes_view(folder: Path | None) -> dict[str, Any] | None:
@@ -47,19 +48,17 @@ def draw(rows: Sequence[Mapping[str, Any]], ceiling: float) -> str:
     """Recall@1 with its 95 % interval over the milliseconds of a question, as inline SVG."""
     colors = list(PLACEHOLDERS)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 2.5))
-        axes = figure.add_axes((0.12, 0.19, 0.85, 0.77))
-        axes.set_xscale("log")
+        figure = Figure(figsize=SIZE)
+        axes = figure.add_axes((0.08, 0.2, 0.9, 0.76))
         axes.axhline(ceiling, color=colors[1], linewidth=1, linestyle=(0, (3, 3)))
         for place, row in enumerate(rows):
             color = colors[2 + place % len(SERIES)]
             axes.plot([row["ms"]] * 2, [row["low"], row["high"]], color=color, linewidth=2.4)
             axes.plot(row["ms"], row["value"], "o", color=color, markersize=6)
             axes.annotate(row["name"], (row["ms"], row["high"]), (0, 4), textcoords="offset points", ha="center")
-        axes.margins(x=0.2, y=0.18)
+        axes.margins(y=0.2)
+        axes.set_xlim(0, 1.15 * max(row["ms"] for row in rows))
         axes.set_xlabel("milliseconds a question")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.grid(axis="y")
         axes.set_axisbelow(True)

@@ -262,7 +262,7 @@ def with_hints(inputs: Any, hints: Sequence[Sequence[int]], tokenizer: Any) -> A
 
 def thinned(hints: Sequence[str], share: float, tokenizer: Any, rng: random.Random) -> list[list[int]]:
     """Each hint's token ids, of which about `share` are kept."""
-    tokens = [tokenizer(f" {hint}")["input_ids"] if hint else [] for hint in hints]
+    tokens = [tokenizer(f" {hint}")["input_ids"] if hint and share else [] for hint in hints]
     return [[token for token in ids if rng.random() < share] for ids in tokens]
 
 

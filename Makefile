@@ -23,7 +23,7 @@ help:
 	@echo "make bench-train    time SFT beside a bare TRL script, and two processes beside one, write outputs/bench/train.json"
 	@echo "make bench-serve    the server under load and under malformed requests, write outputs/bench/serve.json"
 	@echo "make bench-rerank   the reranker's modes beside a plain loop, three seeds, write outputs/bench/rerank.json"
-	@echo "make lint           ruff (lint, format) and mypy"
+	@echo "make lint           ruff (lint, format), mypy, and the import rules"
 	@echo "make format         let ruff rewrite what it can"
 	@echo "make setup          make .venv and install (the other targets do it too)"
 	@echo "make lock           write constraints.txt anew from pyproject.toml"
@@ -49,24 +49,25 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench-grpo: setup
-	$(BIN)/python scripts/bench_grpo.py --figure outputs/bench/grpo.svg
+	$(BIN)/python scripts/benchmarks/bench_grpo.py --figure outputs/bench/grpo.svg
 
 bench-data: setup
-	$(BIN)/python scripts/bench_data.py
+	$(BIN)/python scripts/benchmarks/bench_data.py
 
 bench-train: setup
-	$(BIN)/python scripts/bench_train.py
+	$(BIN)/python scripts/benchmarks/bench_train.py
 
 bench-serve: setup
-	$(BIN)/python scripts/bench_serve.py
+	$(BIN)/python scripts/benchmarks/bench_serve.py
 
 bench-rerank: setup
-	$(BIN)/python scripts/bench_rerank.py
+	$(BIN)/python scripts/benchmarks/bench_rerank.py
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup
 	$(BIN)/ruff check --fix .

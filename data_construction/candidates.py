@@ -37,19 +37,19 @@ from tqdm import tqdm
 
 from data_construction.corpus.documents import Document
 from data_construction.corpus.reading import CorpusConfig, read_asked, read_corpus
-from data_construction.exclusion import REASONS, exclude_contents, exclude_names, read_excluded
-from data_construction.first_stage import RankDocument, RetrieverConfig, open_retriever
-from data_construction.policy import Policy, choose
-from mmr5_train.config import StageConfig, run_stage
-from mmr5_train.ranking.files import (
+from data_construction.first_stage.exclusion import REASONS, exclude_contents, exclude_names, read_excluded
+from data_construction.first_stage.policy import Policy, choose
+from data_construction.first_stage.retriever import RankDocument, RetrieverConfig, open_retriever
+from mmr5_train.common.config import StageConfig, run_stage
+from mmr5_train.common.files import (
     InputError,
+    atomic_write,
     open_output,
-    whole_file,
     write_json,
     write_manifest,
     write_records,
 )
-from mmr5_train.ranking.metrics import macro, micro, recall_at_k
+from mmr5_train.evaluation.metrics import macro, micro, recall_at_k
 from mmr5_train.ranking.records import (
     SPLITS,
     Candidate,
@@ -227,7 +227,7 @@ def read_and_rank(config: CandidatesStage, read: Iterable[Document], rank: RankD
     """Goes through the documents once: writes pages.jsonl, and the ranked questions into the file `spool`."""
     tally, n = Tally(), config.candidates
     first = max(n, config.n_heldout or 0)
-    with whole_file(config.out / "pages.jsonl") as pages_file, whole_file(spool) as ranked_file:
+    with atomic_write(config.out / "pages.jsonl") as pages_file, atomic_write(spool) as ranked_file:
         for document in read:
             pages = tuple(rebase_images(document.pages, Path.cwd(), config.out))
             for page in pages:
@@ -249,7 +249,7 @@ def write_splits(
     """Deals the ranked questions out to the files of the splits. Returns how many each got."""
     kept = dict.fromkeys(SPLITS, 0)
     with ExitStack() as stack:
-        files = {split: stack.enter_context(whole_file(config.out / f"{split}.jsonl")) for split in SPLITS}
+        files = {split: stack.enter_context(atomic_write(config.out / f"{split}.jsonl")) for split in SPLITS}
         for line in stack.enter_context(spool.open(encoding="utf-8")):
             ranked = RankedQuestion.model_validate_json(line)
             split = placed[ranked.question.doc_name]

@@ -22,8 +22,8 @@ from huggingface_hub.hf_api import RepoSibling
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_construction.corpus.training_set import Subset, TrainingSet
-from mmr5_train.config import run_stage
-from mmr5_train.ranking.files import InputError, file_hash
+from mmr5_train.common.config import run_stage
+from mmr5_train.common.files import InputError, file_hash
 
 
 class Download(BaseModel):

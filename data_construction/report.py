@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import Field
 
-from data_construction.report_views import (
+from data_construction.reporting.views import (
     DataFolder,
     StageFolder,
     cards,
@@ -30,8 +30,8 @@ from data_construction.report_views import (
     steps,
     teacher_facts,
 )
-from mmr5_train.config import StageConfig, run_stage
-from mmr5_train.ranking.files import open_output, read_records, whole_file, write_manifest
+from mmr5_train.common.config import StageConfig, run_stage
+from mmr5_train.common.files import atomic_write, open_output, read_records, write_manifest
 from mmr5_train.ranking.notes import join_notes
 from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.ranking.records import Page, PageId, Trace
@@ -63,7 +63,7 @@ def main(config: DataReportStage) -> None:
     traces = read_records(config.traces / "traces.jsonl", Trace) if config.traces else []
     html, unseen = render(config, data, made, chosen, traces)
     out = open_output(config.out, config.overwrite, inputs=config.folders)
-    with whole_file(out / "data_report.html") as stream:
+    with atomic_write(out / "data_report.html") as stream:
         stream.write(html)
     write_manifest(
         out,

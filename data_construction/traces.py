@@ -25,7 +25,8 @@ from typing import Any, Literal
 from pydantic import Field
 from tqdm import tqdm
 
-from data_construction.checks import (
+from data_construction.teacher import OpenAIConfig, Teacher, TeacherConfig, TeacherFailure, make_teacher
+from data_construction.teacher.checks import (
     WRONG,
     Failed,
     Rules,
@@ -33,9 +34,8 @@ from data_construction.checks import (
     failed_note_checks,
     failed_reasoning_checks,
 )
-from data_construction.teacher import OpenAIConfig, Teacher, TeacherConfig, TeacherFailure, make_teacher
-from mmr5_train.config import StageConfig, run_stage
-from mmr5_train.ranking.files import InputError, open_output, read_records, write_manifest, write_records
+from mmr5_train.common.config import StageConfig, run_stage
+from mmr5_train.common.files import InputError, open_output, read_records, write_manifest, write_records
 from mmr5_train.ranking.notes import join_notes
 from mmr5_train.ranking.records import (
     LocalId,

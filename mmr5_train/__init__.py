@@ -7,8 +7,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmr5_train.inference.reranker import QueryReranker, Reranker
     from mmr5_train.ranking.results import RankedResults, Result
-    from mmr5_train.reranker import QueryReranker, Reranker
 
 __all__ = ["QueryReranker", "RankedResults", "Reranker", "Result"]
 
@@ -19,7 +19,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 def __getattr__(name: str) -> Any:
     """What users import, loaded when it is asked for: the domain and the data stages need no torch."""
     if name in ("Reranker", "QueryReranker"):
-        from mmr5_train import reranker
+        from mmr5_train.inference import reranker
 
         return getattr(reranker, name)
     if name in ("RankedResults", "Result"):

@@ -20,21 +20,21 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from mmr5_train.config import StageConfig, run_stage
-from mmr5_train.ranking import paper_table, published
-from mmr5_train.ranking.files import (
+from mmr5_train.common.config import StageConfig, run_stage
+from mmr5_train.common.files import (
     RECIPE,
     InputError,
+    atomic_write,
     open_output,
     read_manifest,
     read_records,
-    whole_file,
     write_json,
     write_manifest,
 )
-from mmr5_train.ranking.metrics import Interval, Values, bootstrap_mean, paired_bootstrap, question_table
+from mmr5_train.evaluation import paper_table, published
+from mmr5_train.evaluation.metrics import Interval, Values, bootstrap_mean, paired_bootstrap, question_table
+from mmr5_train.evaluation.scoring import question_values
 from mmr5_train.ranking.records import Page, Ranking
-from mmr5_train.ranking.scoring import question_values
 from mmr5_train.reporting.comparison import comparison_page
 
 # name of a figure, its heading in the table
@@ -76,9 +76,9 @@ def main(config: CompareStage) -> None:
     write_json(out / "compare.json", {"baseline": config.baseline, "rows": rows})
     beside = beside_published(rows)
     table = markdown(rows) + (f"\n{paper_table.markdown(beside)}" if beside else "")
-    with whole_file(out / "table.md", "w") as stream:
+    with atomic_write(out / "table.md", "w") as stream:
         stream.write(table)
-    with whole_file(out / "compare.html") as stream:
+    with atomic_write(out / "compare.html") as stream:
         stream.write(comparison_page(rows, FIGURES, runs[0].data, beside))
     write_manifest(out, stage="compare", config=config.model_dump(mode="json"), counts={"runs": len(runs)})
     print(table)

@@ -15,9 +15,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mmr5_train.config import run_stage
-from mmr5_train.ranking.files import RECIPE, open_output, write_json, write_manifest
-from mmr5_train.ranking.scoring import find_difference
+from mmr5_train.common.config import run_stage
+from mmr5_train.common.files import RECIPE, open_output, write_json, write_manifest
+from mmr5_train.evaluation.scoring import find_difference
 from mmr5_train.recipe import RecipeStage, run_commands, stage_commands
 from mmr5_train.reporting.answers import read_timing
 from mmr5_train.reporting.views import read_results

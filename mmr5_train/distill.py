@@ -36,30 +36,30 @@ from torch.nn.functional import cross_entropy, pad
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from mmr5_train.config import StageConfig, run_stage
-from mmr5_train.models.answering import identifier_ids, with_list_open
-from mmr5_train.models.checkpoints import open_training_output, run_settings
-from mmr5_train.models.finetune import (
+from mmr5_train.common.config import StageConfig, run_stage
+from mmr5_train.common.files import InputError, read_records, write_manifest
+from mmr5_train.evaluation.metrics import is_complete
+from mmr5_train.inference.local import identifier_ids, with_list_open
+from mmr5_train.models.inputs import check_images, encode
+from mmr5_train.models.loading import ModelConfig, load_model, load_processor
+from mmr5_train.ranking.notes import described_note
+from mmr5_train.ranking.parts import UNSAID, divide, pairs_first
+from mmr5_train.ranking.prompt import Prompt
+from mmr5_train.ranking.records import Ranking
+from mmr5_train.training.callbacks import FiniteSFTTrainer, HeldOutConfig, held_out
+from mmr5_train.training.checkpoints import open_training_output, run_settings
+from mmr5_train.training.finetune import (
     MODEL,
     best_counts,
     lora_config,
+    normalize_loss_by_tokens,
     prompt_dataset,
     save_result,
     settings_checked,
     train,
     trained_parameters,
     trainer_arguments,
-    weigh_tokens_alike,
 )
-from mmr5_train.models.inputs import check_images, encode
-from mmr5_train.models.loading import ModelConfig, load_model, load_processor
-from mmr5_train.models.watching import FiniteSFTTrainer, HeldOutConfig, held_out
-from mmr5_train.ranking.files import InputError, read_records, write_manifest
-from mmr5_train.ranking.metrics import is_complete
-from mmr5_train.ranking.notes import described_note
-from mmr5_train.ranking.parts import UNSAID, divide, pairs_first
-from mmr5_train.ranking.prompt import Prompt
-from mmr5_train.ranking.records import Ranking
 
 
 class DistillStage(StageConfig):
@@ -193,7 +193,7 @@ def main(config: DistillStage) -> None:
             peft_config=lora_config(config.model),
         )
     trainer.readout, trainer.weights = readout, (config.listwise, config.verdicts)
-    weigh_tokens_alike(trainer)
+    normalize_loss_by_tokens(trainer)
     trained = trained_parameters(trainer)
     shown = {"loss": "loss", "listwise_loss": "listwise", "verdict_loss": "verdicts"}
     train(trainer, "distill", shown, settings, checkpoint, watch)

@@ -8,9 +8,9 @@
 The first stage is always there, as the baseline. Each system gives one greedy answer a question, the same every
 time, and `samples` sampled ones. Rankings are kept batch by batch as they are made: a run that was stopped goes on
 with the same command. Writes `rankings/<system>.jsonl` (what was answered), `pages.jsonl` (the pages in them),
-`results.json` (`mmr5_train.ranking.scoring` says what is in it), `timing.json` (the one file that differs between
-two runs) and a manifest. Rankings hold the candidates only: recall@k for k beyond their number is recall of all
-candidates.
+`results.json` (`mmr5_train.evaluation.scoring` says what is in it), `timing.json` (the one file that differs
+between two runs) and a manifest. Rankings hold only the candidates, so recall@k for a k above their number is the
+recall of all candidates.
 """
 
 from __future__ import annotations
@@ -29,12 +29,8 @@ from accelerate import PartialState
 from pydantic import Field, ValidationError, field_serializer, field_validator
 from tqdm import tqdm
 
-from mmr5_train.config import StageConfig, run_stage
-from mmr5_train.models.checkpoints import check_settings, run_settings
-from mmr5_train.models.inputs import check_images
-from mmr5_train.models.loading import ModelConfig, is_adapter, resolve_checkpoint
-from mmr5_train.models.server import ServerConfig
-from mmr5_train.ranking.files import (
+from mmr5_train.common.config import StageConfig, run_stage
+from mmr5_train.common.files import (
     InputError,
     is_unfinished,
     open_output,
@@ -43,10 +39,16 @@ from mmr5_train.ranking.files import (
     write_manifest,
     write_records,
 )
+from mmr5_train.evaluation.scoring import results_table, score_rankings
+from mmr5_train.evaluation.trec import write_trec
+from mmr5_train.inference.remote import ServerConfig
+from mmr5_train.inference.reranker import RankingOptions, Reranker
+from mmr5_train.models.inputs import check_images
+from mmr5_train.models.loading import ModelConfig, is_adapter, resolve_checkpoint
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import (
-    Answered,
     LocalId,
+    ModelAnswer,
     Order,
     Page,
     PromptedTask,
@@ -55,9 +57,7 @@ from mmr5_train.ranking.records import (
     Record,
     rebase_images,
 )
-from mmr5_train.ranking.scoring import results_table, score_rankings
-from mmr5_train.ranking.trec import write_trec
-from mmr5_train.reranker import RankingOptions, Reranker
+from mmr5_train.training.checkpoints import check_settings, run_settings
 
 FIRST_STAGE = "first_stage"
 PARTIAL = "partial"  # in the output folder of a run that has not ended: its batches, and its settings
@@ -208,7 +208,7 @@ def used_pages(tasks: Iterable[RankingTask], path: Path) -> list[Page]:
 def first_stage(task: RankingTask) -> Ranking:
     """The first stage's own order, as a ranking without a completion."""
     order = tuple(LocalId(i) for i in range(1, len(task.candidates) + 1))
-    return _ranking(FIRST_STAGE, task.prompted("score"), Answered(completion="", order=order))
+    return _ranking(FIRST_STAGE, task.prompted("score"), ModelAnswer(completion="", order=order))
 
 
 def rank_share(name: str, tasks: Sequence[RankingTask], config: EvaluateStage, processes: PartialState) -> None:
@@ -270,16 +270,16 @@ def rank_batch(
     prompted = [task.prompted(config.order, config.seed) for task in tasks]
     queries, folder = [task.query for task in tasks], config.data.parent
     started = time.monotonic()
-    pages = [[reranker.answerer.load(folder / page.image) for page in asked.shown] for asked in prompted]
+    pages = [[reranker.backend.load(folder / page.image) for page in asked.shown] for asked in prompted]
     greedy = [ranked.answered() for ranked in reranker.order(queries, pages)]
     ranked = time.monotonic()
-    drawn: list[list[Answered]] = []
+    drawn: list[list[ModelAnswer]] = []
     if config.samples and reranker.mode != "logits":
         size = max(1, config.batch_size // config.samples)
         settings: dict[str, Any] = {"samples": config.samples, "temperature": config.temperature}
         for i in range(0, len(tasks), size):
             seed = config.seed * 1_000_003 + start + i
-            drawn += reranker.answerer.ask(queries[i : i + size], pages[i : i + size], seed=seed, **settings)
+            drawn += reranker.backend.ask(queries[i : i + size], pages[i : i + size], seed=seed, **settings)
     rankings = [_ranking(name, *row) for row in zip(prompted, greedy, drawn or [[]] * len(tasks), strict=True)]
     return Batch(
         start=start,
@@ -289,7 +289,9 @@ def rank_batch(
     )
 
 
-def _ranking(system: str, prompted: PromptedTask, greedy: Answered, samples: Sequence[Answered] = ()) -> Ranking:
+def _ranking(
+    system: str, prompted: PromptedTask, greedy: ModelAnswer, samples: Sequence[ModelAnswer] = ()
+) -> Ranking:
     task = prompted.task
     return Ranking(
         system=system,

@@ -18,10 +18,24 @@ from typing import Any, Literal
 from pydantic import Field
 from trl import GRPOConfig, GRPOTrainer
 
-from mmr5_train.alarms import Action, read_alarms
-from mmr5_train.config import StageConfig, run_stage
-from mmr5_train.models.checkpoints import open_training_output, run_settings
-from mmr5_train.models.finetune import (
+from mmr5_train.common.config import StageConfig, run_stage
+from mmr5_train.common.files import InputError, read_records, write_manifest
+from mmr5_train.evaluation.alarms import Action, read_alarms
+from mmr5_train.models.inputs import check_images
+from mmr5_train.models.loading import ModelConfig, load_model, load_processor, vision_token_ids
+from mmr5_train.ranking.answer import Defect, parse_answer
+from mmr5_train.ranking.prompt import Prompt
+from mmr5_train.ranking.records import LocalId, Order, RankingTask
+from mmr5_train.ranking.rewards import REWARDS, RewardConfig, follows_verdicts, verdicts
+from mmr5_train.training.callbacks import (
+    AlarmCallback,
+    FiniteGRPOTrainer,
+    FiniteSharedGRPOTrainer,
+    HeldOutConfig,
+    held_out,
+)
+from mmr5_train.training.checkpoints import open_training_output, run_settings
+from mmr5_train.training.finetune import (
     MODEL,
     best_counts,
     check_batches,
@@ -34,21 +48,7 @@ from mmr5_train.models.finetune import (
     trainer_arguments,
     use_lora_plus,
 )
-from mmr5_train.models.inputs import check_images
-from mmr5_train.models.loading import ModelConfig, load_model, load_processor, vision_token_ids
-from mmr5_train.models.watching import (
-    AlarmBell,
-    FiniteGRPOTrainer,
-    FiniteSharedGRPOTrainer,
-    HeldOutConfig,
-    held_out,
-)
-from mmr5_train.ranking.answer import Defect, parse_answer
-from mmr5_train.ranking.files import InputError, read_records, write_manifest
-from mmr5_train.ranking.prompt import Prompt
-from mmr5_train.ranking.records import LocalId, Order, RankingTask
-from mmr5_train.ranking.rewards import REWARDS, RewardConfig, follows_verdicts, verdicts
-from mmr5_train.shared_grpo import unsupported
+from mmr5_train.training.shared_grpo import unsupported
 
 VERDICTS = ("answers/true_verdicts", "answers/follow_verdicts")
 
@@ -70,7 +70,7 @@ class GrpoStage(StageConfig):
         default="auto", description="compute a prompt once for its completions: where it can be, or else an error"
     )
     heldout: HeldOutConfig | None = None
-    alarms: Action = Field(default="warn", description="what an alarm of mmr5_train.alarms does")
+    alarms: Action = Field(default="warn", description="what an alarm of mmr5_train.evaluation.alarms does")
     trainer: dict[str, Any] = Field(description="fields of trl.GRPOConfig")
 
 
@@ -205,7 +205,7 @@ def main(config: GrpoStage) -> None:
     use_lora_plus(trainer, config.model)
     trained = trained_parameters(trainer)
     if config.alarms != "off":
-        trainer.add_callback(AlarmBell(config.out, config.alarms))
+        trainer.add_callback(AlarmCallback(config.out, config.alarms))
     shown = {"reward": "reward", "kl": "kl", "entropy": "entropy"}
     train(trainer, "grpo", shown, settings, checkpoint, watch)
     save_result(trainer, processor, config.model, config.prompt, config.think, config.out)

@@ -18,10 +18,11 @@ from typing import Any
 
 from pydantic import Field
 
-from mmr5_train.config import compose_stage, run_stage
-from mmr5_train.models.loading import ModelConfig, page_size
+from mmr5_train.common.config import compose_stage, run_stage
+from mmr5_train.common.files import InputError, read_records
+from mmr5_train.models.loading import ModelConfig
+from mmr5_train.models.pages import page_size
 from mmr5_train.models.shapes import empty_model
-from mmr5_train.ranking.files import InputError, read_records
 from mmr5_train.ranking.records import Page, RankingTask
 from mmr5_train.recipe import STAGES, RecipeStage, stage_commands
 
@@ -169,7 +170,7 @@ def measure(model: ModelConfig) -> Network:
     if model.lora is not None:
         from peft import get_peft_model
 
-        from mmr5_train.models.finetune import lora_config
+        from mmr5_train.training.finetune import lora_config
 
         adapted: Any = get_peft_model(network, lora_config(model))  # type: ignore[arg-type]
         trained = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)

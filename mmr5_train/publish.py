@@ -19,9 +19,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict, Field
 
-from mmr5_train.config import run_stage
+from mmr5_train.common.config import run_stage
+from mmr5_train.common.files import InputError, atomic_write, read_manifest
 from mmr5_train.models.loading import SETTINGS
-from mmr5_train.ranking.files import InputError, read_manifest, whole_file
 from mmr5_train.reporting.page import TEMPLATES
 
 FIGURES = {"recall@1": "Recall@1", "recall@3": "Recall@3", "recall@5": "Recall@5", "mrr": "MRR"}
@@ -42,7 +42,7 @@ class PublishStage(BaseModel):
 
 def main(config: PublishStage) -> None:
     card = model_card(config)
-    with whole_file(config.checkpoint / "README.md", "w") as stream:
+    with atomic_write(config.checkpoint / "README.md", "w") as stream:
         stream.write(str(card))
     print(f"publish: a model card in {config.checkpoint / 'README.md'}")
     if config.push_to_hub:

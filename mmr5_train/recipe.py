@@ -24,11 +24,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from pydantic import Field
 
-from data_construction import candidates, traces
-from data_construction.corpus import synthetic
+from data_construction import candidates, synthetic, traces
 from mmr5_train import distill, evaluate, grpo, report, select, sft
-from mmr5_train.config import CONFIGS, StageConfig, compose_stage, run_stage
-from mmr5_train.ranking.files import RECIPE, InputError, file_hash, is_unfinished, read_manifest, write_json
+from mmr5_train.common.config import CONFIGS, StageConfig, compose_stage, run_stage
+from mmr5_train.common.files import RECIPE, InputError, file_hash, is_unfinished, read_manifest, write_json
 
 # Name in a recipe → (the stage's module, its config model, its entry config), in the order in which they run.
 STAGES: dict[str, tuple[Any, type[StageConfig], str]] = {

@@ -16,13 +16,13 @@ from typing import Any
 
 from pydantic import Field
 
-from mmr5_train.config import StageConfig, run_stage
-from mmr5_train.ranking.files import (
+from mmr5_train.common.config import StageConfig, run_stage
+from mmr5_train.common.files import (
     InputError,
+    atomic_write,
     open_output,
     read_manifest,
     read_records,
-    whole_file,
     write_manifest,
 )
 from mmr5_train.ranking.records import Page, PageId, Ranking
@@ -66,7 +66,7 @@ def main(config: ReportStage) -> None:
         if path is not None
     ]
     out = open_output(config.out, config.overwrite, inputs=read)
-    with whole_file(out / "report.html") as stream:
+    with atomic_write(out / "report.html") as stream:
         stream.write(html)
     inputs = [config.evaluation / "results.json", config.evaluation / "pages.jsonl"]
     inputs += [config.evaluation / "rankings" / f"{system}.jsonl" for system in rankings]

@@ -35,8 +35,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mmr5_train.config import StageConfig, run_stage
-from mmr5_train.ranking.files import (
+from mmr5_train.common.config import StageConfig, run_stage
+from mmr5_train.common.files import (
     MANIFEST,
     InputError,
     file_hash,
@@ -47,9 +47,7 @@ from mmr5_train.ranking.files import (
     write_manifest,
     write_records,
 )
-from mmr5_train.ranking.records import Page, PageId, RankingTask, Rollouts, Trace, rebase_images
-from mmr5_train.ranking.rewards import RewardConfig
-from mmr5_train.rollouts import (
+from mmr5_train.inference.rollouts import (
     PARTIAL,
     ROLLOUTS,
     RolloutConfig,
@@ -58,6 +56,8 @@ from mmr5_train.rollouts import (
     rewards_of,
     sample_rollouts,
 )
+from mmr5_train.ranking.records import Page, PageId, RankingTask, Rollouts, Trace, rebase_images
+from mmr5_train.ranking.rewards import RewardConfig
 
 GROUPS = 10
 """By resolution, as in the paper."""
@@ -192,7 +192,7 @@ def given_or_made(
         inputs.append(difficulty.rollouts)
         return read_rollouts(difficulty.rollouts, tasks)
     folder, partial = config.questions.parent, config.out / PARTIAL
-    answerer = load_sampler(difficulty, tasks, folder)
+    backend = load_sampler(difficulty, tasks, folder)
     asked = difficulty.model_dump(mode="json", exclude={"min_reward", "max_reward", "rollouts"})
     asked |= {"seed": config.seed, "questions": file_hash(config.questions)}
     asked |= {"seen": file_hash(config.seen) if config.seen else None}
@@ -202,7 +202,7 @@ def given_or_made(
         open_output(config.out, config.overwrite, [*inputs, Path(str(difficulty.checkpoint))])
         write_json(config.out / MANIFEST, {"finished": False, "rollouts": asked})
     try:
-        return sample_rollouts(answerer, tasks, folder, partial, difficulty, config.seed)
+        return sample_rollouts(backend, tasks, folder, partial, difficulty, config.seed)
     except KeyboardInterrupt:
         print(f"finished rollouts are kept in {partial}; the same command goes on from there", file=sys.stderr)
         raise

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from mmr5_train.config import run_stage
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.config import run_stage
+from mmr5_train.common.files import InputError
 from mmr5_train.serving.batching import Ranker
 from mmr5_train.serving.settings import ServeConfig
 
@@ -28,7 +28,7 @@ def main(config: ServeConfig) -> None:
 
 
 def load_reranker(config: ServeConfig) -> Ranker:
-    from mmr5_train.reranker import Reranker  # torch takes seconds, in which the server already answers
+    from mmr5_train.inference.reranker import Reranker  # torch takes seconds, in which the server already answers
 
     chosen = config.model_dump(include={"mode", "max_new_tokens", "window", "stride", "batch_size"})
     options = {name: value for name, value in chosen.items() if value is not None}

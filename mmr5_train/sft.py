@@ -15,12 +15,19 @@ from typing import Any
 from pydantic import Field
 from trl import SFTConfig
 
-from mmr5_train.config import StageConfig, run_stage
-from mmr5_train.models.checkpoints import open_training_output, run_settings
-from mmr5_train.models.finetune import (
+from mmr5_train.common.config import StageConfig, run_stage
+from mmr5_train.common.files import read_records, write_manifest
+from mmr5_train.models.inputs import check_images
+from mmr5_train.models.loading import ModelConfig, load_model, load_processor
+from mmr5_train.ranking.prompt import Prompt, render_completion
+from mmr5_train.ranking.records import Trace
+from mmr5_train.training.callbacks import FiniteSFTTrainer, HeldOutConfig, held_out
+from mmr5_train.training.checkpoints import open_training_output, run_settings
+from mmr5_train.training.finetune import (
     MODEL,
     best_counts,
     lora_config,
+    normalize_loss_by_tokens,
     prompt_dataset,
     save_result,
     settings_checked,
@@ -28,14 +35,7 @@ from mmr5_train.models.finetune import (
     trained_parameters,
     trainer_arguments,
     use_lora_plus,
-    weigh_tokens_alike,
 )
-from mmr5_train.models.inputs import check_images
-from mmr5_train.models.loading import ModelConfig, load_model, load_processor
-from mmr5_train.models.watching import FiniteSFTTrainer, HeldOutConfig, held_out
-from mmr5_train.ranking.files import read_records, write_manifest
-from mmr5_train.ranking.prompt import Prompt, render_completion
-from mmr5_train.ranking.records import Trace
 
 
 class SftStage(StageConfig):
@@ -78,7 +78,7 @@ def main(config: SftStage) -> None:
             processing_class=processor,
             peft_config=lora_config(config.model),
         )
-    weigh_tokens_alike(trainer)
+    normalize_loss_by_tokens(trainer)
     use_lora_plus(trainer, config.model)
     trained = trained_parameters(trainer)
     shown = {"loss": "loss", "mean_token_accuracy": "token accuracy"}

@@ -16,9 +16,9 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from mmr5_train.config import StageConfig, run_stage
-from mmr5_train.ranking.files import open_output, whole_file, write_manifest
-from mmr5_train.ranking.paper_table import markdown, measured_rows, paper_table
+from mmr5_train.common.config import StageConfig, run_stage
+from mmr5_train.common.files import atomic_write, open_output, write_manifest
+from mmr5_train.evaluation.paper_table import markdown, measured_rows, paper_table
 from mmr5_train.reporting.paper import tables_page
 from mmr5_train.reporting.views import read_results
 
@@ -47,9 +47,9 @@ def main(config: TablesStage) -> None:
     measured = measured_rows(results, config.rows)
     blocks = paper_table(measured)
     out = open_output(config.out, config.overwrite, inputs=config.evaluations.values())
-    with whole_file(out / "tables.md") as stream:
+    with atomic_write(out / "tables.md") as stream:
         stream.write(markdown(blocks))
-    with whole_file(out / "tables.html") as stream:
+    with atomic_write(out / "tables.html") as stream:
         stream.write(tables_page(blocks))
     beside = sum(row.published is not None for row in measured)
     write_manifest(

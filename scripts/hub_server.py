@@ -79,7 +79,7 @@ class _Request(BaseHTTPRequestHandler):
 
 def main() -> None:
     from data_construction.download import Download, wanted_files
-    from mmr5_train.config import compose_stage
+    from mmr5_train.common.config import compose_stage
 
     wanted = [
         wanted_files(compose_stage(Download, "download", [f"dataset={dataset}", "out=."]))

@@ -19,7 +19,7 @@ made() { [[ -f $1/manifest.json ]] && grep -q '"finished": true' "$1/manifest.js
 if [[ ${1:-} == --tiny ]]; then
     OUT=${2:-outputs/tables_tiny}
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-    made "$OUT/corpus" || run data_construction.corpus.synthetic out="$OUT/corpus" documents=4 overwrite=true
+    made "$OUT/corpus" || run data_construction.synthetic out="$OUT/corpus" documents=4 overwrite=true
     CORPUS=(corpus=synthetic corpus.folder="$OUT/corpus" corpus.page_cache="$OUT/pages")
     MODEL=(model=tiny batch_size=16 max_new_tokens=64)
     # The run file of the first of these is the score file of the second.

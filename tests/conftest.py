@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 from servers import RECITED, THOUGHT, OpenAIServer, ScriptedServer
 
+from mmr5_train.common.files import write_records
 from mmr5_train.models.loading import TINY, ModelConfig, load_processor
-from mmr5_train.ranking.files import write_records
 from mmr5_train.ranking.notes import described_note, join_notes
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Candidate, PageId, RankingTask, Trace

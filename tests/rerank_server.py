@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import pypdfium2
 from PIL import Image
 
-from mmr5_train.ranking.files import InputError
-from mmr5_train.ranking.records import Answered
+from mmr5_train.common.files import InputError
+from mmr5_train.ranking.records import ModelAnswer
 from mmr5_train.ranking.results import RankedResults, ranked_results
 from mmr5_train.serving.batching import Ranker
 from mmr5_train.serving.server import Server, listen
@@ -52,7 +53,7 @@ class FakeRanker:
             reds.append((red - (green + blue) / 2 + 255) / 510)
         order = sorted(range(len(pages)), key=lambda i: -reds[i])
         notes = {i: f"<b>page {i}</b> is {reds[i]:.2f} red" for i in range(len(pages))}
-        answered = Answered(completion="…", order=tuple(i + 1 for i in order), defects=("no_think",), tokens=7)
+        answered = ModelAnswer(completion="…", order=tuple(i + 1 for i in order), defects=("no_think",), tokens=7)
         scores = [reds[i] for i in order]
         reasoning = "\n".join(notes.values())
         return ranked_results(
@@ -132,3 +133,13 @@ def serving(
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+
+
+def made_pdf(*sizes):
+    """A PDF with an empty page of each size, in points."""
+    document = pypdfium2.PdfDocument.new()
+    for width, height in sizes:
+        document.new_page(width, height)
+    stream = io.BytesIO()
+    document.save(stream)
+    return stream.getvalue()

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_construction.corpus.documents import Annotation
-from mmr5_train.ranking.files import InputError, read_json_lines, validation_message
+from mmr5_train.common.files import InputError, read_json_lines, validation_message
 from mmr5_train.ranking.records import PageId, Question, Skipped
 
 

@@ -28,7 +28,7 @@ from data_construction.corpus.page_table import (
     wanted_rows,
 )
 from data_construction.corpus.pdfs import read_pdf_documents
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
 from mmr5_train.ranking.records import Skipped
 
 

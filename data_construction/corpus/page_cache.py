@@ -21,8 +21,8 @@ import PIL
 import pypdfium2
 from PIL import Image
 
-from mmr5_train.pages import IMAGE_ERRORS, on_white, one_line, render_page
-from mmr5_train.ranking.files import InputError, whole_file
+from mmr5_train.common.files import InputError, atomic_write
+from mmr5_train.models.pages import IMAGE_ERRORS, on_white, one_line, render_page
 
 JPEG_QUALITY = 90
 KEPT_SUFFIX = {"JPEG": ".jpg", "PNG": ".png"}  # formats of image bytes that are not encoded again
@@ -67,7 +67,7 @@ class PageCache:
         if size is None:
             data = make()
             try:
-                with whole_file(path, "wb", sync=False) as stream:
+                with atomic_write(path, "wb", sync=False) as stream:
                     stream.write(data)
             except OSError as error:
                 raise InputError(

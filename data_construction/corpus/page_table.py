@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from data_construction.corpus.documents import Annotation, Document, make_document, make_page, skip_page
 from data_construction.corpus.page_cache import PageCache, UnreadablePageError
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
 from mmr5_train.ranking.records import Page, Skipped
 
 BATCH_ROWS = 32  # rows of a page table in memory at a time

@@ -16,7 +16,7 @@ from data_construction.corpus.documents import (
     skip_page,
 )
 from data_construction.corpus.page_cache import PageCache, UnreadablePageError, page_text
-from mmr5_train.ranking.files import file_hash
+from mmr5_train.common.files import file_hash
 from mmr5_train.ranking.records import Page, Skipped
 
 

@@ -35,7 +35,7 @@ from data_construction.corpus.page_table import (
     read_page,
     wanted_rows,
 )
-from mmr5_train.ranking.files import InputError, read_json_lines, validation_message
+from mmr5_train.common.files import InputError, read_json_lines, validation_message
 from mmr5_train.ranking.records import PageId, Question, Skipped
 
 Subset = Literal["ArxivQA", "DUDE", "MP-DocVQA", "SciQAG", "SlideVQA", "TAT-DQA", "Wiki-ss"]

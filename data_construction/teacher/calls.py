@@ -32,7 +32,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_aft
 from tenacity.wait import wait_exponential_jitter
 
 from data_construction.teacher.store import Answer
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
 
 REFUSAL_CODES = ("content_filter", "content_policy_violation")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_construction.teacher.store import Spent
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
 
 TOKENS_A_CHARACTER = 1 / 4
 TOKENS_A_WORD = 1.5

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
 
 KEPT_URLS = 256  # some 100 MB at most; the questions on a page stand near each other
 _ORIENTATION = 0x0112  # Exif: how a viewer should turn the picture

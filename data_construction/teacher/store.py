@@ -23,7 +23,7 @@ from typing import Any
 
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_random
 
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
 
 BUSY_SECONDS = 30
 _VERSION = 1

@@ -12,8 +12,8 @@ from typing import Any
 from PIL import Image
 from transformers import BatchFeature
 
-from mmr5_train.models.loading import KEPT_PAGES, is_small, load_page
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
+from mmr5_train.models.pages import KEPT_PAGES, is_small, load_page
 from mmr5_train.ranking.prompt import Prompt, build_messages, with_images
 from mmr5_train.ranking.records import Candidate
 

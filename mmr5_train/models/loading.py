@@ -1,32 +1,24 @@
-"""Checkpoints, processors and page images, loaded the same way by every stage."""
+"""Checkpoints and processors, loaded the same way by every stage."""
 
 from __future__ import annotations
 
 import json
-import math
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from peft import PeftModel
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
 from transformers.utils import cached_file, is_bitsandbytes_available, is_flash_attn_2_available
 
-from mmr5_train.pages import LONGEST, on_white, open_image
-from mmr5_train.ranking.files import InputError, validation_message
+from mmr5_train.common.files import InputError, validation_message
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Mode, Record
 
 TINY = Path(__file__).parent / "tiny"
 SETTINGS = "reranker.json"  # in a checkpoint that this project trained: its prompt, page sizes, dtype
-
-# A page of at most this many pixels is kept in memory once it is prepared; larger ones are read again.
-SMALL_PAGE = 64_000
-KEPT_PAGES = 8192
 
 
 class LoraChoice(BaseModel):
@@ -243,57 +235,6 @@ def vision_token_ids(processor: Any) -> list[int]:
     ids = {known[name] for name in names if name in known}
     ids.update(i for i in (processor.image_token_id, getattr(processor, "video_token_id", None)) if i is not None)
     return sorted(ids)
-
-
-def page_size(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(width, height) a page is shown in: multiples of `factor`, the area within the limits, the aspect kept.
-
-    The rule of Qwen2-VL's image processor (arXiv 2409.12191, section 2.1), which leaves such a picture as it
-    is: a page is resized once, here.
-    """
-    if max(width, height) > LONGEST * min(width, height):
-        raise InputError(f"a page of {width} × {height} pixels is too long for its width ({LONGEST} : 1 at most)")
-    sized = [max(factor, round(side / factor) * factor) for side in (width, height)]
-    if sized[0] * sized[1] > max_pixels:
-        scale = math.sqrt(width * height / max_pixels)
-        sized = [max(factor, math.floor(side / scale / factor) * factor) for side in (width, height)]
-    elif sized[0] * sized[1] < min_pixels:
-        scale = math.sqrt(min_pixels / (width * height))
-        sized = [math.ceil(side * scale / factor) * factor for side in (width, height)]
-    return sized[0], sized[1]
-
-
-def prepare_page(image: Image.Image, processor: Any) -> Image.Image:
-    """The picture as the model sees it: RGB, at its final size."""
-    processing = processor.image_processor
-    limits = processing.size["shortest_edge"], processing.size["longest_edge"]
-    return fit_page(image, processing.patch_size * processing.merge_size, *limits)
-
-
-def fit_page(image: Image.Image, factor: int, min_pixels: int, max_pixels: int) -> Image.Image:
-    """The picture in RGB, in the size that `page_size` says."""
-    size = page_size(image.width, image.height, factor, min_pixels, max_pixels)
-    image = on_white(image)
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
-
-
-def load_page(path: str | Path, processor: Any) -> Image.Image:
-    """A page image file, prepared for the processor. Raises `InputError` naming a file that can't be read."""
-    processing = processor.image_processor
-    limits = processing.size["shortest_edge"], processing.size["longest_edge"]
-    if is_small(processor):
-        return _small_page(str(path), processing.patch_size * processing.merge_size, *limits, processor)
-    return prepare_page(open_image(Path(path)), processor)
-
-
-def is_small(processor: Any) -> bool:
-    """Whether pages are so small that they are kept in memory once they are prepared."""
-    return bool(processor.image_processor.size["longest_edge"] <= SMALL_PAGE)
-
-
-@lru_cache(maxsize=KEPT_PAGES)
-def _small_page(path: str, factor: int, min_pixels: int, max_pixels: int, processor: Any) -> Image.Image:
-    return prepare_page(open_image(Path(path)), processor)
 
 
 def _load_config(source: str) -> Any:

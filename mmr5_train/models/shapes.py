@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from mmr5_train.common.files import InputError
 from mmr5_train.models.loading import resolve_checkpoint
-from mmr5_train.ranking.files import InputError
 
 _VISION = {
     "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from mmr5_train.ranking.prompt import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
-from mmr5_train.ranking.records import Answered, LocalId
+from mmr5_train.ranking.records import LocalId, ModelAnswer
 
 MAX_ENTRIES = 10_000
 """A longer list is not read: no prompt holds as many pages, and it would be long work for nothing."""
@@ -129,13 +129,13 @@ def read_answer(
     cut_off: bool = False,
     expect_think: bool = True,
     counts: Mapping[str, int] | None = None,
-) -> Answered:
+) -> ModelAnswer:
     """A completion as the record that evaluation keeps: arguments as for `parse_answer`, `counts` its tokens.
 
     Reasoning that was returned apart is put back in front, so the record always holds the whole completion.
     """
     answer = parse_answer(text, n, reasoning=reasoning, cut_off=cut_off, expect_think=expect_think)
-    return Answered(
+    return ModelAnswer(
         completion=f"{THINK_OPEN}{reasoning}{THINK_CLOSE}{text}" if reasoning else text,
         order=complete_order(answer.ids, n),
         defects=tuple(defect.value for defect in answer.defects),

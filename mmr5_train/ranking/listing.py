@@ -3,7 +3,7 @@
     reason:  "<think>" anything "</think>" [white space] "<answer>[" permutation of 1..n "]</answer>"
     direct:  "<answer>[" permutation of 1..n "]</answer>"
 
-Constrained decoding (`mmr5_train.models.constrained`) asks here what may follow. What comes out is what
+Constrained decoding (`mmr5_train.inference.constrained`) asks here what may follow. What comes out is what
 `render_completion` writes, so the answer grammar reads it as a complete permutation.
 """
 

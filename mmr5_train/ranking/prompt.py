@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, ValidationError, field_validator
+from yaml import YAMLError
 
+from mmr5_train.common.config import CONFIGS, group_choices
+from mmr5_train.common.files import InputError, validation_message
 from mmr5_train.ranking.records import LocalId, Record
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
@@ -99,3 +105,20 @@ def render_completion(think: str | None, answer: Sequence[LocalId]) -> str:
 def fill(template: str, **values: object) -> str:
     """Replaces {name} by its value, in one pass: braces in a question stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
+
+
+def read_prompt(name: str | Path) -> Prompt:
+    """A prompt: an option of configs/prompt, or a YAML file. Raises `InputError` for one that is no use."""
+    path = CONFIGS / "prompt" / f"{name}.yaml" if re.fullmatch(r"\w+", str(name)) else Path(name)
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        return Prompt.model_validate(values)
+    except FileNotFoundError:
+        raise InputError(
+            f"prompt: no such file as {path}; choose one of {group_choices('prompt')}, or import one: "
+            "python scripts/import_prompt.py"
+        ) from None
+    except ValidationError as error:
+        raise InputError(f"{path}: {validation_message(error)}") from None
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise InputError(f"{path}: can't be read as a prompt ({str(error).partition(chr(10))[0]})") from None

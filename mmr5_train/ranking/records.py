@@ -156,7 +156,7 @@ class Trace(Record):
         return self
 
 
-class Answered(Record):
+class ModelAnswer(Record):
     """One completion read by the answer grammar: a complete order, and what was wrong with the text."""
 
     completion: str
@@ -178,10 +178,10 @@ class Ranking(Record):
     question_types: tuple[str, ...] = ()
     shown: tuple[Candidate, ...]
     positives: tuple[PageId, ...]
-    greedy: Answered
-    samples: tuple[Answered, ...] = ()
+    greedy: ModelAnswer
+    samples: tuple[ModelAnswer, ...] = ()
 
-    def pages(self, answered: Answered) -> tuple[PageId, ...]:
+    def pages(self, answered: ModelAnswer) -> tuple[PageId, ...]:
         """The ranked pages of one of this ranking's answers."""
         return tuple(self.shown[i - 1].id for i in answered.order)
 
@@ -192,7 +192,7 @@ class Rollouts(Record):
     query_id: str
     shown: tuple[PageId, ...] = Field(min_length=1, description="candidates in prompt order")
     think: bool = Field(description="whether the model was taught a think block")
-    samples: tuple[Answered, ...] = Field(min_length=2)
+    samples: tuple[ModelAnswer, ...] = Field(min_length=2)
 
 
 class SplitDocument(Record):

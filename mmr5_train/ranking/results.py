@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmr5_train.ranking.records import Answered
+from mmr5_train.ranking.records import ModelAnswer
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class RankedResults:
     results: tuple[Result, ...]
     reasoning: str
     """The think block; several, one after another, where the pages did not fit one prompt."""
-    answers: tuple[Answered, ...]
+    answers: tuple[ModelAnswer, ...]
     """The completions behind the order, as read: their text, their tokens, and what was wrong with them."""
     has_scores: bool
     """Whether scores are the model's own (`logits`); else they follow from the ranks alone."""
@@ -86,7 +86,7 @@ def ranked_results(
     scores: Sequence[float] | None = None,
     notes: dict[int, str] | None = None,
     reasoning: str = "",
-    answers: Sequence[Answered] = (),
+    answers: Sequence[ModelAnswer] = (),
     top_k: int | None = None,
 ) -> RankedResults:
     """The results of an order of indices; `scores` by rank, `notes` by index."""

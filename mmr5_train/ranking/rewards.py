@@ -11,8 +11,8 @@ from typing import Annotated, Protocol
 
 from pydantic import Field, field_validator
 
+from mmr5_train.common.files import InputError
 from mmr5_train.ranking.answer import parse_answer
-from mmr5_train.ranking.files import InputError
 from mmr5_train.ranking.notes import split_notes, verdict
 from mmr5_train.ranking.records import LocalId, Record
 

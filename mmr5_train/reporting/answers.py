@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from mmr5_train.ranking.answer_classes import CLASSES, DEFECTS, class_counts
-from mmr5_train.ranking.files import InputError
-from mmr5_train.ranking.metrics import defect_counts
+from mmr5_train.common.files import InputError
+from mmr5_train.evaluation.answer_classes import CLASSES, DEFECTS, class_counts
+from mmr5_train.evaluation.metrics import defect_counts
+from mmr5_train.evaluation.scoring import writes
 from mmr5_train.ranking.records import Ranking
-from mmr5_train.ranking.scoring import writes
 
 Rankings = Mapping[str, Sequence[Ranking]]
 

@@ -10,8 +10,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mmr5_train.ranking.files import code_version
-from mmr5_train.ranking.paper_table import Row as PaperRow
+from mmr5_train.common.files import code_version
+from mmr5_train.evaluation.paper_table import Row as PaperRow
 from mmr5_train.reporting.curves import PLACEHOLDERS, STYLE, inline
 from mmr5_train.reporting.page import render_page
 from mmr5_train.reporting.paper import paper_view

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
 
 SIZE = (3.5, 1.75)  # inches at 72 points: about the width of a phone, so that text keeps its size
 SERIES = ("var(--s1)", "var(--s2)", "var(--s3)", "var(--s4)", "var(--s5)", "var(--s6)")

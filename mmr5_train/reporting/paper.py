@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmr5_train.ranking.files import code_version
-from mmr5_train.ranking.paper_table import NOTE, Row
-from mmr5_train.ranking.published import FIGURES, SOURCE
+from mmr5_train.common.files import code_version
+from mmr5_train.evaluation.paper_table import NOTE, Row
+from mmr5_train.evaluation.published import FIGURES, SOURCE
 from mmr5_train.reporting.page import render_page
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from mmr5_train.alarms import read_alarms
-from mmr5_train.ranking.files import InputError, read_manifest
+from mmr5_train.common.files import InputError, read_manifest
+from mmr5_train.evaluation.alarms import read_alarms
+from mmr5_train.evaluation.scoring import distinct_ceilings, find_difference, p_text, reached
 from mmr5_train.ranking.records import PageId
-from mmr5_train.ranking.scoring import distinct_ceilings, find_difference, p_text, reached
 from mmr5_train.reporting.curves import read_history, show, training_charts
 
 Results = Mapping[str, Any]

@@ -16,7 +16,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.requests import ClientDisconnect
 
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
 from mmr5_train.ranking.results import RankedResults
 from mmr5_train.serving.batching import Batcher, StoppingError
 from mmr5_train.serving.errors import RequestError, answer_errors, internal_error, shown

@@ -21,7 +21,7 @@ from typing import Any
 
 import pypdfium2
 
-from mmr5_train.pages import DPI, LONGEST, MAX_SIDE, render_page
+from mmr5_train.models.pages import DPI, LONGEST, MAX_SIDE, render_page
 from mmr5_train.serving.settings import API_KEY
 
 JPEG_QUALITY = 90

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 
-from mmr5_train.pages import LONGEST
+from mmr5_train.models.pages import LONGEST
 from mmr5_train.serving.errors import RequestError, shown
 from mmr5_train.serving.settings import MB, Limits
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import uvicorn
 
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
 from mmr5_train.serving.app import make_app
 from mmr5_train.serving.batching import Batcher, Ranker
 from mmr5_train.serving.settings import API_KEY, ServeConfig

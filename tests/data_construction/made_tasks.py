@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from data_construction.traces import TracesStage, main
-from mmr5_train.config import CONFIGS, validate
-from mmr5_train.ranking.files import read_records, write_records
+from mmr5_train.common.config import CONFIGS, validate
+from mmr5_train.common.files import read_records, write_records
 from mmr5_train.ranking.records import Candidate, Page, PageId, RankingTask, Skipped, Trace
 
 COLORS = ("red", "green", "blue", "orange")

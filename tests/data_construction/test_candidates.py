@@ -31,9 +31,9 @@ from made_corpus import (
 from data_construction.candidates import CandidatesStage, Split, main, split_documents
 from data_construction.corpus.annotations import Corpus
 from data_construction.corpus.training_set import TrainingSet
-from data_construction.dense import Dense
-from mmr5_train.config import compose_stage, validate
-from mmr5_train.ranking.files import InputError, read_manifest, read_records
+from data_construction.first_stage.dense import Dense
+from mmr5_train.common.config import compose_stage, validate
+from mmr5_train.common.files import InputError, read_manifest, read_records
 from mmr5_train.ranking.records import SPLITS, Page, RankingTask, Skipped, SplitDocument
 
 ALL_HELDOUT = {"train": 0, "select": 0, "heldout": 1}

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 from html_reader import Reader
 
-from data_construction import candidates, traces
-from data_construction.corpus import synthetic
+from data_construction import candidates, synthetic, traces
 from data_construction.report import DataReportStage, main
-from data_construction.report_views import histogram
+from data_construction.reporting.views import histogram
 from mmr5_train import select
-from mmr5_train.config import compose_stage
-from mmr5_train.ranking.files import InputError, read_records, write_json, write_records
+from mmr5_train.common.config import compose_stage
+from mmr5_train.common.files import InputError, read_records, write_json, write_records
 from mmr5_train.ranking.records import Trace
 
 

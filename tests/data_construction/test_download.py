@@ -12,8 +12,8 @@ import pytest
 from hub_server import COMMIT, Hub
 
 from data_construction.download import Download, main
-from mmr5_train.config import compose_stage
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.config import compose_stage
+from mmr5_train.common.files import InputError
 
 NAME = "MMDocIR/MMDocIR_Evaluation_Dataset"
 CONTENT = {"MMDocIR_annotations.jsonl": b'{"doc_name": "a.pdf"}\n', "MMDocIR_pages.parquet": b"PAR1" * 1000}

@@ -9,7 +9,7 @@ from made_tasks import by_bytes, make_config, make_data, skipped
 from servers import RECITED, OpenAIServer, Reply, ScriptedServer, completion
 
 from data_construction.traces import TracesStage, main
-from mmr5_train.ranking.files import InputError, read_manifest, read_records
+from mmr5_train.common.files import InputError, read_manifest, read_records
 from mmr5_train.ranking.records import RankingTask, Trace
 
 KEY = "sk-secret-0123456789"

@@ -19,8 +19,8 @@ from servers import Reply, ScriptedServer, completion
 
 from data_construction.teacher.store import AnswerStore
 from data_construction.traces import TracesStage, main
-from mmr5_train.config import CONFIGS
-from mmr5_train.ranking.files import InputError, read_manifest, read_records
+from mmr5_train.common.config import CONFIGS
+from mmr5_train.common.files import InputError, read_manifest, read_records
 from mmr5_train.ranking.records import Trace
 
 ROOT = CONFIGS.parent
@@ -121,7 +121,7 @@ def test_answers_to_other_settings_are_not_mixed_in_silently(scripted_server: Sc
 
 def test_killed_at_random_moments_while_calls_fail(tmp_path: Path):
     """The benchmark of `make bench-data`, small."""
-    command = [sys.executable, ROOT / "scripts/bench_data.py", "--rows", "faults", "--questions", "24"]
+    command = [sys.executable, ROOT / "scripts/benchmarks/bench_data.py", "--rows", "faults", "--questions", "24"]
     out = tmp_path / "bench.json"
     ended = subprocess.run(
         [*command, "--kills", "3", "--delay", "0.02", "--timeout", "2", "--out", out],

@@ -11,8 +11,8 @@ import pytest
 from made_tasks import COLORS, by_bytes, make_config, make_data, run, skipped
 from PIL import Image
 
-from mmr5_train.config import CONFIGS
-from mmr5_train.ranking.files import InputError, read_manifest, read_records, write_records
+from mmr5_train.common.config import CONFIGS
+from mmr5_train.common.files import InputError, read_manifest, read_records, write_records
 from mmr5_train.ranking.records import Candidate, Page, PageId, RankingTask
 
 # --- the offline teacher

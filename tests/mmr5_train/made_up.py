@@ -6,20 +6,20 @@ import random
 from pathlib import Path
 
 from data_construction.corpus.drawing import draw_page
-from data_construction.corpus.synthetic import make_document
-from mmr5_train.ranking.files import read_records, write_json, write_manifest, write_records
+from data_construction.synthetic import make_document
+from mmr5_train.common.files import read_records, write_json, write_manifest, write_records
+from mmr5_train.evaluation.scoring import score_rankings
 from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.ranking.records import (
-    Answered,
     Candidate,
     LocalId,
+    ModelAnswer,
     Page,
     PageId,
     Ranking,
     RankingTask,
     rebase_images,
 )
-from mmr5_train.ranking.scoring import score_rankings
 
 SKILL = {"sft": 0.5, "sft+grpo": 0.75}  # chance of a right verdict on a page
 
@@ -66,7 +66,9 @@ def type_names(types: object) -> list[str]:
     return str(types).strip("[]").replace("'", "").split(", ")
 
 
-def make_answer(task: RankingTask, descriptions: dict[PageId, str], skill: float, rng: random.Random) -> Answered:
+def make_answer(
+    task: RankingTask, descriptions: dict[PageId, str], skill: float, rng: random.Random
+) -> ModelAnswer:
     """A completion whose descriptions and verdicts are right with a chance that grows with `skill`."""
     relevant = set(task.positives)
     notes, chosen = [], []
@@ -80,9 +82,9 @@ def make_answer(task: RankingTask, descriptions: dict[PageId, str], skill: float
     order = chosen + [LocalId(i) for i in range(1, n + 1) if i not in chosen]
     if rng.random() < 0.06:
         text = render_completion("\n".join(notes), [*order[:-1], order[0]])
-        return Answered(completion=text, order=tuple(order), defects=("duplicates", "missing_ids"), tokens=80)
+        return ModelAnswer(completion=text, order=tuple(order), defects=("duplicates", "missing_ids"), tokens=80)
     text = render_completion("\n".join(notes), order)
-    return Answered(completion=text, order=tuple(order), tokens=70 + rng.randint(0, 20))
+    return ModelAnswer(completion=text, order=tuple(order), tokens=70 + rng.randint(0, 20))
 
 
 def make_rankings(folder: Path, questions: int = 60, samples: int = 4, seed: int = 0) -> dict[str, list[Ranking]]:
@@ -94,7 +96,7 @@ def make_rankings(folder: Path, questions: int = 60, samples: int = 4, seed: int
     rankings: dict[str, list[Ranking]] = {"first_stage": [], **{system: [] for system in SKILL}}
     for task in tasks:
         fields = task.model_dump(exclude={"candidates"}) | {"shown": task.candidates}
-        first = Answered(completion="", order=tuple(LocalId(i) for i in range(1, len(task.candidates) + 1)))
+        first = ModelAnswer(completion="", order=tuple(LocalId(i) for i in range(1, len(task.candidates) + 1)))
         rankings["first_stage"].append(Ranking(system="first_stage", greedy=first, **fields))
         for system, skill in SKILL.items():
             answers = [make_answer(task, descriptions, skill - 0.1 * bool(k), rng) for k in range(samples + 1)]

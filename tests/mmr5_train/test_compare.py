@@ -8,8 +8,8 @@ from html_reader import Reader
 from made_up import make_evaluation
 
 from mmr5_train import compare
-from mmr5_train.config import compose_stage
-from mmr5_train.ranking.files import RECIPE, InputError, write_json
+from mmr5_train.common.config import compose_stage
+from mmr5_train.common.files import RECIPE, InputError, write_json
 
 
 @pytest.fixture(scope="module")

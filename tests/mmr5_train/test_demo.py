@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mmr5_train import demo
-from mmr5_train.config import compose_stage
+from mmr5_train.common.config import compose_stage
 from mmr5_train.recipe import RecipeStage
 
 SMALL = [

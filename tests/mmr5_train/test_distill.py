@@ -9,15 +9,15 @@ from made_up import make_evaluation
 from PIL import Image
 
 from mmr5_train import distill
-from mmr5_train.config import compose_stage
+from mmr5_train.common.config import compose_stage
+from mmr5_train.common.files import InputError, read_records, write_records
 from mmr5_train.distill import listwise_loss, targets, thinned, verdict_loss, with_hints
-from mmr5_train.models.answering import identifier_ids
+from mmr5_train.evaluation.metrics import is_complete
+from mmr5_train.inference.local import identifier_ids
+from mmr5_train.inference.reranker import Reranker
 from mmr5_train.models.inputs import encode
-from mmr5_train.ranking.files import InputError, read_records, write_records
-from mmr5_train.ranking.metrics import is_complete
 from mmr5_train.ranking.parts import UNSAID, divide, pairs_first
 from mmr5_train.ranking.records import Ranking
-from mmr5_train.reranker import Reranker
 
 SHORT = ["trainer.logging_steps=1", "trainer.warmup_steps=0", "trainer.learning_rate=1e-3"]
 
@@ -92,7 +92,7 @@ def test_a_step_is_the_same_however_it_is_split(rankings, tmp_path):
 def test_the_scores_are_read_where_they_are_taught(rankings, tiny, prompt, processor):
     """The tokens and pixels behind which the loss reads page ids are those that `logits` sends."""
     from mmr5_train.distill import Collator, taught_dataset
-    from mmr5_train.models.answering import with_list_open
+    from mmr5_train.inference.local import with_list_open
     from mmr5_train.models.inputs import load_pages
 
     config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}", "parts=1", "hinted=0"])

@@ -13,12 +13,12 @@ import pytest
 from made_up import make_data
 
 from mmr5_train import evaluate
-from mmr5_train.config import compose_stage
+from mmr5_train.common.config import compose_stage
+from mmr5_train.common.files import InputError, read_manifest, read_records, write_records
 from mmr5_train.evaluate import PARTIAL, EvaluateStage, first_stage, main
-from mmr5_train.ranking.files import InputError, read_manifest, read_records, write_records
+from mmr5_train.evaluation.scoring import score_rankings
+from mmr5_train.evaluation.trec import QRELS, read_run
 from mmr5_train.ranking.records import Page, Ranking, RankingTask
-from mmr5_train.ranking.scoring import score_rankings
-from mmr5_train.ranking.trec import QRELS, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,10 +6,10 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from mmr5_train import grpo
-from mmr5_train.config import compose_stage
+from mmr5_train.common.config import compose_stage
+from mmr5_train.common.files import InputError
 from mmr5_train.models.loading import TINY, vision_token_ids
 from mmr5_train.ranking.answer import Defect
-from mmr5_train.ranking.files import InputError
 from mmr5_train.ranking.rewards import REWARDS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -3,10 +3,10 @@
 import pytest
 
 from mmr5_train import plan
-from mmr5_train.config import compose_stage
+from mmr5_train.common.config import compose_stage
+from mmr5_train.common.files import InputError
 from mmr5_train.models.loading import load_model
 from mmr5_train.models.shapes import SHAPES, empty_model
-from mmr5_train.ranking.files import InputError
 
 
 def compose(*overrides):
@@ -69,7 +69,7 @@ def test_more_gpus_and_smaller_pages_take_less():
 def test_page_sizes_come_from_the_data(tmp_path, capsys):
     from made_up import make_data
 
-    from mmr5_train.ranking.files import read_records, write_records
+    from mmr5_train.common.files import read_records, write_records
     from mmr5_train.ranking.records import RankingTask
 
     data = tmp_path / "shared/data"

@@ -6,9 +6,9 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 
 from mmr5_train import publish
-from mmr5_train.config import compose_stage
+from mmr5_train.common.config import compose_stage
+from mmr5_train.common.files import InputError, write_json, write_manifest
 from mmr5_train.models.loading import SETTINGS
-from mmr5_train.ranking.files import InputError, write_json, write_manifest
 
 
 @pytest.fixture

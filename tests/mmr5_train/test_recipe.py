@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mmr5_train.config import CONFIGS, compose_stage
-from mmr5_train.ranking.files import InputError, write_json
+from mmr5_train.common.config import CONFIGS, compose_stage
+from mmr5_train.common.files import InputError, write_json
 from mmr5_train.recipe import STAGES, RecipeStage, departures, main, resolved, stage_commands, written
 
 EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("experiment/*.yaml"))

@@ -11,11 +11,11 @@ import pytest
 from html_reader import Reader
 from made_up import make_evaluation, make_training
 
-from mmr5_train.config import compose_stage
-from mmr5_train.ranking.answer_classes import CLASSES, DEFECTS
-from mmr5_train.ranking.files import InputError, read_records, write_json, write_records
+from mmr5_train.common.config import compose_stage
+from mmr5_train.common.files import InputError, read_records, write_json, write_records
+from mmr5_train.evaluation.answer_classes import CLASSES, DEFECTS
+from mmr5_train.evaluation.scoring import p_text, score_rankings
 from mmr5_train.ranking.records import LocalId, Page, Ranking
-from mmr5_train.ranking.scoring import p_text, score_rankings
 from mmr5_train.report import ReportStage, main
 from mmr5_train.reporting.views import signed
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmr5_train.config import compose_stage
-from mmr5_train.ranking.files import InputError, read_manifest, read_records, write_manifest, write_records
-from mmr5_train.ranking.records import Answered, Candidate, Page, PageId, RankingTask, Rollouts, Trace
-from mmr5_train.rollouts import rewards_of
+from mmr5_train.common.config import compose_stage
+from mmr5_train.common.files import InputError, read_manifest, read_records, write_manifest, write_records
+from mmr5_train.inference.rollouts import rewards_of
+from mmr5_train.ranking.records import Candidate, ModelAnswer, Page, PageId, RankingTask, Rollouts, Trace
 from mmr5_train.select import Balanced, SelectStage, balanced, group_edges, group_of, main
 
 
@@ -194,7 +194,7 @@ def write_rollouts(folder: Path, answers: Sequence[Sequence[str]]) -> Path:
                 shown=tuple(page.id for page in task.candidates),
                 think=True,
                 samples=[
-                    Answered(completion=f"<think>t</think><answer>{text}</answer>", order=(1,)) for text in row
+                    ModelAnswer(completion=f"<think>t</think><answer>{text}</answer>", order=(1,)) for text in row
                 ],
             )
             for task, row in zip(tasks, answers, strict=True)

@@ -12,8 +12,8 @@ import bench_serve
 import httpx
 import pytest
 
-from mmr5_train.config import compose_stage
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.config import compose_stage
+from mmr5_train.common.files import InputError
 from mmr5_train.serving import server
 from mmr5_train.serving.server import listen, read_key
 from mmr5_train.serving.settings import API_KEY, Limits, ServeConfig

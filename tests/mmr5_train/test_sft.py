@@ -9,13 +9,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer import utils as trl_utils
 
 from mmr5_train import sft
-from mmr5_train.config import compose_stage
-from mmr5_train.models.checkpoints import last_checkpoint
+from mmr5_train.common.config import compose_stage
+from mmr5_train.common.files import InputError, read_manifest, read_records, write_json
+from mmr5_train.inference.reranker import Reranker
 from mmr5_train.models.loading import TINY
-from mmr5_train.ranking.files import InputError, read_manifest, read_records, write_json
 from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.ranking.records import Trace
-from mmr5_train.reranker import Reranker
+from mmr5_train.training.checkpoints import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["trainer.per_device_train_batch_size=4", "trainer.logging_steps=1", "trainer.warmup_steps=0"]
@@ -150,7 +150,7 @@ def test_adapters_on_a_base_in_four_bits(traces, tmp_path):
 FULL_DISK = """
 import resource, signal, sys
 from mmr5_train import sft
-from mmr5_train.config import run_stage
+from mmr5_train.common.config import run_stage
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails, as on a full disk
 train = sft.train
 def limited(trainer, *rest):

@@ -7,8 +7,8 @@ from html_reader import Reader
 from made_up import make_evaluation
 
 from mmr5_train import tables
-from mmr5_train.config import compose_stage
-from mmr5_train.ranking.files import InputError, read_manifest
+from mmr5_train.common.config import compose_stage
+from mmr5_train.common.files import InputError, read_manifest
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from mmr5_train.ranking.files import read_manifest, read_records
+from mmr5_train.common.files import read_manifest, read_records
 from mmr5_train.ranking.records import Ranking, RankingTask
 
 ROOT = Path(__file__).resolve().parents[2]

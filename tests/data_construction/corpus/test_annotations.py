@@ -8,7 +8,7 @@ import pytest
 from made_corpus import line, question, write_lines
 
 from data_construction.corpus.annotations import Annotation, Corpus, read_annotations
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
 from mmr5_train.ranking.records import PageId, Skipped
 
 

@@ -13,7 +13,7 @@ from made_corpus import image_bytes, line, page_row, question, write_lines, writ
 from data_construction.corpus.annotations import Corpus, read_annotations
 from data_construction.corpus.documents import Document
 from data_construction.corpus.mmdocir import read_documents
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
 from mmr5_train.ranking.records import Skipped
 
 PARQUET = "MMDocIR_pages.parquet"
@@ -259,7 +259,7 @@ def test_pdfs_that_cannot_be_used_are_listed(tmp_path: Path) -> None:
 
 
 def test_the_synthetic_corpus_is_read_by_the_same_reader(tmp_path: Path) -> None:
-    from data_construction.corpus import synthetic
+    from data_construction import synthetic
 
     synthetic.main(synthetic.SyntheticStage(out=tmp_path / "corpus", documents=3, workers=1))
     documents, skipped = read(tmp_path / "corpus", descriptions=True, max_side=1024)

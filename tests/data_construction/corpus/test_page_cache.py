@@ -13,7 +13,7 @@ from made_corpus import image_bytes, write_pdf
 from PIL import Image
 
 from data_construction.corpus.page_cache import PageCache, UnreadablePageError, folder_name, page_text
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
 
 
 def cache_in(folder: Path, dpi: int = 72, max_side: int = 500) -> PageCache:

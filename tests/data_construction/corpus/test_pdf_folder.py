@@ -9,7 +9,7 @@ from made_corpus import write_pdf
 
 from data_construction.corpus.pdf_folder import PdfFolder, read_own_questions
 from data_construction.corpus.reading import read_asked, read_corpus
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
 from mmr5_train.ranking.records import Question, Skipped
 
 

@@ -16,7 +16,7 @@ from data_construction.corpus.training_set import (
     read_questions,
     read_training_documents,
 )
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
 from mmr5_train.ranking.records import Skipped
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_construction.teacher.extractive import ExtractiveConfig, ExtractiveTeacher, listed, pages_named
-from mmr5_train.config import CONFIGS
+from mmr5_train.common.config import CONFIGS
 from mmr5_train.ranking.notes import join_notes, verdict
 from mmr5_train.ranking.prompt import neutral
 from mmr5_train.ranking.records import LocalId, Page

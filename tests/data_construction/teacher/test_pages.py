@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data_construction.teacher.pages import image_url, page_hash
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
 
 
 def sent(path: Path, max_pixels: int) -> bytes:

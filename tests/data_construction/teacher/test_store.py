@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_construction.teacher.store import Answer, AnswerStore, Spent, _waiting, request_key
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
 
 ANSWER = Answer("It shows a table.", "stop", 1300, 9)
 

@@ -22,8 +22,8 @@ from servers import RECITED, THOUGHT, OpenAIServer, Reply, ScriptedServer, compl
 from data_construction.teacher import TeacherFailure, make_teacher
 from data_construction.teacher.pages import image_url
 from data_construction.teacher.vision import OpenAIConfig, OpenAITeacher
-from mmr5_train.config import CONFIGS, validate
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.config import CONFIGS, validate
+from mmr5_train.common.files import InputError
 from mmr5_train.ranking.prompt import fill
 from mmr5_train.ranking.records import LocalId, Page
 

@@ -4,17 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmr5_train.models.loading import (
-    TINY,
-    load_model,
-    load_page,
-    load_processor,
-    page_size,
-    prepare_page,
-    resolve_checkpoint,
-    vision_token_ids,
-)
-from mmr5_train.ranking.files import InputError
+from mmr5_train.common.files import InputError
+from mmr5_train.models.loading import TINY, load_model, load_processor, resolve_checkpoint, vision_token_ids
+from mmr5_train.models.pages import load_page, page_size, prepare_page
 
 sides = st.integers(30, 4000)
 

@@ -15,9 +15,10 @@ from transformers import (
 )
 
 from mmr5_train import grpo, sft
-from mmr5_train.config import compose_stage
-from mmr5_train.models.loading import TINY, load_processor, prepare_page
-from mmr5_train.reranker import Reranker
+from mmr5_train.common.config import compose_stage
+from mmr5_train.inference.reranker import Reranker
+from mmr5_train.models.loading import TINY, load_processor
+from mmr5_train.models.pages import prepare_page
 
 MODEL = ["model.min_pixels=1024", "model.max_pixels=13000", "model.lora={r:4,alpha:8}"]
 

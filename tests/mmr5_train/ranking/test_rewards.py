@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
+from mmr5_train.common.files import InputError
 from mmr5_train.ranking.answer import parse_answer
-from mmr5_train.ranking.files import InputError
 from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.ranking.rewards import (
     GATE,

@@ -6,8 +6,7 @@ import bench_serve
 import pytest
 from browser import CHROMIUM, browsing
 from html_reader import Reader
-from rerank_server import serving
-from test_pdf import made_pdf
+from rerank_server import made_pdf, serving
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 NASTY = "<img src=x onerror=document.title='hacked'>"

@@ -6,24 +6,13 @@ import os
 import sys
 import time
 
-import pypdfium2
 import pytest
 from PIL import Image
-from rerank_server import serving
+from rerank_server import made_pdf, serving
 
 from mmr5_train.serving import pdf
 
 REAL_PYTHON = sys.executable
-
-
-def made_pdf(*sizes):
-    """A PDF with an empty page of each size, in points."""
-    document = pypdfium2.PdfDocument.new()
-    for width, height in sizes:
-        document.new_page(width, height)
-    stream = io.BytesIO()
-    document.save(stream)
-    return stream.getvalue()
 
 
 def post(served, data, **headers):

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from data_construction.teacher.checks import Rules, failed_checks, label_word, named_pages, other_language
+from mmr5_train.ranking.records import LocalId, Page
+
+PAGE = Page(doc_name="d", page=0, domain="x", image="i", width=1, height=1, text="Positive results, by sector")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a red bar chart, so it helps.", None),
+        ("It shows positive results.", None),
+        ("It shows negative results.", "negative"),
+        ("This is a positive page.", "positive page"),
+        ("As the ground truth says, it helps.", "ground truth"),
+        ("It is labelled relevant.", "labelled relevant"),
+        ("The bar labelled 2015 is the highest.", None),
+        ('It says "the label is negative".', None),
+        ("I was told that it helps.", "was told"),
+        ("The label is clear.", "label is"),
+    ],
+)
+def test_words_that_give_the_label_away(text: str, found: str | None):
+    told = label_word(text, "What grew?", [PAGE])
+    assert told is None if found is None else found in str(told)
+
+
+def test_words_of_the_question_give_nothing_away():
+    assert label_word("It names the label.", "Who signed to the label?", [PAGE]) is None
+
+
+def test_named_pages():
+    assert named_pages("Image 2 helps. Images 1, 3 and 4 do not; nor do images 5 & 6.") == {1, 2, 3, 4, 5, 6}
+    assert named_pages("No image of 12 pages helps.") == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({}, None),
+        ({"notes": ["Text.", "Chart."]}, "one_note_a_page"),
+        ({"notes": ["Text.", "", "Chart."]}, "one_note_a_page"),
+        ({"notes": ["Text.", "Two\nlines.", "Chart."]}, "one_note_a_page"),
+        ({"notes": ["Text.", "word " * 41, "Chart."]}, "short_notes"),
+        ({"notes": ["Text, so it helps.", "Chart.", "Text."]}, "direction"),
+        ({"notes": ["Text.", "A positive page.", "Text."]}, "no_label_words"),
+        ({"notes": ["Text.", "Like image 3, a chart.", "Text."]}, "moved_ids"),
+        ({"notes": ["Text.", "Images 2 and 4 are below one another.", "Text."]}, "moved_ids"),
+        ({"notes": ["Text.", 'It is named "Image 3".', "Text."]}, None),
+        ({"notes": ["Text.", "Image 7 is a chart.", "Text."], "text": "Image 7: growth"}, None),
+        ({"notes": ["Text.", "На странице диаграмма, so it helps.", "Text."]}, "language"),
+        ({"refine": True, "think": "Image 2 hilft, weil sie das zeigt. Die anderen nicht."}, "language"),
+        ({"think": "Image 1: <answer>[1]"}, "no_tags"),
+        ({"think": "Image 1: </think>"}, "no_tags"),
+        ({"answer": (1, 2, 3)}, "answer"),
+        ({"answer": (2, 1)}, "answer"),
+        ({"answer": (2, 1, 1)}, "answer"),
+        ({"refine": True, "think": "Image 2 helps. Image 1 does not."}, None),
+        ({"refine": True, "think": "Image 1 does not help."}, "names_pages"),
+        ({"refine": True, "think": "Images 2 and 4 help."}, "names_pages"),
+        ({"refine": True, "think": "Image 2 helps. " + "word " * 90}, "short_reasoning"),
+        ({"refine": True, "think": "Image 2 is a positive page."}, "no_label_words"),
+    ],
+)
+def test_each_check_finds_what_it_is_for(change: dict[str, Any], name: str | None):
+    failed = failed_checks(
+        "What is it that grew?",
+        [PAGE.model_copy(update={"text": change.get("text", PAGE.text)})] * 3,
+        change.get("notes", ["Text.", "Chart, so it helps.", "Text."]),
+        change.get("think", "Image 1: Text."),
+        tuple(LocalId(i) for i in change.get("answer", (2, 1, 3))),
+        (LocalId(2),),
+        Rules(40, change.get("refine", False)),
+    )
+    assert next((found for found, _ in failed), None) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "query", "found"),
+    [
+        ("The page shows a chart of the years, so it helps.", "What is the sum of the years?", None),
+        ("该页显示了收入图表, so it helps.", "What is the sum of the years?", "EAST ASIAN letters"),
+        ("該ページは収入のグラフです。", "收入是多少?", None),
+        (
+            "Die Seite nennt nur das Jahr und die Stadt, so it does not help.",
+            "What is the sum of it all?",
+            "German",
+        ),
+        ("Die Seite nennt nur das Jahr und die Stadt.", "Was ist die Summe der Jahre und wie hoch ist sie?", None),
+        ('It quotes "Die Seite nennt nur das Jahr und die Stadt" and no sum.', "What is the sum of it all?", None),
+        ("Un tableau.", "What is the sum of it all?", None),
+        ("2015: 17 %", "What is the sum of it all?", None),
+        ("The table of the years is in the text.", "Revenue 2015?", None),
+    ],
+)
+def test_another_language_than_the_questions(text: str, query: str, found: str | None):
+    other = other_language(text, query)
+    assert other is None if found is None else found in str(other)

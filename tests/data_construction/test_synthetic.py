@@ -1,0 +1,113 @@
+import hashlib
+import io
+import json
+from collections import Counter
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data_construction.corpus.drawing import COLORS, KINDS, PageContent, draw_page
+from data_construction.synthetic import SyntheticStage, main, make_document
+from mmr5_train.common.config import compose_stage
+from mmr5_train.common.files import InputError
+
+
+def build(out, *overrides):
+    main(compose_stage(SyntheticStage, "synthetic", [f"out={out}", "documents=6", *overrides]))
+    return out
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("corpus") / "a")
+
+
+def lines(corpus):
+    return [json.loads(line) for line in (corpus / "MMDocIR_annotations.jsonl").read_text().splitlines()]
+
+
+def test_has_the_columns_and_fields_of_mmdocir(corpus):
+    table = pq.read_table(corpus / "MMDocIR_pages.parquet")
+    expected = {"doc_name", "domain", "passage_id", "image_path", "image_binary", "ocr_text", "vlm_text"}
+    assert set(table.column_names) == expected
+    row = table.to_pylist()[0]
+    assert row["passage_id"] == "0"
+    assert not row["doc_name"].endswith(".pdf")
+    assert Image.open(io.BytesIO(row["image_binary"])).size == (600, 800)
+    for line in lines(corpus):
+        assert set(line) == {"doc_name", "domain", "page_indices", "layout_indices", "questions"}
+        assert line["doc_name"].endswith(".pdf")
+
+
+def test_rows_questions_and_descriptions_agree(corpus):
+    rows = pq.read_table(corpus / "MMDocIR_pages.parquet").to_pylist()
+    relevant = Counter()
+    for line in lines(corpus):
+        first, last = line["page_indices"]
+        pages = rows[first : last + 1]
+        assert {row["doc_name"] + ".pdf" for row in pages} == {line["doc_name"]}
+        assert [row["passage_id"] for row in pages] == [str(i) for i in range(len(pages))]
+        for question in line["questions"]:
+            relevant[len(question["page_id"])] += 1
+            for page in question["page_id"]:
+                assert pages[page]["vlm_text"] in question["Q"]
+    assert relevant[1] > relevant[2] > 0
+
+
+def test_the_words_of_a_page_do_not_tell_what_it_shows(corpus):
+    for row in pq.read_table(corpus / "MMDocIR_pages.parquet").to_pylist():
+        words = set(row["ocr_text"].lower().split())
+        assert not words & {*COLORS, "bar", "line", "pie", "table", "chart"}
+
+
+def test_negatives_are_hard():
+    """Every page of a section shares its colour or its kind with another that differs."""
+    for index in range(50):
+        document = make_document(index, seed=5)
+        for topic in {page.title for page in document.pages}:
+            looks = {(page.color, page.kind) for page in document.pages if page.title == topic}
+            for color, kind in looks:
+                assert any((color == c) != (kind == k) for c, k in looks)
+
+
+def test_same_seed_same_bytes(corpus, tmp_path):
+    again, other = build(tmp_path / "b"), build(tmp_path / "c", "seed=7")
+
+    def digest(folder):
+        return [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("MMDocIR*"))]
+
+    assert digest(corpus) == digest(again)
+    assert digest(corpus) != digest(other)
+
+
+def test_a_document_does_not_depend_on_how_many_there_are():
+    assert make_document(3, seed=1) == make_document(3, seed=1)
+    assert make_document(3, seed=1) != make_document(3, seed=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("color", COLORS)
+def test_every_figure_is_drawn_in_its_colour(kind, color):
+    content = PageContent("Alder: water use", ("A line.",), color, kind, "Guidebook", 1, 11)
+    assert content.description in (f"a {color} {kind}", f"an {color} {kind}")
+    pixels = np.asarray(draw_page(content).crop((40, 300, 560, 745)), dtype=int).reshape(-1, 3)
+    vivid = pixels[np.ptp(pixels, axis=1) > 60]
+    if color == "grey":
+        assert len(vivid) == 0
+    else:
+        assert len(vivid) > 0.01 * len(pixels)
+        red, green, blue = vivid.mean(0)
+        strongest = {"red": red, "green": green, "blue": blue, "orange": red, "purple": blue}[color]
+        assert strongest == max(red, green, blue)
+        assert (color == "orange") == (red > green + 40 > blue + 80), "orange alone has red over green over blue"
+
+
+def test_a_folder_of_someone_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="is not empty"):
+        build(tmp_path)
+    with pytest.raises(InputError, match="was not written by it"):
+        build(tmp_path, "overwrite=true")
+    assert (tmp_path / "thesis.txt").exists()

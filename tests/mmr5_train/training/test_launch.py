@@ -1,0 +1,49 @@
+"""The launch files for GPUs, on CPUs: a real DeepSpeed engine with two processes, checkpoints and all."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForImageTextToText
+
+from mmr5_train.common.files import read_manifest
+from mmr5_train.training.checkpoints import WHOLE
+
+ROOT = Path(__file__).resolve().parents[3]
+SFT = ["trainer={per_device_train_batch_size:1,max_steps:2,logging_steps:1,warmup_steps:0}"]
+GRPO = ["trainer={per_device_train_batch_size:4,num_generations:4,max_steps:2,max_completion_length:12}"]
+
+
+def launch(stage, launch_file, processes, out, *overrides):
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        f"configs/accelerate/{launch_file}.yaml",
+    ]
+    command += ["--num_processes", str(processes), "-m", f"mmr5_train.{stage}", f"out={out}", *overrides]
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("stage", "launch_file", "lora"),
+    [("sft", "zero2", "{r:4,alpha:8}"), ("grpo", "zero3", "{r:4,alpha:8}"), ("grpo", "zero3_offload", "null")],
+)
+def test_two_processes_of_a_deepspeed_engine(stage, launch_file, lora, traces, questions, tmp_path):
+    data = {"sft": [f"data={traces}", *SFT], "grpo": [f"data={questions}", *GRPO]}[stage]
+    heldout = f"heldout={{data:{questions},limit:3,max_new_tokens:4}}"
+    ended = launch(stage, launch_file, 2, tmp_path / "out", *data, f"model.lora={lora}", heldout)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert f"{stage}: 2 processes (deepspeed)" in ended.stdout
+    counts = read_manifest(tmp_path / "out")["counts"]
+    assert (counts["processes"], counts["steps"]) == (2, 2)
+    assert (tmp_path / f"out/checkpoint-2/{WHOLE}").is_file()
+    history = json.loads((tmp_path / "out/log_history.json").read_text())
+    assert [entry["step"] for entry in history if "heldout/recall@1" in entry] == [0, 2]
+    for made in ("model", "best"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / made)

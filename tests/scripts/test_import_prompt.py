@@ -1,0 +1,179 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from import_prompt import import_prompt, main, write_prompt
+from omegaconf import OmegaConf
+
+from mmr5_train.common.files import InputError
+from mmr5_train.ranking.prompt import Prompt, build_messages
+
+# The shape of the released examples/reranker.py, in this project's own words. Importing it would fail.
+RERANKER = """
+import a_package_that_is_not_there
+raise SystemExit("this file was run")
+
+SYSTEM_PROMPT = (
+    "Sort the pages. First <think> notes </think>, "
+    "then <answer> ids </answer>. Braces {stay}."
+)
+
+question_template = (
+    "Which pages answer it? Reply as [id, id, ...].\\n"
+    "Asked: {Question}"
+    "\\nPages: {image_num}, numbered 1 to {image_num_end}:\\n"
+)
+
+class QueryReranker:
+    def rerank(self, query, image_list):
+        messages = [
+            {"role": "system", "content": [{"type": "text", "text": SYSTEM_PROMPT}]},
+            {"role": "user", "content": [{"type": "text", "text": question_template.format(
+                Question=query, image_num=len(image_list), image_num_end=len(image_list))}]},
+        ]
+        for i, image_path in enumerate(image_list):
+            messages[-1]["content"].extend(
+                [
+                    {"type": "text", "text": f"\\nPage {i+1}: "},
+                    {"type": "image", "image": image_path},
+                ]
+            )
+        return messages
+"""
+
+
+@pytest.fixture
+def repo(tmp_path):
+    def make(source=RERANKER, path="examples/reranker.py"):
+        target = tmp_path / "repo" / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(source)
+        return tmp_path / "repo"
+
+    return make
+
+
+def test_the_words_come_out_in_this_projects_fields(repo):
+    assert import_prompt(repo()) == Prompt(
+        name="mm_r5",
+        system="Sort the pages. First <think> notes </think>, then <answer> ids </answer>. Braces {stay}.",
+        question="Which pages answer it? Reply as [id, id, ...].\n"
+        "Asked: {query}\nPages: {n}, numbered 1 to {n}:\n",
+        image_label="\nPage {i}: ",
+        images_first=False,
+    )
+
+
+def test_the_messages_are_those_the_source_builds(repo):
+    source = RERANKER.replace("import a_package_that_is_not_there", "").replace("raise SystemExit", "str")
+    space = {}
+    exec(source, space)
+    theirs = space["QueryReranker"]().rerank("how many?", ["a", "b", "c"])
+    for message in theirs:
+        for part in message["content"]:
+            part.pop("image", None)
+    assert build_messages(import_prompt(repo(source)), "how many?", 3) == theirs
+
+
+def test_other_spellings_of_the_same(repo):
+    source = RERANKER.replace("{Question}", "{{kept}} {query}").replace("question_template", "self.TEMPLATE")
+    source = source.replace("self.TEMPLATE = (", "class Words:\n  TEMPLATE: str = (", 1)
+    source = source.replace('"Which pages', '"Which" + " pages').replace("i+1", "index + 1")
+    prompt = import_prompt(repo(source))
+    assert prompt.question.startswith("Which pages answer it?")
+    assert "{kept} {query}" in prompt.question
+
+
+def test_images_before_the_question_and_no_label(repo):
+    head, _, rest = RERANKER.partition("        messages = [")
+    source = f'{head}        first = [{{"type": "image"}} for _ in image_list]\n        messages = [{rest}'
+    source = source.replace('{"type": "text", "text": f"\\nPage {i+1}: "},', "")
+    prompt = import_prompt(repo(source))
+    assert prompt.images_first
+    assert prompt.image_label == ""
+
+
+def test_the_released_place_comes_first_then_every_file(repo):
+    repo()
+    folder = repo(RERANKER.replace("Sort", "Order"), "src/rl/other.py")
+    assert import_prompt(folder).system.startswith("Sort")
+    (folder / "examples/reranker.py").unlink()
+    repo("def broken(:\n", "src/broken.py")
+    repo(RERANKER, ".venv/lib/copy.py")
+    assert import_prompt(folder).system.startswith("Order")
+    repo(RERANKER.replace("Sort", "Order"), "src/sft/same.py")
+    assert import_prompt(folder).system.startswith("Order")
+    repo(RERANKER, "src/sft/different.py")
+    with pytest.raises(InputError, match=r"2 different reranking prompts, in .*other\.py, .*different\.py"):
+        import_prompt(folder)
+    assert import_prompt(folder / "src/sft/different.py").system.startswith("Sort")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("SYSTEM_PROMPT", "WORDS", 'expected one constant with "system" in its name, found none'),
+        ("{Question}", "{Wording}", r"expected one string constant with the field \{Question\}, found none"),
+        ("{image_num}", "{language}", r"has the field \{language\}, expected"),
+        ("{image_num}", "{image_num:>3}", "has the field {image_num}, expected"),
+        ("{image_num}", "{}", "has the field {}, expected"),
+        ("{image_num}", "{{n}}", "braces that would be filled"),
+        ("i+1", "i", "expected an image label such as f'Page {i \\+ 1}: '"),
+        ('"type": "image"', '"type": "video"', '"type": "image", found none'),
+        ("{Question}", "{Question} {query}", "must hold {query} exactly once"),
+        ('text": question_template.format', 'text": str', "question_template is never used"),
+        ("import a_package", "import .", r"reranker\.py: not valid Python"),
+        ("import a_package", "\0", r"reranker\.py: not valid Python"),
+    ],
+)
+def test_a_file_of_another_shape_is_refused_by_what_it_lacks(repo, old, new, message):
+    assert old in RERANKER
+    with pytest.raises(InputError, match=message):
+        import_prompt(repo(RERANKER.replace(old, new)))
+
+
+def test_no_repository_no_prompt_no_small_file(repo, tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        import_prompt(tmp_path / "nowhere")
+    folder = repo("x = 1\n", "src/x.py")
+    with pytest.raises(InputError, match=r"no examples/reranker\.py, and no other Python file"):
+        import_prompt(folder)
+    with pytest.raises(InputError, match="larger than"):
+        import_prompt(repo("#" * 1_000_001))
+
+
+def test_what_is_written_is_a_config_choice_with_the_same_words(repo, tmp_path):
+    source = RERANKER.replace("Braces {stay}.", "Costs ${price}, \\\\x, 'single', \"double\": # ü")
+    prompt = import_prompt(repo(source.replace('"double"', '\\"double\\"')), name="theirs")
+    assert "${price}" in prompt.system
+    write_prompt(prompt, tmp_path / "configs" / "prompt" / "theirs.yaml")
+    (tmp_path / "configs" / "entry.yaml").write_text("defaults:\n  - prompt: theirs\n  - _self_\n")
+    with initialize_config_dir(version_base="1.3", config_dir=str(tmp_path / "configs")):
+        composed = OmegaConf.to_container(compose("entry"), resolve=True)
+    assert Prompt.model_validate(composed["prompt"]) == prompt
+
+
+def test_command_line(repo, tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "scripts/import_prompt.py", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+
+    out = tmp_path / "theirs.yaml"
+    done = run(repo(), out)
+    assert done.returncode == 0, done.stderr
+    assert "choose it with prompt=theirs" in done.stdout
+    assert OmegaConf.load(out).name == "theirs"
+    again = run(repo(), out)
+    assert again.returncode == 2
+    assert again.stderr == f"error: {out}: exists already; remove it or give another name\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "two arguments"), (["repo"], "two arguments"), (["r", "x.txt"], r"end in \.yaml")],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(InputError, match=message):
+        main(arguments)

@@ -1,0 +1,41 @@
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from mmr5_train.common.config import compose_stage
+from mmr5_train.models.loading import TINY
+from mmr5_train.ranking.prompt import render_completion
+from scripts import pretrain_tiny as recipe
+
+
+def test_the_shipped_model_is_small_and_loads_alone():
+    assert sum(path.stat().st_size for path in TINY.iterdir()) < 6_000_000
+    model = AutoModelForImageTextToText.from_pretrained(TINY)
+    assert type(model) is Qwen2_5_VLForConditionalGeneration
+    processor = AutoProcessor.from_pretrained(TINY)
+    assert type(processor).__name__ == "Qwen2_5_VLProcessor"
+    assert model.config.image_token_id == processor.image_token_id
+
+
+def test_the_tokenizer_carries_tags_and_any_text(processor):
+    tokenizer = processor.tokenizer
+    for token in (*recipe.SPECIAL, *recipe.TAGS):
+        assert tokenizer(token).input_ids == [tokenizer.convert_tokens_to_ids(token)]
+    text = render_completion("Image 1: Prévisions – 表 ☂ 12,5 %\n\tend", [3, 1, 2])
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_the_recipe_rebuilds_a_model(tmp_path):
+    config = compose_stage(recipe.TinyStage, "tiny", [f"out={tmp_path}/tiny", "pages=48"])
+    short = {name: phase.model_copy(update={"steps": 2}) for name, phase in config.phases.items()}
+    recipe.main(config.model_copy(update={"phases": short}))
+    rebuilt = AutoModelForImageTextToText.from_pretrained(tmp_path / "tiny")
+    shipped = AutoModelForImageTextToText.from_pretrained(TINY)
+    assert {n: p.shape for n, p in rebuilt.named_parameters()} == {
+        n: p.shape for n, p in shipped.named_parameters()
+    }
+    old, new = AutoProcessor.from_pretrained(TINY), AutoProcessor.from_pretrained(tmp_path / "tiny")
+    assert old.tokenizer.get_vocab() == new.tokenizer.get_vocab()
+    assert old.chat_template == new.chat_template
+
+
+def shapes(model):
+    return {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tqdm import tqdm
 
 from data_construction.corpus.documents import Document
-from data_construction.corpus.reading import CorpusConfig, read_asked, read_corpus
+from data_construction.corpus.reading import CorpusConfig, read_annotations, read_corpus
 from data_construction.first_stage.exclusion import REASONS, exclude_contents, exclude_names, read_excluded
 from data_construction.first_stage.policy import Policy, choose
 from data_construction.first_stage.retriever import RankDocument, RetrieverConfig, open_retriever
@@ -273,7 +273,7 @@ def _nothing_left(source: Path, skipped: Sequence[Skipped]) -> InputError:
 def main(config: CandidatesStage) -> None:
     skipped: list[Skipped] = []
     excluded = read_excluded(config.exclude)
-    asked = exclude_names(read_asked(config.corpus, config.seed, skipped), excluded, skipped)
+    asked = exclude_names(read_annotations(config.corpus, config.seed, skipped), excluded, skipped)
     rank = open_retriever(config.retriever, [q for annotation in asked for q in annotation.questions], skipped)
     read = exclude_contents(read_corpus(config.corpus, asked, skipped), excluded, skipped)
     sources = [*config.corpus.inputs, *config.retriever.inputs, *config.exclude]

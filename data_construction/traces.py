@@ -25,7 +25,7 @@ from typing import Any, Literal
 from pydantic import Field
 from tqdm import tqdm
 
-from data_construction.teacher import OpenAIConfig, Teacher, TeacherConfig, TeacherFailure, make_teacher
+from data_construction.teacher.calls import TeacherFailure
 from data_construction.teacher.checks import (
     WRONG,
     Failed,
@@ -34,6 +34,8 @@ from data_construction.teacher.checks import (
     failed_note_checks,
     failed_reasoning_checks,
 )
+from data_construction.teacher.teacher import Teacher, TeacherConfig, make_teacher
+from data_construction.teacher.vision import OpenAIConfig
 from mmr5_train.common.config import StageConfig, run_stage
 from mmr5_train.common.files import InputError, open_output, read_records, write_manifest, write_records
 from mmr5_train.ranking.notes import join_notes

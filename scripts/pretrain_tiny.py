@@ -39,7 +39,14 @@ from transformers import (
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from data_construction.corpus.drawing import COLORS, KINDS, PageContent, draw_page
-from data_construction.synthetic import DOMAINS, ORGANISATIONS, QUERIES, SENTENCES, TOPICS, make_document
+from data_construction.corpus.synthetic_documents import (
+    DOMAINS,
+    ORGANISATIONS,
+    QUERIES,
+    SENTENCES,
+    TOPICS,
+    make_document,
+)
 from mmr5_train.common.config import StageConfig, run_stage
 from mmr5_train.common.files import open_output, write_json, write_manifest
 from mmr5_train.models.loading import SETTINGS

@@ -17,7 +17,7 @@ from mmr5_train.common.files import InputError, read_json_lines, validation_mess
 from mmr5_train.ranking.records import PageId, Question, Skipped
 
 
-class Corpus(BaseModel):
+class EvaluationSet(BaseModel):
     """Config group `corpus`: documents and questions in MMDocIR's evaluation format."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -78,7 +78,7 @@ def _written_list(text: str) -> Any:
         return None
 
 
-def read_annotations(corpus: Corpus, skipped: list[Skipped]) -> list[Annotation]:
+def read_evaluation_annotations(corpus: EvaluationSet, skipped: list[Skipped]) -> list[Annotation]:
     """All documents of the annotations file. Questions that can't be understood are added to `skipped`.
 
     Raises `InputError` for an absent folder or file, a broken line, a document that is named by two

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from data_construction.corpus.annotations import Corpus
+from data_construction.corpus.annotations import EvaluationSet
 from data_construction.corpus.documents import Annotation, Document, skip_document, skip_page
 from data_construction.corpus.page_cache import PageCache
 from data_construction.corpus.page_table import (
@@ -32,7 +32,9 @@ from mmr5_train.common.files import InputError
 from mmr5_train.ranking.records import Skipped
 
 
-def read_documents(corpus: Corpus, annotations: list[Annotation], skipped: list[Skipped]) -> Iterator[Document]:
+def read_evaluation_documents(
+    corpus: EvaluationSet, annotations: list[Annotation], skipped: list[Skipped]
+) -> Iterator[Document]:
     """Documents one after the other, in the order of `annotations`, their page pictures in the cache.
 
     Raises `InputError` at once where the pages as a whole can't be used.

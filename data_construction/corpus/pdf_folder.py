@@ -85,7 +85,7 @@ class _Row(BaseModel):
         return "documents" if value is None or value == "" else value
 
 
-def read_own_questions(corpus: PdfFolder, skipped: list[Skipped]) -> list[Annotation]:
+def read_pdf_folder_annotations(corpus: PdfFolder, skipped: list[Skipped]) -> list[Annotation]:
     """The documents that questions ask about, in the order of their first question.
 
     A row that can't be understood is added to `skipped`. The id of a question is `<document>/<line in the file>`.

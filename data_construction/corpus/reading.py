@@ -7,25 +7,25 @@ from typing import Annotated
 
 from pydantic import Field
 
-from data_construction.corpus.annotations import Corpus, read_annotations
+from data_construction.corpus.annotations import EvaluationSet, read_evaluation_annotations
 from data_construction.corpus.documents import Annotation, Document
-from data_construction.corpus.mmdocir import read_documents
+from data_construction.corpus.mmdocir import read_evaluation_documents
 from data_construction.corpus.page_cache import PageCache
-from data_construction.corpus.pdf_folder import PdfFolder, read_own_questions
+from data_construction.corpus.pdf_folder import PdfFolder, read_pdf_folder_annotations
 from data_construction.corpus.pdfs import read_pdf_documents
-from data_construction.corpus.training_set import TrainingSet, read_questions, read_training_documents
+from data_construction.corpus.training_set import TrainingSet, read_training_annotations, read_training_documents
 from mmr5_train.ranking.records import Skipped
 
-CorpusConfig = Annotated[Corpus | TrainingSet | PdfFolder, Field(discriminator="format")]
+CorpusConfig = Annotated[EvaluationSet | TrainingSet | PdfFolder, Field(discriminator="format")]
 
 
-def read_asked(corpus: CorpusConfig, seed: int, skipped: list[Skipped]) -> list[Annotation]:
+def read_annotations(corpus: CorpusConfig, seed: int, skipped: list[Skipped]) -> list[Annotation]:
     """The documents of a corpus with the questions about them, before any page is read."""
     if isinstance(corpus, TrainingSet):
-        return read_questions(corpus, seed, skipped)
+        return read_training_annotations(corpus, seed, skipped)
     if isinstance(corpus, PdfFolder):
-        return read_own_questions(corpus, skipped)
-    return read_annotations(corpus, skipped)
+        return read_pdf_folder_annotations(corpus, skipped)
+    return read_evaluation_annotations(corpus, skipped)
 
 
 def read_corpus(corpus: CorpusConfig, asked: list[Annotation], skipped: list[Skipped]) -> Iterator[Document]:
@@ -35,4 +35,4 @@ def read_corpus(corpus: CorpusConfig, asked: list[Annotation], skipped: list[Ski
     if isinstance(corpus, PdfFolder):
         cache = PageCache(corpus.page_cache, corpus.dpi, corpus.max_side)
         return read_pdf_documents(corpus.folder, cache, asked, skipped)
-    return read_documents(corpus, asked, skipped)
+    return read_evaluation_documents(corpus, asked, skipped)

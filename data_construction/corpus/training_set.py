@@ -79,7 +79,7 @@ class _Line(BaseModel):
     positive_passages: list[_Passage] = Field(min_length=1)
 
 
-def read_questions(corpus: TrainingSet, seed: int, skipped: list[Skipped]) -> list[Annotation]:
+def read_training_annotations(corpus: TrainingSet, seed: int, skipped: list[Skipped]) -> list[Annotation]:
     """The documents that questions ask about, subset by subset. What can't be used is added to `skipped`.
 
     At most `corpus.questions` of a subset are drawn from those that can be used; seed and subset decide which.

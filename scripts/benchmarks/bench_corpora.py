@@ -34,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_construction import candidates
-from data_construction.corpus.reading import read_asked, read_corpus
+from data_construction.corpus.reading import read_annotations, read_corpus
 from mmr5_train.common.config import compose_stage
 
 SUBSET = "ArxivQA"
@@ -123,7 +123,7 @@ def measure(what: str, folder: Path, rows: int) -> dict[str, Any]:
 
 
 def _read_all(config: candidates.CandidatesStage) -> int:
-    asked = read_asked(config.corpus, config.seed, [])
+    asked = read_annotations(config.corpus, config.seed, [])
     return sum(len(document.pages) for document in read_corpus(config.corpus, asked, []))
 
 

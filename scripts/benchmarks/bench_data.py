@@ -82,7 +82,7 @@ def plain_traces(data: Path, questions: int) -> None:
     """Notes as a short script would get them: the same words to the same server."""
     import openai
 
-    from data_construction.teacher import OpenAIConfig
+    from data_construction.teacher.vision import OpenAIConfig
     from data_construction.traces import TracesStage
     from mmr5_train.common.config import compose_stage
     from mmr5_train.common.files import read_records

@@ -138,7 +138,7 @@ def make_model(shape: str, config: Any) -> Any:
 
 def draw_pages(folder: Path, side: int) -> None:
     from data_construction.corpus.drawing import draw_page
-    from data_construction.synthetic import make_document
+    from data_construction.corpus.synthetic_documents import make_document
 
     pages = [page for index in range(2) for page in make_document(index, 0).pages][:PAGES]
     for i, page in enumerate(pages):

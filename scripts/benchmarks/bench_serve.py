@@ -34,7 +34,7 @@ import psutil
 from PIL import Image
 
 from data_construction.corpus.drawing import draw_page
-from data_construction.synthetic import make_document
+from data_construction.corpus.synthetic_documents import make_document
 from mmr5_train.common.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -37,7 +37,7 @@ FULL = {"3B": "Qwen/Qwen2.5-VL-3B-Instruct", "7B": "Qwen/Qwen2.5-VL-7B-Instruct"
 def make_data(folder: Path, tokens: int) -> None:
     """Questions and traces with pages that fill `tokens` visual tokens each."""
     from data_construction.corpus.drawing import draw_page
-    from data_construction.synthetic import make_document
+    from data_construction.corpus.synthetic_documents import make_document
 
     side = 28 * round(tokens**0.5 * 0.84), 28 * round(tokens**0.5 / 0.84)  # portrait; the limit trims the rest
     pages = [page for index in range(2) for page in make_document(index, 0).pages][:PAGES]

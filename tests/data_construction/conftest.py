@@ -1,4 +1,4 @@
-"""Fixtures for tests that read corpora; what makes small ones is in made_corpus.py."""
+"""Fixtures for tests that read corpora; what makes small ones is in sample_corpora.py."""
 
 from __future__ import annotations
 

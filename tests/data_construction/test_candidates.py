@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_corpus import (
+from sample_corpora import (
     image_bytes,
     line,
     page_row,
@@ -29,7 +29,7 @@ from made_corpus import (
 )
 
 from data_construction.candidates import CandidatesStage, Split, main, split_documents
-from data_construction.corpus.annotations import Corpus
+from data_construction.corpus.annotations import EvaluationSet
 from data_construction.corpus.training_set import TrainingSet
 from data_construction.first_stage.dense import Dense
 from mmr5_train.common.config import compose_stage, validate
@@ -399,7 +399,7 @@ def test_the_command_line(orchard: Path) -> None:
 def test_the_configured_choices_compose() -> None:
     for name in ("synthetic", "mmdocir", "mmdocir_pdf", "mmdocir_train"):
         config = compose_stage(CandidatesStage, "candidates", [f"corpus={name}"])
-        assert isinstance(config.corpus, TrainingSet if name == "mmdocir_train" else Corpus)
+        assert isinstance(config.corpus, TrainingSet if name == "mmdocir_train" else EvaluationSet)
         assert config.corpus.max_side == 1024
     with pytest.raises(InputError, match=r"no value for corpus.folder, corpus.questions"):
         compose_stage(CandidatesStage, "candidates", ["corpus=pdf_folder"])

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_tasks import by_bytes, make_config, make_data, skipped
+from sample_tasks import by_bytes, make_config, make_data, skipped
 from servers import RECITED, OpenAIServer, Reply, ScriptedServer, completion
 
 from data_construction.traces import TracesStage, main

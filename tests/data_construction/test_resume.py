@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_tasks import by_bytes, make_config, make_data, skipped
+from sample_tasks import by_bytes, make_config, make_data, skipped
 from servers import Reply, ScriptedServer, completion
 
 from data_construction.teacher.store import AnswerStore

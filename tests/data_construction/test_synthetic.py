@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from data_construction.corpus.drawing import COLORS, KINDS, PageContent, draw_page
-from data_construction.synthetic import SyntheticStage, main, make_document
+from data_construction.corpus.synthetic_documents import make_document
+from data_construction.synthetic import SyntheticStage, main
 from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import InputError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pypdfium2
 import pytest
-from made_tasks import COLORS, by_bytes, make_config, make_data, run, skipped
 from PIL import Image
+from sample_tasks import COLORS, by_bytes, make_config, make_data, run, skipped
 
 from mmr5_train.common.config import CONFIGS
 from mmr5_train.common.files import InputError, read_manifest, read_records, write_records

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from data_construction.corpus.drawing import draw_page
-from data_construction.synthetic import make_document
+from data_construction.corpus.synthetic_documents import make_document
 from mmr5_train.common.files import read_records, write_json, write_manifest, write_records
 from mmr5_train.evaluation.scoring import score_rankings
 from mmr5_train.ranking.prompt import render_completion

@@ -5,21 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_corpus import line, question, write_lines
+from sample_corpora import line, question, write_lines
 
-from data_construction.corpus.annotations import Annotation, Corpus, read_annotations
+from data_construction.corpus.annotations import Annotation, EvaluationSet, read_evaluation_annotations
 from mmr5_train.common.files import InputError
 from mmr5_train.ranking.records import PageId, Skipped
 
 
-def corpus(folder: Path) -> Corpus:
-    return Corpus(folder=folder, pages="documents", descriptions=False, page_cache=folder / "cache")
+def corpus(folder: Path) -> EvaluationSet:
+    return EvaluationSet(folder=folder, pages="documents", descriptions=False, page_cache=folder / "cache")
 
 
 def read(folder: Path, *lines: dict[str, Any] | str) -> tuple[list[Annotation], list[Skipped]]:
     write_lines(folder, *lines)
     skipped: list[Skipped] = []
-    return read_annotations(corpus(folder), skipped), skipped
+    return read_evaluation_annotations(corpus(folder), skipped), skipped
 
 
 def test_question_fields(tmp_path: Path) -> None:
@@ -116,8 +116,8 @@ def test_a_broken_line_is_named(tmp_path: Path, text: str, message: str) -> None
 
 def test_absent_and_empty_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere: no such folder; say where the corpus is with corpus.folder="):
-        read_annotations(corpus(tmp_path / "nowhere"), [])
+        read_evaluation_annotations(corpus(tmp_path / "nowhere"), [])
     with pytest.raises(InputError, match=r"MMDocIR_annotations.jsonl: no such file"):
-        read_annotations(corpus(tmp_path), [])
+        read_evaluation_annotations(corpus(tmp_path), [])
     with pytest.raises(InputError, match="holds no document"):
         read(tmp_path, "")

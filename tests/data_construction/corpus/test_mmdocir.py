@@ -8,11 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_corpus import image_bytes, line, page_row, question, write_lines, write_parquet, write_pdf
+from sample_corpora import image_bytes, line, page_row, question, write_lines, write_parquet, write_pdf
 
-from data_construction.corpus.annotations import Corpus, read_annotations
+from data_construction.corpus.annotations import EvaluationSet, read_evaluation_annotations
 from data_construction.corpus.documents import Document
-from data_construction.corpus.mmdocir import read_documents
+from data_construction.corpus.mmdocir import read_evaluation_documents
 from mmr5_train.common.files import InputError
 from mmr5_train.ranking.records import Skipped
 
@@ -21,9 +21,9 @@ PARQUET = "MMDocIR_pages.parquet"
 
 def read(folder: Path, pages: str = PARQUET, **more: Any) -> tuple[list[Document], list[Skipped]]:
     settings = {"descriptions": False, "page_cache": folder / "cache", "max_side": 100} | more
-    corpus = Corpus(folder=folder, pages=pages, **settings)
+    corpus = EvaluationSet(folder=folder, pages=pages, **settings)
     skipped: list[Skipped] = []
-    return list(read_documents(corpus, read_annotations(corpus, skipped), skipped)), skipped
+    return list(read_evaluation_documents(corpus, read_evaluation_annotations(corpus, skipped), skipped)), skipped
 
 
 def texts(document: Document) -> list[str]:

@@ -9,8 +9,8 @@ import pypdfium2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made_corpus import image_bytes, write_pdf
 from PIL import Image
+from sample_corpora import image_bytes, write_pdf
 
 from data_construction.corpus.page_cache import PageCache, UnreadablePageError, folder_name, page_text
 from mmr5_train.common.files import InputError

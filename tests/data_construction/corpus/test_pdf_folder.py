@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-from made_corpus import write_pdf
+from sample_corpora import write_pdf
 
-from data_construction.corpus.pdf_folder import PdfFolder, read_own_questions
-from data_construction.corpus.reading import read_asked, read_corpus
+from data_construction.corpus.pdf_folder import PdfFolder, read_pdf_folder_annotations
+from data_construction.corpus.reading import read_annotations, read_corpus
 from mmr5_train.common.files import InputError
 from mmr5_train.ranking.records import Question, Skipped
 
@@ -18,7 +18,9 @@ def asked(folder: Path, name: str, text: str | bytes) -> tuple[list[Question], l
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     skipped: list[Skipped] = []
     corpus = PdfFolder(folder=folder, questions=path, page_cache=folder / "cache")
-    return [q for annotation in read_own_questions(corpus, skipped) for q in annotation.questions], skipped
+    return [
+        q for annotation in read_pdf_folder_annotations(corpus, skipped) for q in annotation.questions
+    ], skipped
 
 
 def pages(question: Question) -> list[int]:
@@ -95,9 +97,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         asked(tmp_path, "q.csv", "question,document,pages\nWhere?,a.pdf,x\n")
     corpus = PdfFolder(folder=tmp_path, questions=tmp_path / "absent.csv", page_cache=tmp_path / "cache")
     with pytest.raises(InputError, match=r"absent.csv: no such file; corpus.questions="):
-        read_own_questions(corpus, [])
+        read_pdf_folder_annotations(corpus, [])
     with pytest.raises(InputError, match=r"nowhere: no such folder; .*corpus.folder="):
-        read_own_questions(corpus.model_copy(update={"folder": tmp_path / "nowhere"}), [])
+        read_pdf_folder_annotations(corpus.model_copy(update={"folder": tmp_path / "nowhere"}), [])
 
 
 def test_documents_and_pages_that_are_not_there_are_listed(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_documents_and_pages_that_are_not_there_are_listed(tmp_path: Path) -> No
     (tmp_path / "q.csv").write_text(text)
     corpus = PdfFolder(folder=tmp_path, questions=tmp_path / "q.csv", page_cache=tmp_path / "cache", max_side=64)
     skipped: list[Skipped] = []
-    (a,) = read_corpus(corpus, read_asked(corpus, 42, skipped), skipped)
+    (a,) = read_corpus(corpus, read_annotations(corpus, 42, skipped), skipped)
     assert [question.query for question in a.questions] == ["Good?"]
     assert [page.text for page in a.pages] == ["figs", "dates"]
     assert [(skip.query_id, skip.reason, skip.detail) for skip in skipped] == [

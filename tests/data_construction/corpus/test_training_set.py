@@ -7,13 +7,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_corpus import image_bytes, train_line, train_page, write_subset
+from sample_corpora import image_bytes, train_line, train_page, write_subset
 
 from data_construction.corpus.documents import Document
 from data_construction.corpus.training_set import (
     TrainingSet,
     layout_text,
-    read_questions,
+    read_training_annotations,
     read_training_documents,
 )
 from mmr5_train.common.files import InputError
@@ -24,7 +24,9 @@ def read(folder: Path, *subsets: str, seed: int = 42, **more: Any) -> tuple[list
     settings = {"folder": folder, "page_cache": folder / "cache", "subsets": subsets or ("DUDE",)} | more
     corpus = TrainingSet.model_validate(settings)
     skipped: list[Skipped] = []
-    return list(read_training_documents(corpus, read_questions(corpus, seed, skipped), skipped)), skipped
+    return list(
+        read_training_documents(corpus, read_training_annotations(corpus, seed, skipped), skipped)
+    ), skipped
 
 
 def pages_of(name: str, n: int) -> list[dict[str, Any]]:

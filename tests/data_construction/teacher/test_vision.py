@@ -19,8 +19,9 @@ from packaging.version import Version
 from PIL import Image
 from servers import RECITED, THOUGHT, OpenAIServer, Reply, ScriptedServer, completion
 
-from data_construction.teacher import TeacherFailure, make_teacher
+from data_construction.teacher.calls import TeacherFailure
 from data_construction.teacher.pages import image_url
+from data_construction.teacher.teacher import make_teacher
 from data_construction.teacher.vision import OpenAIConfig, OpenAITeacher
 from mmr5_train.common.config import CONFIGS, validate
 from mmr5_train.common.files import InputError

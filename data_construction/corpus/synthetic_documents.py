@@ -1,0 +1,127 @@
+"""Synthetic documents whose pages differ only by what one sees: a figure of some colour and kind.
+
+A document has two sections. The pages of a section share their words, so a text retriever finds the section but
+not the page; what differs is the figure. Each page shares its colour or its kind (not both) with some other page
+of its section, a hard negative, and a question names both. What a page shows is known ("a red bar chart"), so a
+model's statements about it can be checked.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from data_construction.corpus.drawing import COLORS, KINDS, PageContent, draw_page
+
+DOMAINS = ("Financial report", "Research report", "Guidebook", "Administration file")
+ORGANISATIONS = (
+    "Alder", "Birch", "Cedar", "Dunmore", "Elmwood", "Farrow", "Granite", "Harbour", "Iverness", "Juniper",
+    "Kestrel", "Larkspur", "Meridian", "Northgate", "Oakfield", "Pinecrest", "Quarry", "Riverton", "Summit",
+    "Thornhill", "Upland", "Vale", "Westbrook", "Yarrow",
+)  # fmt: skip
+TOPICS = (
+    "annual revenue", "water use", "staff turnover", "export volume", "energy demand", "crop yield",
+    "road traffic", "patient visits", "school enrolment", "tourist arrivals", "air quality", "housing prices",
+    "train delays", "forest cover", "waste recycling", "library loans", "market share", "factory output",
+    "fish stocks", "customer returns", "internet access", "food imports", "solar capacity", "rainfall levels",
+    "museum tickets", "bus ridership", "loan defaults", "parcel delivery", "hospital beds", "museum funding",
+)  # fmt: skip
+QUERIES = (
+    "Which page shows {what} about {topic}?",
+    "Where is {what} on {topic}?",
+    "Find the page with {what} for {topic}.",
+    "On which page is {topic} given as {what}?",
+)
+SENTENCES = (
+    "The figures for {topic} are taken from the yearly survey.",
+    "Since last year, {topic} changed less than expected.",
+    "Regional offices reported their numbers in March.",
+    "All values are rounded and may not add up.",
+    "A longer discussion follows in the next section.",
+    "Readers should compare {topic} with the earlier editions.",
+    "The method was revised after an outside review.",
+    "{topic} remains the main concern of this section.",
+    "Small samples were merged before publication.",
+    "The committee asked for a closer look at {topic}.",
+)
+SECTION_SIZES = (4, 5, 5, 5, 6)
+TWO_RELEVANT = 0.7  # share of sections in which two pages show the same
+
+
+@dataclass(frozen=True)
+class SyntheticDocument:
+    doc_name: str
+    domain: str
+    pages: tuple[PageContent, ...]
+    questions: tuple[dict[str, Any], ...]  # as in the annotations file
+
+
+def make_section(rng: random.Random, size: int, two_relevant: float) -> list[tuple[str, str]]:
+    """(colour, kind) of each page of a section; each shares exactly one of the two with some other page."""
+    colors, kinds = rng.sample(COLORS, 3), rng.sample(KINDS, 2)
+    grid = [(color, kind) for color in colors for kind in kinds]
+    rng.shuffle(grid)
+    shown = grid[:size]
+    if rng.random() < two_relevant:
+        shown[-1] = shown[0]
+    rng.shuffle(shown)
+    for i, (color, kind) in enumerate(shown):
+        if not any((color == c) != (kind == k) for c, k in shown):
+            # No other page shares just one of the two with it: give it another page's kind.
+            shown[i] = (color, next(k for _, k in shown if k != kind))
+    return shown
+
+
+def make_document(index: int, seed: int, two_relevant: float = TWO_RELEVANT) -> SyntheticDocument:
+    """Document number `index`: the same for the same seed, whatever else is made."""
+    rng = random.Random(f"{seed}/{index}")
+    organisation, domain = rng.choice(ORGANISATIONS), rng.choice(DOMAINS)
+    topics = rng.sample(TOPICS, 2)
+    pages: list[PageContent] = []
+    questions: list[dict[str, Any]] = []
+    for topic in topics:
+        first = len(pages)
+        section = make_section(rng, rng.choice(SECTION_SIZES), two_relevant)
+        for color, kind in section:
+            lines = [s.format(topic=topic) for s in rng.sample(SENTENCES, rng.randint(3, 5))]
+            lines = [line[0].upper() + line[1:] for line in lines]
+            title = f"{organisation}: {topic}"
+            number = len(pages) + 1
+            pages.append(PageContent(title, tuple(lines), color, kind, domain, number, rng.getrandbits(32)))
+        for color, kind in dict.fromkeys(section):
+            relevant = [first + i for i, shown in enumerate(section) if shown == (color, kind)]
+            content = pages[relevant[0]]
+            query = rng.choice(QUERIES).format(what=content.description, topic=topic)
+            questions.append(
+                {
+                    "Q": query,
+                    "A": f"page {relevant[0] + 1}",
+                    "page_id": relevant,
+                    "type": str(["Table" if kind == "table" else "Chart"]),
+                    "layout_mapping": [],
+                }
+            )
+    name = f"{organisation.lower()}-{index:05d}"
+    return SyntheticDocument(name, domain, tuple(pages), tuple(questions))
+
+
+def page_rows(document: SyntheticDocument) -> list[dict[str, Any]]:
+    """The document's rows of the page table."""
+    rows = []
+    for number, content in enumerate(document.pages):
+        jpeg = io.BytesIO()
+        draw_page(content).save(jpeg, "JPEG", quality=85)
+        rows.append(
+            {
+                "doc_name": document.doc_name,
+                "domain": document.domain,
+                "passage_id": str(number),
+                "image_path": f"page_images/{document.doc_name}_{number}.jpg",
+                "image_binary": jpeg.getvalue(),
+                "ocr_text": content.text,
+                "vlm_text": content.description,
+            }
+        )
+    return rows

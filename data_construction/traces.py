@@ -92,7 +92,7 @@ def main(config: TracesStage) -> None:
     pages = {page.id: page for page in read_records(pages_file, Page, unique="id")}
     for task in tasks:
         check_pages(task, pages, config.data, pages_file)
-    prompted = [task.prompted(config.order, config.seed) for task in tasks]
+    prompted = [task.in_prompt_order(config.order, config.seed) for task in tasks]
     if config.dry_run:
         print(estimate(prompted, pages, config))
         return

@@ -42,8 +42,8 @@ from mmr5_train.evaluation.metrics import is_complete
 from mmr5_train.inference.local import identifier_ids, with_list_open
 from mmr5_train.models.inputs import check_images, encode
 from mmr5_train.models.loading import ModelConfig, load_model, load_processor
-from mmr5_train.ranking.notes import described_note
-from mmr5_train.ranking.parts import UNSAID, divide, pairs_first
+from mmr5_train.ranking.notes import format_note
+from mmr5_train.ranking.parts import NO_VERDICT, sample_subsets, sort_pairs_first
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Ranking
 from mmr5_train.training.callbacks import FiniteSFTTrainer, HeldOutConfig, held_out
@@ -94,7 +94,7 @@ class Collator:
     kept: float
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        pages = [[row["images"][place - 1] for place in row["places"]] for row in rows]
+        pages = [[row["images"][position - 1] for position in row["positions"]] for row in rows]
         begun = encode(self.processor, self.prompt, [row["query"] for row in rows], pages)
         begun = with_hints(begun, [hint for row in rows for hint in row["hints"]], self.processor.tokenizer)
         ends = begun.pop("ends")
@@ -164,7 +164,7 @@ def verdict_loss(logits_P2: Tensor, verdicts_P: Tensor, prompts_P: Tensor) -> Te
 
     `prompts_P` is the row of the batch that each page stands in. 0 where nothing was said of any page.
     """
-    said_P = verdicts_P != UNSAID
+    said_P = verdicts_P != NO_VERDICT
     if not said_P.any():
         return logits_P2.sum() * 0
     pages_B = torch.bincount(prompts_P[said_P], minlength=int(prompts_P.max()) + 1)
@@ -233,7 +233,7 @@ def make_readout(processor: Any, most: int, data: Path) -> Readout:
             f"{data}: prompts of up to {most} pages, and this tokenizer tells {len(identifiers)} apart by their "
             "ids' first token; rank fewer candidates a question"
         )
-    helps, helps_not = processor.tokenizer([described_note("", True), described_note("", False)])["input_ids"]
+    helps, helps_not = processor.tokenizer([format_note("", True), format_note("", False)])["input_ids"]
     pair = next([a, b] for a, b in zip(helps, helps_not, strict=False) if a != b)
     return Readout(torch.tensor(identifiers), torch.tensor(pair))
 
@@ -268,8 +268,8 @@ def thinned(hints: Sequence[str], share: float, tokenizer: Any, rng: random.Rand
 
 def taught_dataset(rankings: Sequence[Ranking], config: DistillStage, processor: Any) -> Dataset:
     """A row is a part of an answer, and the whole answer."""
-    parts = pairs_first(
-        [(one, part) for one in rankings for part in divide(one, config.parts, config.seed)], config.seed
+    parts = sort_pairs_first(
+        [(one, part) for one in rankings for part in sample_subsets(one, config.parts, config.seed)], config.seed
     )
     rng = random.Random(config.seed)
     hinted = config.hinted * len(parts)

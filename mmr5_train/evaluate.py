@@ -208,7 +208,7 @@ def used_pages(tasks: Iterable[RankingTask], path: Path) -> list[Page]:
 def first_stage(task: RankingTask) -> Ranking:
     """The first stage's own order, as a ranking without a completion."""
     order = tuple(LocalId(i) for i in range(1, len(task.candidates) + 1))
-    return _ranking(FIRST_STAGE, task.prompted("score"), ModelAnswer(completion="", order=order))
+    return _ranking(FIRST_STAGE, task.in_prompt_order("score"), ModelAnswer(completion="", order=order))
 
 
 def rank_share(name: str, tasks: Sequence[RankingTask], config: EvaluateStage, processes: PartialState) -> None:
@@ -267,7 +267,7 @@ def rank_batch(
     name: str, start: int, tasks: Sequence[RankingTask], reranker: Reranker, config: EvaluateStage
 ) -> Batch:
     """A system's answers to some questions: the greedy ones, then those that are sampled."""
-    prompted = [task.prompted(config.order, config.seed) for task in tasks]
+    prompted = [task.in_prompt_order(config.order, config.seed) for task in tasks]
     queries, folder = [task.query for task in tasks], config.data.parent
     started = time.monotonic()
     pages = [[reranker.backend.load(folder / page.image) for page in asked.shown] for asked in prompted]

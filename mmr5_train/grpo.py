@@ -26,7 +26,7 @@ from mmr5_train.models.loading import ModelConfig, load_model, load_processor, v
 from mmr5_train.ranking.answer import Defect, parse_answer
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import LocalId, Order, RankingTask
-from mmr5_train.ranking.rewards import REWARDS, RewardConfig, follows_verdicts, verdicts
+from mmr5_train.ranking.rewards import REWARDS, RewardConfig, follows_verdicts, page_verdicts
 from mmr5_train.training.callbacks import (
     AlarmCallback,
     FiniteGRPOTrainer,
@@ -131,7 +131,7 @@ def describe(
     row["answers/without_defect"] = float(not answer.defects)
     row["answers/complete"] = float(answer.is_complete_permutation)
     row["answers/reranking"] = REWARDS["reranking"](text, n, positives, expect_think=think)
-    said = verdicts(answer.think or "", n)
+    said = page_verdicts(answer.think or "", n)
     if said:
         true = sum(helps == (i in positives) for i, helps in said.items()) / n
         row |= dict(zip(VERDICTS, (true, float(follows_verdicts(answer.ids, said))), strict=True))
@@ -179,7 +179,7 @@ def main(config: GrpoStage) -> None:
     inputs = [config.data, Path(config.model.path)]
     checkpoint = open_training_output(config.out, config.overwrite, inputs, "grpo", settings)
     model = load_model(config.model)
-    prompted = [task.prompted(config.order, config.seed) for task in tasks]
+    prompted = [task.in_prompt_order(config.order, config.seed) for task in tasks]
     dataset = prompt_dataset(
         [
             {"query_id": p.task.query_id, "pages": len(p.shown), "positives": list(p.local_positives)}

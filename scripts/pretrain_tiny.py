@@ -51,8 +51,8 @@ from mmr5_train.common.config import StageConfig, run_stage
 from mmr5_train.common.files import open_output, write_json, write_manifest
 from mmr5_train.models.loading import SETTINGS
 from mmr5_train.models.pages import prepare_page
-from mmr5_train.ranking.notes import described_note, join_notes
-from mmr5_train.ranking.prompt import Prompt, build_messages, with_images
+from mmr5_train.ranking.notes import format_note, join_notes
+from mmr5_train.ranking.prompt import Prompt, build_messages, insert_images
 
 MIN_PIXELS, MAX_PIXELS = 784, 9_500  # a page of 3 : 4 becomes 84 × 112 pixels: 12 visual tokens
 VOCABULARY = 1_024
@@ -146,7 +146,7 @@ def _words(prompt: Prompt) -> Iterator[str]:
     yield from (content.text for content in contents)
     yield from (" ".join((*DOMAINS, *ORGANISATIONS, *TOPICS)) for _ in range(20))
     for content in contents:
-        yield f"Image {rng.randint(1, 20)}: {described_note(content.description, rng.random() < 0.5)}\n"
+        yield f"Image {rng.randint(1, 20)}: {format_note(content.description, rng.random() < 0.5)}\n"
         question = rng.choice(QUERIES).format(what=content.description, topic=rng.choice(TOPICS))
         yield f"{prompt.system}\n{prompt.question}\n{question}\nsystem\nuser\nassistant\n"
         yield "".join(f"[{i}, " for i in range(20))
@@ -250,7 +250,7 @@ class Reader:
         what = self.by_look[asked][0].description
         query = rng.choice(QUERIES).format(what=what, topic=rng.choice(TOPICS))
         helps = [(page.color, page.kind) == asked for page in shown]
-        notes = [described_note(page.description, help_) for page, help_ in zip(shown, helps, strict=True)]
+        notes = [format_note(page.description, help_) for page, help_ in zip(shown, helps, strict=True)]
         if pages > phase.verdicts_up_to:
             notes = [f"{page.description}." for page in shown]
         text = join_notes(notes)
@@ -258,7 +258,9 @@ class Reader:
             text += f"\n{sorted(range(1, pages + 1), key=lambda i: not helps[i - 1])}"
         messages = build_messages(self.prompt, query, pages)
         if in_words:
-            messages = with_images(messages, [{"type": "text", "text": f"{page.description}."} for page in shown])
+            messages = insert_images(
+                messages, [{"type": "text", "text": f"{page.description}."} for page in shown]
+            )
         return {
             "prompt": messages,
             "completion": [{"role": "assistant", "content": [{"type": "text", "text": text}]}],

@@ -24,7 +24,7 @@ from servers import RECITED, THOUGHT, OpenAIServer, ScriptedServer
 
 from mmr5_train.common.files import write_records
 from mmr5_train.models.loading import TINY, ModelConfig, load_processor
-from mmr5_train.ranking.notes import described_note, join_notes
+from mmr5_train.ranking.notes import format_note, join_notes
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Candidate, PageId, RankingTask, Trace
 
@@ -99,9 +99,9 @@ def traces(tasks, page_folder):
     """traces.jsonl beside the pages, one a task."""
     records = []
     for task in tasks:
-        shown = task.prompted("shuffled").shown
+        shown = task.in_prompt_order("shuffled").shown
         relevant = next(i for i, page in enumerate(shown, 1) if page.id in task.positives)
-        notes = [described_note("a page", i == relevant) for i in range(1, 4)]
+        notes = [format_note("a page", i == relevant) for i in range(1, 4)]
         answer = [relevant, *(i for i in (1, 2, 3) if i != relevant)]
         records.append(
             Trace(

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mmr5_train.common.files import InputError
 from mmr5_train.ranking.records import ModelAnswer
-from mmr5_train.ranking.results import RankedResults, ranked_results
+from mmr5_train.ranking.results import RankedResults, build_results
 from mmr5_train.serving.batching import Ranker
 from mmr5_train.serving.server import Server, listen
 from mmr5_train.serving.settings import ServeConfig
@@ -56,7 +56,7 @@ class FakeRanker:
         answered = ModelAnswer(completion="…", order=tuple(i + 1 for i in order), defects=("no_think",), tokens=7)
         scores = [reds[i] for i in order]
         reasoning = "\n".join(notes.values())
-        return ranked_results(
+        return build_results(
             query, pages, order, scores=scores, notes=notes, reasoning=reasoning, answers=[answered]
         )
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from bm25s import stopwords
 
 from mmr5_train.ranking.answer import parse_answer
-from mmr5_train.ranking.notes import QUOTED, verdict
-from mmr5_train.ranking.prompt import neutral, render_completion
+from mmr5_train.ranking.notes import QUOTATION, read_verdict
+from mmr5_train.ranking.prompt import neutralize, render_completion
 from mmr5_train.ranking.records import LocalId, Page
 
 WRONG = {
@@ -79,7 +79,7 @@ def failed_checks(
         yield from failed_note_checks(LocalId(i), note, query, page, i in positives, rules)
     if rules.refined:
         yield from failed_reasoning_checks(think, query, seen, positives, rules)
-    if neutral(think) != think:
+    if neutralize(think) != think:
         yield "no_tags", f"a tag in: {think}"
     read = parse_answer(render_completion(think, answer), len(seen))
     relevant_first = set(answer[: len(positives)]) == set(positives)
@@ -91,12 +91,12 @@ def failed_note_checks(i: LocalId, note: str, query: str, page: Page, helps: boo
     """The checks of one note, on the page that is shown as image `i`. Its writer did not know that number."""
     if len(note.split()) > rules.max_words:
         yield "short_notes", f"image {i}: {len(note.split())} words, at most {rules.max_words} asked for"
-    if verdict(note) not in (None, helps):
+    if read_verdict(note) not in (None, helps):
         yield "direction", f"image {i} {'helps' if helps else 'does not help'}; the note: {note}"
     if word := label_word(note, query, [page]):
         yield "no_label_words", f"image {i}: {word!r} in: {note}"
     given = f"{query}\n{page.text}\n{page.description}"
-    if moved := named_pages(QUOTED.sub(" ", note)) - {i} - named_pages(given):
+    if moved := named_pages(QUOTATION.sub(" ", note)) - {i} - named_pages(given):
         yield "moved_ids", f"image {i} is called {sorted(moved)} in: {note}"
     if rules.same_language and (other := other_language(note, query)):
         yield "language", f"image {i}: {other}: {note}"
@@ -119,7 +119,7 @@ def failed_reasoning_checks(
 
 def label_word(text: str, query: str, seen: Sequence[Page]) -> str | None:
     """A word that gives away that the teacher knew the label; those of the pages and the question are none."""
-    own_words = QUOTED.sub(" ", text)
+    own_words = QUOTATION.sub(" ", text)
     if told := _LABEL_TOLD.search(own_words):
         return told[0]
     words = _LABEL_WORD.findall(own_words)
@@ -137,7 +137,7 @@ def other_language(text: str, query: str) -> str | None:
 
     Quotes and the verdict don't count. Scripts are compared first, then languages, by the small words they use.
     """
-    own_words = _VERDICT.sub(" ", QUOTED.sub(" ", text))
+    own_words = _VERDICT.sub(" ", QUOTATION.sub(" ", text))
     scripts, languages = (script(own_words), script(query)), (language(own_words), language(query))
     if all(scripts) and scripts[0] != scripts[1]:
         return f"{scripts[0]} letters, the question's are {scripts[1]}"

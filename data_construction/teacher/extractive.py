@@ -17,8 +17,8 @@ from typing import Literal
 from bm25s.stopwords import STOPWORDS_EN
 from pydantic import BaseModel, ConfigDict
 
-from mmr5_train.ranking.notes import described_note
-from mmr5_train.ranking.prompt import fill, neutral
+from mmr5_train.ranking.notes import format_note
+from mmr5_train.ranking.prompt import fill_template, neutralize
 from mmr5_train.ranking.records import LocalId, Page
 
 QUOTE_WORDS, HEADING_WORDS, NAMED_WORDS = 20, 6, 3
@@ -67,10 +67,10 @@ class ExtractiveTeacher:
         `image` is not looked at, and a second try is the same as the first.
         """
         if page.description:
-            return described_note(page.description, helps)
+            return format_note(page.description, helps)
         lines = _lines(page.text)
         if not lines:
-            return described_note(self.config.no_text_helps if helps else self.config.no_text, helps)
+            return format_note(self.config.no_text_helps if helps else self.config.no_text, helps)
         asked, told = _terms(query), _terms(page.text)
         best = _best_line(lines, asked)
         passage, heading = _passage(lines, best), _heading(lines, best)
@@ -91,9 +91,9 @@ class ExtractiveTeacher:
             sentence = self.config.unrelated
         else:
             sentence = self.config.partly if missing else self.config.near
-        where = fill(self.config.where_heading, heading=heading) if heading else self.config.where
-        text = fill(sentence, where=where, quote=quote, shared=listed(shared), missing=listed(missing))
-        return described_note(text, helps)
+        where = fill_template(self.config.where_heading, heading=heading) if heading else self.config.where
+        text = fill_template(sentence, where=where, quote=quote, shared=listed(shared), missing=listed(missing))
+        return format_note(text, helps)
 
     async def refine(
         self, query: str, notes: Sequence[str], positives: Sequence[LocalId], words: int, problem: str = ""
@@ -128,7 +128,7 @@ def _summary(notes: Sequence[str], ids: Sequence[int], helps: bool, words: int) 
     )
     head = f"{pages_named(ids)} {verb}"
     each = max(4, (words - len(head.split())) // len(ids))
-    tail = described_note("", helps)
+    tail = format_note("", helps)
     parts = []
     for i in ids:
         said = notes[i - 1].removesuffix(tail).split()
@@ -141,7 +141,7 @@ def _lines(text: str) -> list[str]:
     """Lines that hold words: printable, in single spaces, with nothing that could end a quote or act as a tag."""
     text = "".join(c if c.isprintable() or c == "\n" else " " for c in text.replace("\r", "\n"))
     text = re.sub(r"\.{4,}|(?:\. ){4,}", "… ", text)  # the leaders of a table of contents
-    text = neutral(re.sub('["“”„«»]', "'", text))
+    text = neutralize(re.sub('["“”„«»]', "'", text))
     return [" ".join(line.split()) for line in text.split("\n") if any(c.isalnum() for c in line)]
 
 

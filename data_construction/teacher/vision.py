@@ -23,7 +23,7 @@ from data_construction.teacher.extractive import pages_named
 from data_construction.teacher.pages import PagePictures
 from data_construction.teacher.store import Answer, AnswerStore, request_key
 from mmr5_train.ranking.notes import join_notes
-from mmr5_train.ranking.prompt import THINK_CLOSE, THINK_OPEN, fill, neutral
+from mmr5_train.ranking.prompt import THINK_CLOSE, THINK_OPEN, fill_template, neutralize
 from mmr5_train.ranking.records import LocalId, Page, PageId, PromptedTask
 
 PROBLEMS = {
@@ -83,14 +83,14 @@ class OpenAIConfig(BaseModel):
         return self.model_dump(exclude=others)
 
     def explain_text(self, query: str, helps: bool, words: int) -> str:
-        return fill(self.can_help if helps else self.cannot_help, query=neutral(query), words=words)
+        return fill_template(self.can_help if helps else self.cannot_help, query=neutralize(query), words=words)
 
     def refine_text(self, query: str, notes: Sequence[str], positives: Sequence[LocalId], words: int) -> str:
         others = [i for i in range(1, len(notes) + 1) if i not in positives]
         template = self.refine_none if not positives else self.refine if others else self.refine_all
-        return fill(
+        return fill_template(
             template,
-            query=neutral(query),
+            query=neutralize(query),
             words=words,
             notes=join_notes(notes),
             relevant=pages_named(positives),
@@ -175,7 +175,7 @@ class OpenAITeacher:
         return ", ".join(part for part in parts if part)
 
     def _again(self, asked: str, problem: str, words: int) -> str:
-        return f"{asked}\n\n{fill(self.config.again, problem=problem, words=words)}" if problem else asked
+        return f"{asked}\n\n{fill_template(self.config.again, problem=problem, words=words)}" if problem else asked
 
     async def _answer(self, asked: str, words: int, image: Path | None = None, image_tokens: float = 0) -> str:
         """The answer's text, asked for again while it can't be used. Raises as `explain` does."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mmr5_train.ranking.answer import ABOUT_THE_TEXT, Defect
+from mmr5_train.ranking.answer import ORDER_PRESERVING_DEFECTS, Defect
 from mmr5_train.ranking.records import ModelAnswer, PageId, Ranking, Record
 
 KS = (1, 3, 5, 10)
@@ -82,7 +82,7 @@ def question_table(rankings: Sequence[Ranking], *, sampled: bool = False) -> Que
         answers = _answers(ranking, sampled)
         if not answers:
             raise ValueError(f"the ranking of {ranking.query_id} by {ranking.system} holds no sampled answer")
-        scores = [question_metrics(ranking.pages(answer), ranking.positives) for answer in answers]
+        scores = [question_metrics(ranking.ranked_pages(answer), ranking.positives) for answer in answers]
         rows.append({name: float(np.mean([score[name] for score in scores])) for name in scores[0]})
     return QuestionTable(
         query_ids=tuple(ranking.query_id for ranking in rankings),
@@ -130,7 +130,7 @@ def _by_label(values: Values, labels: Sequence[Collection[str]]) -> dict[str, Gr
 
 def is_complete(answered: ModelAnswer) -> bool:
     """Whether the answer was a complete permutation as written, before it was completed by rule."""
-    return {defect.value for defect in ABOUT_THE_TEXT}.issuperset(answered.defects)
+    return {defect.value for defect in ORDER_PRESERVING_DEFECTS}.issuperset(answered.defects)
 
 
 def defect_counts(rankings: Iterable[Ranking], *, sampled: bool = False) -> dict[str, int]:

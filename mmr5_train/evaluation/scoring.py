@@ -30,7 +30,7 @@ from mmr5_train.evaluation.metrics import (
 )
 from mmr5_train.evaluation.significance import holm, randomization_tests
 from mmr5_train.ranking.answer import Defect, parse_answer
-from mmr5_train.ranking.notes import split_notes, states
+from mmr5_train.ranking.notes import split_notes, states_description
 from mmr5_train.ranking.records import Page, PageId, Ranking
 
 Rankings = Mapping[str, Sequence[Ranking]]
@@ -158,7 +158,7 @@ def true_share(ranking: Ranking, descriptions: Mapping[PageId, str]) -> float:
     think = parse_answer(ranking.greedy.completion, len(ranking.shown)).think or ""
     notes = split_notes(think)
     known = [(i, descriptions[page.id]) for i, page in enumerate(ranking.shown, 1) if page.id in descriptions]
-    true = [states(notes.get(i, ""), description) for i, description in known]
+    true = [states_description(notes.get(i, ""), description) for i, description in known]
     return sum(true) / len(true) if true else float("nan")
 
 

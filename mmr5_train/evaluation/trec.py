@@ -120,7 +120,7 @@ def write_trec(folder: Path, rankings: Mapping[str, Sequence[Ranking]]) -> None:
 
 def _run(system: str, ranked: Iterable[Ranking]) -> Iterator[str]:
     for ranking in ranked:
-        pages = ranking.pages(ranking.greedy)
+        pages = ranking.ranked_pages(ranking.greedy)
         for rank, page in enumerate(pages, 1):
             score = len(pages) - rank + 1
             yield f"{escape(ranking.query_id)} Q0 {docid(page)} {rank} {score} {escape(system)}"

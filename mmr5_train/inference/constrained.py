@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from mmr5_train.common.files import InputError
-from mmr5_train.ranking.listing import Phase, Progress, rest_of_close
+from mmr5_train.ranking.listing import CompletionState, Phase, missing_think_close
 from mmr5_train.ranking.prompt import THINK_CLOSE, render_completion
 from mmr5_train.ranking.records import LocalId
 
@@ -35,25 +35,25 @@ class Vocabulary:
         self.closing_alone = [i for i in self.closing if THINK_CLOSE in self.texts[i]]
         self.usual, self.needed = cache(self._usual), cache(self._needed)
 
-    def allowed(self, row: Progress) -> list[int]:
+    def allowed(self, row: CompletionState) -> list[int]:
         """The tokens that may come next, where those are few: anywhere but in a thought that has time."""
         if row.phase is Phase.ended:
             return [self.end]
         usual, characters = self.usual(row.n)
-        fitting = [i for i in usual if row.takes(self.texts[i])]
-        fitting = fitting or [i for i in characters if row.takes(self.texts[i])]
-        if not row.hurried:
+        fitting = [i for i in usual if row.allows(self.texts[i])]
+        fitting = fitting or [i for i in characters if row.allows(self.texts[i])]
+        if not row.must_finish:
             return fitting
         # A page is the model's choice; between two pages, the longest token is the shortest way.
         chosen = [i for i in fitting if any(c.isdigit() for c in self.texts[i])]
         between = [i for i in fitting if i not in chosen]
         return chosen + sorted(between, key=lambda i: (len(self.texts[i].strip()), len(self.texts[i])))[-1:]
 
-    def banned(self, row: Progress) -> list[int]:
+    def banned(self, row: CompletionState) -> list[int]:
         """The tokens that may not come next in a thought: ends, and what would close it with a wrong beginning."""
-        begun = rest_of_close(row.text) != THINK_CLOSE
+        begun = missing_think_close(row.text) != THINK_CLOSE
         closing = self.closing if begun else self.closing_alone
-        return self.special + [i for i in closing if not row.takes(self.texts[i])]
+        return self.special + [i for i in closing if not row.allows(self.texts[i])]
 
     def _usual(self, n: int) -> tuple[list[int], list[int]]:
         """The tokens that answers on n pages are made of as the model learned them; those of single characters."""
@@ -68,12 +68,12 @@ class Vocabulary:
         return usual, characters
 
     def _needed(self, n: int) -> int:
-        """Tokens that a hurried row takes at most from a thought to its end, the end token included."""
-        row, count = Progress(n, Phase.thinking, hurried=True), 1
+        """Tokens that a row that must finish takes at most from a thought to its end, the end token included."""
+        row, count = CompletionState(n, Phase.thinking, must_finish=True), 1
         while row.phase is not Phase.ended:
             # Page by page, digit by digit: no choice of pages takes more tokens.
             choices = sorted(self.allowed(row), key=lambda i: (not self.texts[i].isdigit(), len(self.texts[i])))
-            row.add(self.texts[choices[0]])
+            row.append(self.texts[choices[0]])
             count += 1
         return count + len(THINK_CLOSE)  # a thought may end in the middle of its own closing
 
@@ -95,7 +95,7 @@ class ListOfAllPages(LogitsProcessor):
             )
         self.vocabulary, self.prompt_length, self.max_new_tokens = vocabulary, prompt_length, max_new_tokens
         begin = Phase.opening if think else Phase.answering
-        self.rows = [Progress(n, begin, hurried=not think) for n in pages]
+        self.rows = [CompletionState(n, begin, must_finish=not think) for n in pages]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(rows, tokens so far) ids and (rows, V) scores → (rows, V) scores, −inf where a token may not come."""
@@ -104,10 +104,10 @@ class ListOfAllPages(LogitsProcessor):
         texts, out = self.vocabulary.texts, scores.clone()
         for i, row in enumerate(self.rows):
             if last:
-                row.add(texts[last[i]])
+                row.append(texts[last[i]])
             if self.max_new_tokens - generated <= self.vocabulary.needed(row.n):
-                row.hurry()
-            if row.phase is Phase.thinking and not row.hurried:
+                row.force_finish()
+            if row.phase is Phase.thinking and not row.must_finish:
                 out[i, self.vocabulary.banned(row)] = -torch.inf
             else:
                 allowed = self.vocabulary.allowed(row)

@@ -32,7 +32,7 @@ from mmr5_train.models.loading import (
 )
 from mmr5_train.models.pages import load_page, prepare_page
 from mmr5_train.models.shared_prefix import generate, share_prefixes, shared_prompts, unsupported_model
-from mmr5_train.ranking.answer import read_answer
+from mmr5_train.ranking.answer import to_model_answer
 from mmr5_train.ranking.listing import LIST_OPEN
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import LocalId, Mode, ModelAnswer, PromptedTask
@@ -189,7 +189,7 @@ class LocalBackend:
         tokens = len(ids) if end is None else end + 1
         cut_off = end is None or closed_early
         counts = prompt | {"tokens": tokens}
-        return read_answer(text, n_pages, counts=counts, cut_off=cut_off, expect_think=self.think)
+        return to_model_answer(text, n_pages, counts=counts, cut_off=cut_off, expect_think=self.think)
 
     @torch.inference_mode()
     def _score(self, queries: Sequence[str], pages: Sequence[Sequence[Image.Image]]) -> list[ModelAnswer]:

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmr5_train.common.files import InputError
 from mmr5_train.models.inputs import openai_messages
 from mmr5_train.models.pages import fit_page, open_image
-from mmr5_train.ranking.answer import read_answer
-from mmr5_train.ranking.listing import as_grammar
+from mmr5_train.ranking.answer import to_model_answer
+from mmr5_train.ranking.listing import gbnf_grammar
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Mode, ModelAnswer
 
@@ -128,13 +128,15 @@ class RemoteBackend:
         if reply.usage:
             counts |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
         cut_off, think = choice.finish_reason == "length", self.mode == "reason"
-        return read_answer(text, len(pages), counts=counts, reasoning=apart, cut_off=cut_off, expect_think=think)
+        return to_model_answer(
+            text, len(pages), counts=counts, reasoning=apart, cut_off=cut_off, expect_think=think
+        )
 
     def _structure(self, n: int) -> dict[str, Any] | None:
         if not self.constrain:
             return None
         # A server with a reasoning parser lets the think block pass and holds what follows to the grammar.
-        grammar = as_grammar(n)
+        grammar = gbnf_grammar(n)
         return (
             {"structured_outputs": {"grammar": grammar}} if self.server.structured == "vllm" else {"ebnf": grammar}
         )

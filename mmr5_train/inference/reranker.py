@@ -29,8 +29,8 @@ from mmr5_train.ranking.answer import parse_answer
 from mmr5_train.ranking.notes import split_notes
 from mmr5_train.ranking.prompt import Prompt, read_prompt
 from mmr5_train.ranking.records import LocalId, Mode, ModelAnswer
-from mmr5_train.ranking.results import RankedResults, ranked_results
-from mmr5_train.ranking.windows import Strategy, fuse, make_plan
+from mmr5_train.ranking.results import RankedResults, build_results
+from mmr5_train.ranking.windows import Strategy, fuse_orders, make_plan
 
 
 class RankingOptions(BaseModel):
@@ -208,7 +208,7 @@ class QueryReranker:
 
 
 def _fused(answers: Sequence[ModelAnswer]) -> list[int]:
-    return [i - 1 for i in fuse([answered.order for answered in answers])]
+    return [i - 1 for i in fuse_orders([answered.order for answered in answers])]
 
 
 def _ranked(order: list[int], windows: list[tuple[list[int], ModelAnswer]]) -> Ranked:
@@ -225,7 +225,7 @@ def _results(query: str, names: list[Any], found: Ranked, think: bool, top_k: in
         if thought:
             thoughts.append(thought)
             notes |= {indices[i - 1]: note for i, note in split_notes(thought).items() if 1 <= i <= len(indices)}
-    return ranked_results(
+    return build_results(
         query,
         names,
         found.order,

@@ -61,7 +61,7 @@ def sample_rollouts(
 
     Page paths are relative to `folder`. The same seed and batch size give the same samples.
     """
-    prompted = [task.prompted(config.order, seed) for task in tasks]
+    prompted = [task.in_prompt_order(config.order, seed) for task in tasks]
     size = max(1, config.batch_size // config.samples)
     made = finished_batches(path, len(tasks), size)
     if made:

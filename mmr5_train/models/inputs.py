@@ -14,7 +14,7 @@ from transformers import BatchFeature
 
 from mmr5_train.common.files import InputError
 from mmr5_train.models.pages import KEPT_PAGES, is_small, load_page
-from mmr5_train.ranking.prompt import Prompt, build_messages, with_images
+from mmr5_train.ranking.prompt import Prompt, build_messages, insert_images
 from mmr5_train.ranking.records import Candidate
 
 
@@ -50,7 +50,7 @@ def encode(
     conversations = []
     for query, images in zip(queries, pages, strict=True):
         messages = build_messages(prompt, query, len(images))
-        conversations.append(with_images(messages, [{"type": "image", "image": image} for image in images]))
+        conversations.append(insert_images(messages, [{"type": "image", "image": image} for image in images]))
     return processor.apply_chat_template(
         conversations,
         tokenize=True,
@@ -64,7 +64,7 @@ def encode(
 def openai_messages(prompt: Prompt, query: str, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
     """The same prompt for an OpenAI-compatible server: prepared pages as lossless data URLs."""
     parts = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
-    return with_images(build_messages(prompt, query, len(images)), parts)
+    return insert_images(build_messages(prompt, query, len(images)), parts)
 
 
 def _data_url(image: Image.Image) -> str:

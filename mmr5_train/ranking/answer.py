@@ -46,12 +46,12 @@ class Defect(StrEnum):
     """Generation ended at the length limit, as the caller says."""
 
 
-ABOUT_THE_TEXT = frozenset({Defect.no_think, Defect.cut_off})
+ORDER_PRESERVING_DEFECTS = frozenset({Defect.no_think, Defect.cut_off})
 """Defects that leave the order whole: an answer with no other is a complete permutation of 1..n."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ParsedAnswer:
     """A completion for `n` pages, as read.
 
     `ids` are the integers as written, in range or not, empty where there is no list of integers.
@@ -69,12 +69,12 @@ class Answer:
     @property
     def is_complete_permutation(self) -> bool:
         """Each of 1..n exactly once. Says nothing about the text around the list."""
-        return ABOUT_THE_TEXT.issuperset(self.defects)
+        return ORDER_PRESERVING_DEFECTS.issuperset(self.defects)
 
 
 def parse_answer(
     text: str, n: int, *, reasoning: str | None = None, cut_off: bool = False, expect_think: bool = True
-) -> Answer:
+) -> ParsedAnswer:
     """Reads a completion.
 
     An answer block inside reasoning (a think block, closed or not) is a draft and never counts. Of several
@@ -107,7 +107,7 @@ def parse_answer(
     else:
         around, thoughts_fit = outside[1:], len(blocks) == 1 and not outside[0].strip()
     alone = len(around) == 1 and _without_end_tokens(around[0]) == f"{ANSWER_OPEN}{found}{ANSWER_CLOSE}"
-    return Answer(n, think, ids, tuple(defects), is_list and thoughts_fit and not unclosed and alone)
+    return ParsedAnswer(n, think, ids, tuple(defects), is_list and thoughts_fit and not unclosed and alone)
 
 
 def complete_order(ids: Iterable[int], n: int) -> tuple[LocalId, ...]:
@@ -121,7 +121,7 @@ def complete_order(ids: Iterable[int], n: int) -> tuple[LocalId, ...]:
     return tuple(LocalId(i) for i in order)
 
 
-def read_answer(
+def to_model_answer(
     text: str,
     n: int,
     *,

@@ -1,10 +1,11 @@
-"""What a completion may still become, so that it ends in a list of its pages with each of them once.
+"""Which text may follow a partial completion, so that it ends in a permutation of the page ids.
 
-    reason:  "<think>" anything "</think>" [white space] "<answer>[" permutation of 1..n "]</answer>"
+    reason:  "<think>" any text "</think>" [white space] "<answer>[" permutation of 1..n "]</answer>"
     direct:  "<answer>[" permutation of 1..n "]</answer>"
 
-Constrained decoding (`mmr5_train.inference.constrained`) asks here what may follow. What comes out is what
-`render_completion` writes, so the answer grammar reads it as a complete permutation.
+`CompletionState` follows one completion through these phases; `mmr5_train.inference.constrained` uses it to mask
+tokens. `gbnf_grammar` gives inference servers the same answer block as a grammar. The text has the form that
+`render_completion` writes, so the parser in `answer` always reads a complete permutation.
 """
 
 from __future__ import annotations
@@ -16,67 +17,74 @@ from itertools import combinations
 from mmr5_train.ranking.prompt import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 
 LIST_OPEN = f"{ANSWER_OPEN}["
-EXACT = 8
-"""Pages up to which a grammar for servers holds exactly the permutations."""
-_GAP = 2  # characters of white space between the think block and the answer, at most
+MAX_EXACT_PAGES = 8
+"""The largest number of pages for which `gbnf_grammar` accepts exactly the permutations."""
+_MAX_GAP = 2  # white space characters allowed between the think block and the answer block
 
 
-def is_beginning(text: str, n: int) -> bool:
-    """Whether `text` begins an answer block with a permutation of 1..n, or is a whole one."""
+def is_answer_prefix(text: str, n: int) -> bool:
+    """Whether `text` is a prefix of an answer block with a permutation of 1..n, or a complete block."""
     if len(text) < len(LIST_OPEN) or not text.startswith(LIST_OPEN):
         return LIST_OPEN.startswith(text)
     listed, bracket, after = text[len(LIST_OPEN) :].partition("]")
-    *ended, last = listed.split(",")
+    *complete_entries, last = listed.split(",")
     if bracket:
-        ended.append(last)
-    left = {str(i) for i in range(1, n + 1)}
-    for place, entry in enumerate(ended):
-        number = _number(entry, place)
-        if number not in left:
+        complete_entries.append(last)
+    unused_ids = {str(i) for i in range(1, n + 1)}
+    for index, entry in enumerate(complete_entries):
+        number = _number(entry, index)
+        if number not in unused_ids:
             return False
-        left.remove(number)
+        unused_ids.remove(number)
     if bracket:
-        return not left and ANSWER_CLOSE.startswith(after)
-    if last == "":  # before an entry
-        return bool(left)
-    number = _number(last, len(ended))
-    return number is not None and any(i.startswith(number) for i in left)
+        return not unused_ids and ANSWER_CLOSE.startswith(after)
+    if last == "":  # the text ends just before an entry
+        return bool(unused_ids)
+    number = _number(last, len(complete_entries))
+    return number is not None and any(i.startswith(number) for i in unused_ids)
 
 
-def _number(entry: str, place: int) -> str | None:
-    """The digits of an entry; a single space stands before all but the first."""
-    if place == 0:
+def _number(entry: str, index: int) -> str | None:
+    """The number in a list entry, or None for wrong spacing: every entry but the first starts with one space."""
+    if index == 0:
         return entry
     return entry[1:] if entry.startswith(" ") else None
 
 
 class Phase(Enum):
+    """The part of a completion that is being generated."""
+
     opening = 0
+    """The opening tag of the think block."""
     thinking = 1
+    """The reasoning, up to the closing tag of the think block."""
     answering = 2
+    """The answer block."""
     ended = 3
+    """The answer block is complete; only the end token may follow."""
 
 
 @dataclass
-class Progress:
-    """Where one completion stands. `text` is what its phase has brought; of a thought, its last characters."""
+class CompletionState:
+    """The state of one completion for `n` pages during constrained decoding."""
 
     n: int
     phase: Phase
     text: str = ""
-    hurried: bool = False
-    """Whether the tokens left just suffice: the thought is closed, and no way round is taken."""
+    """The text generated in the current phase. In `thinking`, only its last characters."""
+    must_finish: bool = False
+    """Whether the remaining tokens only just suffice: the think block must close now, and the answer follow."""
     cut_off: bool = False
-    """Whether it was closed before its time."""
+    """Whether `force_finish` closed the think block before the model did."""
 
-    def hurry(self) -> None:
-        """Says that the tokens left just suffice."""
-        if not self.hurried:
-            self.hurried, self.cut_off = True, self.phase in (Phase.opening, Phase.thinking)
+    def force_finish(self) -> None:
+        """Requires the completion to finish by the shortest route from here."""
+        if not self.must_finish:
+            self.must_finish, self.cut_off = True, self.phase in (Phase.opening, Phase.thinking)
 
-    def add(self, piece: str) -> None:
-        """Goes on by the text of a token that was taken."""
-        self.text += piece
+    def append(self, token_text: str) -> None:
+        """Updates the state with the text of the token that was generated."""
+        self.text += token_text
         if self.phase is Phase.opening and len(self.text) >= len(THINK_OPEN):
             self.phase, self.text = Phase.thinking, self.text[len(THINK_OPEN) :]
         if self.phase is Phase.thinking:
@@ -88,49 +96,53 @@ class Progress:
         if self.phase is Phase.answering and self.text.endswith(ANSWER_CLOSE):
             self.phase = Phase.ended
 
-    def takes(self, piece: str) -> bool:
+    def allows(self, token_text: str) -> bool:
         """Whether a token with this text may come next."""
-        text = self.text + piece
+        text = self.text + token_text
         if self.phase is Phase.opening:
             return THINK_OPEN.startswith(text) or text.startswith(THINK_OPEN)
         if self.phase is Phase.thinking:
             _, close, after = text.partition(THINK_CLOSE)
             if close:
-                return self._begins(after)
-            return not self.hurried or rest_of_close(self.text).startswith(piece)
-        return self.phase is Phase.answering and self._begins(text)
+                return self._may_answer(after)
+            return not self.must_finish or missing_think_close(self.text).startswith(token_text)
+        return self.phase is Phase.answering and self._may_answer(text)
 
-    def _begins(self, text: str) -> bool:
+    def _may_answer(self, text: str) -> bool:
+        """Whether `text`, which follows the think block, is a prefix of an answer after a short gap."""
         answer = text.lstrip(" \n")
-        return len(text) - len(answer) <= _GAP and is_beginning(answer, self.n)
+        return len(text) - len(answer) <= _MAX_GAP and is_answer_prefix(answer, self.n)
 
 
-def rest_of_close(text: str) -> str:
-    """What is missing of `THINK_CLOSE` behind a text that may end in its beginning."""
+def missing_think_close(text: str) -> str:
+    """The part of `THINK_CLOSE` that `text` still lacks: less than all of it if `text` ends in a prefix of it."""
     for length in range(min(len(THINK_CLOSE) - 1, len(text)), 0, -1):
         if text.endswith(THINK_CLOSE[:length]):
             return THINK_CLOSE[length:]
     return THINK_CLOSE
 
 
-def as_grammar(n: int) -> str:
-    """The answer block as a context-free grammar in GBNF, the notation that servers share (xgrammar, llama.cpp).
+def gbnf_grammar(n: int) -> str:
+    """The answer block for `n` pages as a grammar in GBNF, the notation of xgrammar and llama.cpp.
 
-    Up to `EXACT` pages exactly the permutations, by a rule for each set of pages that are left; their number
-    doubles with each page, so that more pages get a list of n ids, in which one may stand twice.
+    Up to `MAX_EXACT_PAGES` pages the grammar accepts exactly the permutations: it has one rule for each set of ids
+    that are still unused, so its size doubles with each page. For more pages it accepts any list of n ids in 1..n,
+    which may repeat an id.
     """
-    if n > EXACT:
+    if n > MAX_EXACT_PAGES:
         ids = " | ".join(f'"{i}"' for i in range(1, n + 1))
-        more = ' ", " id' * (n - 1)
-        return f'root ::= "{LIST_OPEN}" id{more} "]{ANSWER_CLOSE}"\nid ::= {ids}\n'
-    everything = frozenset(range(1, n + 1))
-    rules = [f'root ::= "{LIST_OPEN}" {_rule(everything)} "]{ANSWER_CLOSE}"']
-    for length in range(n, 0, -1):
-        for left in map(frozenset, combinations(range(1, n + 1), length)):
-            ways = (f'"{i}"' + (f' ", " {_rule(left - {i})}' if length > 1 else "") for i in sorted(left))
-            rules.append(f"{_rule(left)} ::= {' | '.join(ways)}")
+        other_entries = ' ", " id' * (n - 1)
+        return f'root ::= "{LIST_OPEN}" id{other_entries} "]{ANSWER_CLOSE}"\nid ::= {ids}\n'
+    all_ids = frozenset(range(1, n + 1))
+    rules = [f'root ::= "{LIST_OPEN}" {_rule_name(all_ids)} "]{ANSWER_CLOSE}"']
+    for size in range(n, 0, -1):
+        for unused in map(frozenset, combinations(range(1, n + 1), size)):
+            options = (
+                f'"{i}"' + (f' ", " {_rule_name(unused - {i})}' if size > 1 else "") for i in sorted(unused)
+            )
+            rules.append(f"{_rule_name(unused)} ::= {' | '.join(options)}")
     return "\n".join(rules) + "\n"
 
 
-def _rule(left: frozenset[int]) -> str:
-    return "left-" + "-".join(map(str, sorted(left)))
+def _rule_name(unused: frozenset[int]) -> str:
+    return "left-" + "-".join(map(str, sorted(unused)))

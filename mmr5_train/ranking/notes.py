@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 _LINE = re.compile(r"^Image (\d{1,4}): (.*)$")
-QUOTED = re.compile(r"\"[^\"]*\"|“[^”]*”")
+QUOTATION = re.compile(r"\"[^\"]*\"|“[^”]*”")
 # How a teacher that writes freely says it; gaps are bounded, so that a model's text is read in linear time.
 _HELPS_NOT = re.compile(
     r"(?:\b(?:no|not|never|cannot|nothing)\b|n[’']t\b)(?:\W{1,5}\w{1,40}){0,3}?\W{1,5}"
@@ -16,12 +16,12 @@ _HELPS_NOT = re.compile(
 _HELPS = re.compile(r"\b(?:helps?|helpful|answers|relevant|useful)\b", re.IGNORECASE)
 
 
-def described_note(description: str, helps: bool) -> str:
+def format_note(description: str, helps: bool) -> str:
     """The note on a page whose content is known, e.g. "a red bar chart, so it does not help."."""
     return f"{description}, so it {'helps' if helps else 'does not help'}."
 
 
-def before_verdict(note: str) -> str:
+def text_before_verdict(note: str) -> str:
     """A note of that form up to its verdict, e.g. "a red bar chart, so it"; of any other form, nothing."""
     ends = (" helps.", " does not help.")
     return next((note.removesuffix(end) for end in ends if note.endswith(f", so it{end}")), "")
@@ -41,18 +41,18 @@ def split_notes(think: str) -> dict[int, str]:
     return notes
 
 
-def states(note: str, description: str) -> bool:
+def states_description(note: str, description: str) -> bool:
     """Whether a note says that its page shows exactly `description`."""
     return note.startswith((f"{description},", f"{description}."))
 
 
-def verdict(note: str) -> bool | None:
+def read_verdict(note: str) -> bool | None:
     """Whether a note says that its page helps; None where that can't be told. What it quotes does not count."""
     if note.endswith("so it does not help."):
         return False
     if note.endswith("so it helps."):
         return True
-    own_words = QUOTED.sub(" ", note)
+    own_words = QUOTATION.sub(" ", note)
     rest = _HELPS_NOT.sub(" ", own_words)
     against, for_it = rest != own_words, bool(_HELPS.search(rest))
     return None if against == for_it else for_it

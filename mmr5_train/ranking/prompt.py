@@ -57,7 +57,7 @@ class Prompt(Record):
         return value
 
 
-def neutral(text: str) -> str:
+def neutralize(text: str) -> str:
     """User text that can't act as prompt structure: "<" before a tag or a special token becomes "‹"."""
     return _STRUCTURE.sub("‹", text)
 
@@ -66,15 +66,15 @@ def build_messages(prompt: Prompt, query: str, n_pages: int) -> list[dict[str, A
     """Chat messages for a question and `n_pages` page images.
 
     Each image is a `{"type": "image"}` part without data, in prompt order; the caller hands the images to
-    the processor in the same order. Messages with data: `with_images`.
+    the processor in the same order. Messages with data: `insert_images`.
     """
     if n_pages < 1:
         raise ValueError(f"a prompt needs at least one page, got {n_pages}")
-    question = fill(prompt.question, n=n_pages, query=neutral(query))
+    question = fill_template(prompt.question, n=n_pages, query=neutralize(query))
     pages: list[dict[str, Any]] = []
     for i in range(1, n_pages + 1):
         if prompt.image_label:
-            pages.append({"type": "text", "text": fill(prompt.image_label, n=n_pages, i=i)})
+            pages.append({"type": "text", "text": fill_template(prompt.image_label, n=n_pages, i=i)})
         pages.append({"type": "image"})
     asked = [{"type": "text", "text": question}]
     return [
@@ -83,7 +83,9 @@ def build_messages(prompt: Prompt, query: str, n_pages: int) -> list[dict[str, A
     ]
 
 
-def with_images(messages: Sequence[dict[str, Any]], image_parts: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def insert_images(
+    messages: Sequence[dict[str, Any]], image_parts: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """The same messages with the k-th image placeholder replaced by `image_parts[k]`."""
     places = sum(part["type"] == "image" for message in messages for part in message["content"])
     if places != len(image_parts):
@@ -102,7 +104,7 @@ def render_completion(think: str | None, answer: Sequence[LocalId]) -> str:
     return listed if think is None else f"{THINK_OPEN}{think}{THINK_CLOSE}{listed}"
 
 
-def fill(template: str, **values: object) -> str:
+def fill_template(template: str, **values: object) -> str:
     """Replaces {name} by its value, in one pass: braces in a question stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NewType, Self, TypeVar
 
@@ -106,7 +106,7 @@ class RankingTask(Record):
             raise ValueError(f"candidates of {self.query_id}: page {twice} stands there twice")
         return self
 
-    def prompted(self, order: Order, seed: int = 0) -> PromptedTask:
+    def in_prompt_order(self, order: Order, seed: int = 0) -> PromptedTask:
         """The task as one prompt shows it. A shuffle depends on `seed` and the query id alone."""
         shown = list(self.candidates)
         if order == "shuffled":
@@ -126,10 +126,6 @@ class PromptedTask(Record):
         """Local ids of the relevant candidates, ascending."""
         relevant = set(self.task.positives)
         return tuple(LocalId(i) for i, page in enumerate(self.shown, 1) if page.id in relevant)
-
-    def to_global(self, order: Sequence[LocalId]) -> tuple[PageId, ...]:
-        """The pages behind local ids."""
-        return tuple(self.shown[i - 1].id for i in order)
 
 
 class Trace(Record):
@@ -181,9 +177,9 @@ class Ranking(Record):
     greedy: ModelAnswer
     samples: tuple[ModelAnswer, ...] = ()
 
-    def pages(self, answered: ModelAnswer) -> tuple[PageId, ...]:
+    def ranked_pages(self, answer: ModelAnswer) -> tuple[PageId, ...]:
         """The ranked pages of one of this ranking's answers."""
-        return tuple(self.shown[i - 1].id for i in answered.order)
+        return tuple(self.shown[i - 1].id for i in answer.order)
 
 
 class Rollouts(Record):

@@ -78,7 +78,7 @@ def rank_scores(n: int) -> list[float]:
     return [1 - place / n for place in range(n)]
 
 
-def ranked_results(
+def build_results(
     query: str,
     documents: Sequence[Any],
     order: Sequence[int],

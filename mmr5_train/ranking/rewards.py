@@ -11,9 +11,8 @@ from typing import Annotated, Protocol
 
 from pydantic import Field, field_validator
 
-from mmr5_train.common.files import InputError
 from mmr5_train.ranking.answer import parse_answer
-from mmr5_train.ranking.notes import split_notes, verdict
+from mmr5_train.ranking.notes import read_verdict, split_notes
 from mmr5_train.ranking.records import LocalId, Record
 
 GATE = 0.3
@@ -97,7 +96,7 @@ def true_reasoning(completion: str, n: int, positives: Collection[LocalId], *, e
     in any order.
     """
     answer = parse_answer(completion, n, expect_think=expect_think)
-    said = verdicts(answer.think or "", n)
+    said = page_verdicts(answer.think or "", n)
     relevant = set(positives)
     kinds = [
         [said.get(i) == (i in relevant) for i in range(1, n + 1) if (i in relevant) == kind]
@@ -107,9 +106,9 @@ def true_reasoning(completion: str, n: int, positives: Collection[LocalId], *, e
     return follows_verdicts(answer.ids, said) * sum(shares) / len(shares)
 
 
-def verdicts(think: str, n: int) -> dict[int, bool]:
+def page_verdicts(think: str, n: int) -> dict[int, bool]:
     """What a think block says of each page that it gives a verdict on, by local id."""
-    said = {i: verdict(note) for i, note in split_notes(think).items() if 1 <= i <= n}
+    said = {i: read_verdict(note) for i, note in split_notes(think).items() if 1 <= i <= n}
     return {i: helps for i, helps in said.items() if helps is not None}
 
 
@@ -128,14 +127,6 @@ REWARDS: dict[str, Reward] = {
 }
 
 
-def combine(weights: Mapping[str, float]) -> list[tuple[str, float]]:
-    """(name, weight) of each reward, in the order of the config. Raises `InputError` for an unknown name."""
-    for name in weights:
-        if name not in REWARDS:
-            raise InputError(f"no reward is called {name!r} (choices: {', '.join(REWARDS)})")
-    return list(weights.items())
-
-
 class RewardConfig(Record):
     """Config group `reward`: which rewards GRPO adds up, each times its weight. A weight of 0 only logs."""
 
@@ -145,10 +136,9 @@ class RewardConfig(Record):
     @field_validator("weights")
     @classmethod
     def _rewards_exist(cls, value: dict[str, float]) -> dict[str, float]:
-        try:
-            combine(value)
-        except InputError as error:
-            raise ValueError(str(error)) from None
+        for name in value:
+            if name not in REWARDS:
+                raise ValueError(f"no reward is called {name!r} (choices: {', '.join(REWARDS)})")
         if not any(value.values()):
             raise ValueError("at least one weight must be above 0, or there is nothing to learn from")
         return value

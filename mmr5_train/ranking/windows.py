@@ -71,7 +71,7 @@ def tournament(n: int, window: int) -> Plan:
     return [left[i] for i in order] + lost
 
 
-def fuse(orders: Sequence[Sequence[int]]) -> list[int]:
+def fuse_orders(orders: Sequence[Sequence[int]]) -> list[int]:
     """One order of several of the same items: by mean rank (Borda); ties as in the first order."""
     place = {item: sum(order.index(item) for order in orders) for item in orders[0]}
     return sorted(orders[0], key=lambda item: place[item])

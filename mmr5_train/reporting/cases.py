@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mmr5_train.ranking.answer import parse_answer
-from mmr5_train.ranking.notes import split_notes, states, verdict
+from mmr5_train.ranking.notes import read_verdict, split_notes, states_description
 from mmr5_train.ranking.records import PageId, Ranking
 
 Outcome = Literal["improved", "unchanged", "worsened"]
@@ -72,7 +72,7 @@ class Case:
 def first_relevant(ranking: Ranking) -> int | None:
     """1-based position of the first relevant page of the greedy order, None where there is none."""
     relevant = set(ranking.positives)
-    pages = ranking.pages(ranking.greedy)
+    pages = ranking.ranked_pages(ranking.greedy)
     return next((i for i, page in enumerate(pages, 1) if page in relevant), None)
 
 
@@ -100,7 +100,7 @@ def choose(outcomes: Mapping[str, Outcome], count: int, seed: int) -> list[str]:
 def make_case(rankings: Sequence[Ranking], descriptions: Mapping[PageId, str]) -> Case:
     """One question's case from its rankings: the baseline first, the system of interest last."""
     first, last = rankings[0], rankings[-1]
-    start = {page: i for i, page in enumerate(first.pages(first.greedy), 1)}
+    start = {page: i for i, page in enumerate(first.ranked_pages(first.greedy), 1)}
     # Systems of other origins may have had other candidates: those are numbered on.
     pages = dict.fromkeys(page.id for ranking in reversed(rankings) for page in ranking.shown)
     numbers = {page: i for i, page in enumerate(pages, 1)}
@@ -134,7 +134,7 @@ def _places(ranking: Ranking, start: Mapping[PageId, int], numbers: Mapping[Page
     relevant = set(ranking.positives)
     return tuple(
         Place(page=page, number=numbers[page], relevant=page in relevant, moved=start.get(page, i) - i)
-        for i, page in enumerate(ranking.pages(ranking.greedy), 1)
+        for i, page in enumerate(ranking.ranked_pages(ranking.greedy), 1)
     )
 
 
@@ -156,12 +156,12 @@ def note_lines(
 
 
 def _checked(note: str, number: int, relevant: bool, description: str) -> NoteLine:
-    said = verdict(note)
+    said = read_verdict(note)
     return NoteLine(
         number=number,
         text=note,
         relevant=relevant,
-        description_true=states(note, description) if description else None,
+        description_true=states_description(note, description) if description else None,
         verdict_true=None if said is None else said == relevant,
         shows=description,
     )

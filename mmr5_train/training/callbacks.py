@@ -95,7 +95,7 @@ class HeldOut(TrainerCallback):
     def __init__(self, config: HeldOutConfig, processor: Any, prompt: Prompt, *, think: bool, seed: int) -> None:
         tasks = read_records(config.data, RankingTask)[: config.limit]
         check_images((page for task in tasks for page in task.candidates), config.data.parent)
-        self.config, self.prompted = config, [task.prompted(config.order, seed) for task in tasks]
+        self.config, self.prompted = config, [task.in_prompt_order(config.order, seed) for task in tasks]
         mode: Mode = "reason" if think else "direct"
         self.backend = LocalBackend(None, processor, prompt, mode=mode, max_new_tokens=config.max_new_tokens)
         self.trainer: Any = None  # set once there is one

@@ -34,7 +34,7 @@ from mmr5_train.demo import of_modes
 from mmr5_train.evaluation.metrics import recall_at_k
 from mmr5_train.models.inputs import encode
 from mmr5_train.models.loading import read_settings
-from mmr5_train.ranking.answer import read_answer
+from mmr5_train.ranking.answer import to_model_answer
 from mmr5_train.ranking.records import RankingTask
 from mmr5_train.reporting.views import read_results
 
@@ -56,7 +56,7 @@ def plain_loop(checkpoint: str, max_new_tokens: int) -> Ranks:
             with torch.no_grad():
                 ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
             text = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            orders.append([i - 1 for i in read_answer(text, len(pages)).order])
+            orders.append([i - 1 for i in to_model_answer(text, len(pages)).order])
         return orders
 
     return rank

@@ -25,7 +25,7 @@ from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import write_json, write_records
 from mmr5_train.models.loading import load_model
 from mmr5_train.models.shapes import shape_config
-from mmr5_train.ranking.notes import described_note, join_notes
+from mmr5_train.ranking.notes import format_note, join_notes
 from mmr5_train.ranking.records import Candidate, LocalId, PageId, RankingTask, Trace
 from mmr5_train.recipe import LAUNCHED, STAGES, stage_commands
 
@@ -44,7 +44,7 @@ def make_data(folder: Path, tokens: int) -> None:
     for i, page in enumerate(pages):
         draw_page(page).resize((side[0] * 2, side[1] * 2)).save(folder / f"{i}.png")
     shown = tuple(Candidate(doc_name="d", page=i, image=f"{i}.png", score=-i) for i in range(PAGES))
-    notes = [described_note("a page with a chart and some words about it", i == 0) for i in range(PAGES)]
+    notes = [format_note("a page with a chart and some words about it", i == 0) for i in range(PAGES)]
     tasks, traces = [], []
     for q in range(QUESTIONS * 8):
         query = f"Which page shows a red bar chart about water use in {1990 + q}?"

@@ -87,7 +87,7 @@ def test_what_fails_is_dropped_and_listed_the_same_whatever_the_concurrency(
         "q9",
     ]
     reasons = {skip.query_id: skip.reason for skip in skipped(out)}
-    first_page_helps = read_records(data, RankingTask)[7].prompted("shuffled", 42).local_positives == (1,)
+    first_page_helps = read_records(data, RankingTask)[7].in_prompt_order("shuffled", 42).local_positives == (1,)
     assert reasons == {
         "q3": "the teacher's server failed",
         "q4": "the teacher's answer was too long",

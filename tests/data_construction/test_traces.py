@@ -56,7 +56,7 @@ def test_images_are_found_from_the_output_folder(tmp_path: Path):
 def test_the_prompt_shows_the_pages_as_the_task_says(tmp_path: Path):
     data = make_data(tmp_path / "data")
     for task, trace in zip(read_records(data, RankingTask), run(data, tmp_path / "a", "seed=7"), strict=True):
-        assert [page.id for page in trace.shown] == [page.id for page in task.prompted("shuffled", 7).shown]
+        assert [page.id for page in trace.shown] == [page.id for page in task.in_prompt_order("shuffled", 7).shown]
     for trace in run(data, tmp_path / "b", "order=score"):
         assert [page.page for page in trace.shown] == [0, 1, 2, 3]
 

@@ -16,7 +16,7 @@ from mmr5_train.evaluation.metrics import is_complete
 from mmr5_train.inference.local import identifier_ids
 from mmr5_train.inference.reranker import Reranker
 from mmr5_train.models.inputs import encode
-from mmr5_train.ranking.parts import UNSAID, divide, pairs_first
+from mmr5_train.ranking.parts import NO_VERDICT, sample_subsets, sort_pairs_first
 from mmr5_train.ranking.records import Ranking
 
 SHORT = ["trainer.logging_steps=1", "trainer.warmup_steps=0", "trainer.learning_rate=1e-3"]
@@ -56,8 +56,8 @@ def test_verdicts_that_were_not_given_do_not_count():
     logits, first = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 0.0]]), torch.tensor([0, 0, 0])
     both = verdict_loss(logits[:2], torch.tensor([0, 1]), first[:2])
     assert both.item() == pytest.approx(torch.tensor(1 + torch.e**-1).log().item())
-    assert verdict_loss(logits, torch.tensor([0, 1, UNSAID]), first).item() == pytest.approx(both.item())
-    assert verdict_loss(logits, torch.tensor([UNSAID] * 3), first).item() == 0
+    assert verdict_loss(logits, torch.tensor([0, 1, NO_VERDICT]), first).item() == pytest.approx(both.item())
+    assert verdict_loss(logits, torch.tensor([NO_VERDICT] * 3), first).item() == 0
 
 
 def test_each_prompt_has_the_same_say():
@@ -97,12 +97,14 @@ def test_the_scores_are_read_where_they_are_taught(rankings, tiny, prompt, proce
 
     config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}", "parts=1", "hinted=0"])
     whole = read_records(rankings, Ranking)[:2]
-    parts = pairs_first([(one, part) for one in whole for part in divide(one, 1, config.seed)], config.seed)
+    parts = sort_pairs_first(
+        [(one, part) for one in whole for part in sample_subsets(one, 1, config.seed)], config.seed
+    )
     dataset = taught_dataset(whole, config, processor)
     collator = Collator(processor, lambda rows: {}, config.prompt, config.decay, config.kept)
     begun = collator([dataset[i] for i in range(4)])["begun"]
     pages = [
-        load_pages([ranking.shown[place - 1] for place in part.places], rankings.parent, processor)
+        load_pages([ranking.shown[position - 1] for position in part.positions], rankings.parent, processor)
         for ranking, part in parts
     ]
     asked = with_list_open(

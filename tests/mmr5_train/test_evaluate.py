@@ -66,7 +66,7 @@ def test_the_tiny_model_is_evaluated_the_same_way_twice(data: Path, tmp_path: Pa
     first = read_records(out / "rankings/first_stage.jsonl", Ranking)
     assert results == score_rankings({"first_stage": first, "untrained": ranked}, pages, seed=42)
     run = read_run(out / "trec/untrained.run")
-    assert run == {r.query_id: r.pages(r.greedy) for r in ranked}
+    assert run == {r.query_id: r.ranked_pages(r.greedy) for r in ranked}
     assert sorted(path.name for path in (out / "trec").iterdir()) == ["first_stage.run", QRELS, "untrained.run"]
     timing = json.loads((out / "timing.json").read_text())["untrained"]
     assert 0 < 3 * timing["seconds_per_question"] < timing["seconds"], "sampling takes time too"
@@ -155,7 +155,7 @@ def test_without_a_checkpoint_the_first_stage_is_scored(
 def test_the_first_stage_keeps_its_order(data: Path) -> None:
     task = read_records(data, RankingTask)[0]
     ranking = first_stage(task)
-    assert ranking.pages(ranking.greedy) == tuple(candidate.id for candidate in task.candidates)
+    assert ranking.ranked_pages(ranking.greedy) == tuple(candidate.id for candidate in task.candidates)
     assert ranking.greedy.completion == ""
 
 

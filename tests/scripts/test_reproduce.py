@@ -54,7 +54,8 @@ def test_the_published_tables_are_filled(tmp_path):
         tmp_path / f"out/{name}/evaluation/rankings/first_stage.jsonl" for name in ("BM25", "BM25 run")
     )
     orders = [
-        [ranking.pages(ranking.greedy) for ranking in read_records(path, Ranking)] for path in (first, second)
+        [ranking.ranked_pages(ranking.greedy) for ranking in read_records(path, Ranking)]
+        for path in (first, second)
     ]
     assert orders[0] == orders[1], "the run file gives the order back that it was written from"
     again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)

@@ -25,7 +25,7 @@ from data_construction.teacher.teacher import make_teacher
 from data_construction.teacher.vision import OpenAIConfig, OpenAITeacher
 from mmr5_train.common.config import CONFIGS, validate
 from mmr5_train.common.files import InputError
-from mmr5_train.ranking.prompt import fill
+from mmr5_train.ranking.prompt import fill_template
 from mmr5_train.ranking.records import LocalId, Page
 
 KEY = "sk-secret-0123456789"
@@ -129,7 +129,7 @@ def test_the_server_returns_the_think_block_apart_and_the_teacher_passes_over_it
     served: OpenAIServer, reciting_model: Path, image: Path
 ):
     config = make_config()
-    text = fill(config.can_help, query="What is red?", words=40)
+    text = fill_template(config.can_help, query="What is red?", words=40)
     client = OpenAI(base_url=served.base_url, api_key=KEY, max_retries=0)
     content = [
         {"type": "image_url", "image_url": {"url": image_url(image, config.max_pixels)}},
@@ -192,7 +192,7 @@ def test_what_is_sent(scripted_server: ScriptedServer, image: Path):
     assert (counts, faults) == ({"answers": 1}, {})
     sent = scripted_server.requests[0]
     picture, text = sent["messages"][1]["content"]
-    assert text["text"] == fill(make_config().cannot_help, query="What is red?", words=40)
+    assert text["text"] == fill_template(make_config().cannot_help, query="What is red?", words=40)
     assert "40 words" in text["text"]
     header, data = picture["image_url"]["url"].split(",")
     assert header == "data:image/jpeg;base64"

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from mmr5_train.evaluation.answer_classes import CLASSES, DEFECTS, answer_class, class_counts
 from mmr5_train.evaluation.metrics import is_complete
-from mmr5_train.ranking.answer import Defect, read_answer
+from mmr5_train.ranking.answer import Defect, to_model_answer
 from mmr5_train.ranking.records import Candidate, PageId, Ranking
 
 THINK = "<think>t</think>"
@@ -29,7 +29,7 @@ THINK = "<think>t</think>"
     ],
 )
 def test_each_class(text, name):
-    assert answer_class(read_answer(text, 3)) == name
+    assert answer_class(to_model_answer(text, 3)) == name
 
 
 def test_every_class_and_every_defect_is_explained():
@@ -39,7 +39,7 @@ def test_every_class_and_every_defect_is_explained():
 
 @given(st.text("<think></answer>[]123, ", max_size=40), st.booleans())
 def test_ok_is_a_complete_permutation(text, cut_off):
-    answered = read_answer(f"<answer>{text}</answer>", 3, cut_off=cut_off)
+    answered = to_model_answer(f"<answer>{text}</answer>", 3, cut_off=cut_off)
     assert answer_class(answered) in CLASSES
     assert (answer_class(answered) == "ok") == is_complete(answered)
 
@@ -53,8 +53,8 @@ def test_each_answer_counts_once():
             domain="news",
             shown=[Candidate(doc_name="a", page=i, image=f"{i}.jpg", score=-i) for i in range(3)],
             positives=(PageId(doc_name="a", page=0),),
-            greedy=read_answer(greedy, 3),
-            samples=[read_answer(sample, 3, cut_off=True) for sample in samples],
+            greedy=to_model_answer(greedy, 3),
+            samples=[to_model_answer(sample, 3, cut_off=True) for sample in samples],
         )
         for k, (greedy, samples) in enumerate(
             [

@@ -25,7 +25,7 @@ from mmr5_train.evaluation.metrics import (
     recall_at_k,
     reciprocal_rank,
 )
-from mmr5_train.ranking.answer import read_answer
+from mmr5_train.ranking.answer import to_model_answer
 from mmr5_train.ranking.records import Candidate, PageId, Ranking
 
 
@@ -103,8 +103,8 @@ def ranking(query_id, greedy, samples=(), domain="news", types=(), gold=(2,)):
         question_types=types,
         shown=[Candidate(doc_name="report", page=i, image=f"{i}.jpg", score=-i) for i in range(5)],
         positives=pages(*gold),
-        greedy=read_answer(greedy, 5),
-        samples=[read_answer(sample, 5) for sample in samples],
+        greedy=to_model_answer(greedy, 5),
+        samples=[to_model_answer(sample, 5) for sample in samples],
     )
 
 

@@ -110,7 +110,7 @@ def test_a_page_is_read_back(tmp_path_factory: pytest.TempPathFactory, name: str
 def test_the_order_is_read_back(tmp_path: Path) -> None:
     rankings = [ranking("a b/0", [2, 3, 1], [page("a b", 0)], "a b"), ranking("c/0", [1, 2], [page("c", 1)], "c")]
     write_trec(tmp_path, {"sft": rankings})
-    assert read_run(tmp_path / "sft.run") == {r.query_id: r.pages(r.greedy) for r in rankings}
+    assert read_run(tmp_path / "sft.run") == {r.query_id: r.ranked_pages(r.greedy) for r in rankings}
 
 
 def test_scores_decide_and_ties_keep_their_lines(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from servers import THOUGHT, Reply, completion
 from mmr5_train import Reranker
 from mmr5_train.common.files import InputError
 from mmr5_train.models.loading import TINY
-from mmr5_train.ranking.listing import as_grammar
+from mmr5_train.ranking.listing import gbnf_grammar
 
 GOOD = "<think>Image 1: a table, so it helps.</think><answer>[2, 1]</answer>"
 
@@ -88,8 +88,8 @@ def test_the_servers_own_structured_outputs(scripted_server, paths):
     for structured in ("vllm", "sglang", "none"):
         behind(scripted_server, server={"structured": structured}).rank("Which?", paths[:2])
     vllm, sglang, none = scripted_server.requests
-    assert vllm["structured_outputs"] == {"grammar": as_grammar(2)}
-    assert sglang["ebnf"] == as_grammar(2)
+    assert vllm["structured_outputs"] == {"grammar": gbnf_grammar(2)}
+    assert sglang["ebnf"] == gbnf_grammar(2)
     assert not {"structured_outputs", "ebnf"} & none.keys()
     behind(scripted_server, server={"structured": "vllm"}, constrain=False).rank("Which?", paths[:2])
     assert "structured_outputs" not in scripted_server.requests[-1]

@@ -62,7 +62,9 @@ def test_questions_whose_answers_differ_stay(data: Path, guessing_model: Path, t
     assert 0 < len(differ) < 10
     assert [task.query_id for task in read_records(out / "questions.jsonl", RankingTask)] == differ
     for made, task in zip(rollouts, tasks, strict=True):
-        assert made.shown == tuple(page.id for page in task.prompted("shuffled", 42).shown)  # as GRPO shows them
+        assert made.shown == tuple(
+            page.id for page in task.in_prompt_order("shuffled", 42).shown
+        )  # as GRPO shows them
         assert all(sample.completion.startswith("<think>") for sample in made.samples)
     counts = read_manifest(out)["counts"]
     assert counts["dropped"] == {"all answers earn the same": 10 - len(differ)}

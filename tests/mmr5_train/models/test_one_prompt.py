@@ -14,7 +14,7 @@ from mmr5_train.training.finetune import prompt_dataset
 
 
 def test_every_stage_sees_the_same_prompt(page_folder, tasks, tiny, prompt, processor, tmp_path):
-    prompted = [task.prompted("shuffled", seed=3) for task in tasks]
+    prompted = [task.in_prompt_order("shuffled", seed=3) for task in tasks]
     queries, shown = [task.query for task in tasks], [p.shown for p in prompted]
     pages = [load_pages(candidates, page_folder, processor) for candidates in shown]
     completion = [{"role": "assistant", "content": render_completion("Image 1: a note.", [2, 1, 3])}]

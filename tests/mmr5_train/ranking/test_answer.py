@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmr5_train.ranking.answer import MAX_ENTRIES, Defect, complete_order, parse_answer, read_answer
+from mmr5_train.ranking.answer import MAX_ENTRIES, Defect, complete_order, parse_answer, to_model_answer
 from mmr5_train.ranking.prompt import render_completion
 
 GOOD = "<think>Image 1: a red bar chart.</think><answer>[2, 1, 3]</answer>"
@@ -250,11 +250,11 @@ def test_long_lists_and_long_numbers_are_refused_not_read():
 
 
 def test_read_answer_is_the_record_that_evaluation_keeps():
-    answered = read_answer("<think>t</think><answer>[3, 3]</answer>", 3, counts={"tokens": 12}, cut_off=True)
+    answered = to_model_answer("<think>t</think><answer>[3, 3]</answer>", 3, counts={"tokens": 12}, cut_off=True)
     assert answered.order == (3, 1, 2)
     assert answered.defects == ("duplicates", "missing_ids", "cut_off")
     assert all(type(defect) is str for defect in answered.defects)
     assert answered.tokens == 12
-    apart = read_answer("<answer>[2, 1, 3]</answer>", 3, reasoning="Image 1: a red bar chart.")
-    assert apart == read_answer(GOOD, 3)
-    assert read_answer("[2, 1, 3]", 3, expect_think=False).order == (1, 2, 3)
+    apart = to_model_answer("<answer>[2, 1, 3]</answer>", 3, reasoning="Image 1: a red bar chart.")
+    assert apart == to_model_answer(GOOD, 3)
+    assert to_model_answer("[2, 1, 3]", 3, expect_think=False).order == (1, 2, 3)

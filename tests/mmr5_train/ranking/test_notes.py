@@ -2,7 +2,7 @@
 
 import pytest
 
-from mmr5_train.ranking.notes import described_note, join_notes, split_notes, states, verdict
+from mmr5_train.ranking.notes import format_note, join_notes, read_verdict, split_notes, states_description
 
 
 @pytest.mark.parametrize(
@@ -22,16 +22,16 @@ from mmr5_train.ranking.notes import described_note, join_notes, split_notes, st
     ],
 )
 def test_the_verdict_of_a_note(note: str, helps: bool | None):
-    assert verdict(note) is helps
+    assert read_verdict(note) is helps
 
 
 def test_notes_are_read_back():
-    notes = [described_note("a red bar chart", True), described_note("a map", False)]
+    notes = [format_note("a red bar chart", True), format_note("a map", False)]
     assert split_notes(join_notes(notes)) == {1: notes[0], 2: notes[1]}
-    assert states(notes[0], "a red bar chart")
-    assert not states(notes[0], "a red bar")
+    assert states_description(notes[0], "a red bar chart")
+    assert not states_description(notes[0], "a red bar")
     assert split_notes("Image 1: first\nand so on\nImage 1: again\n Image 3: third ") == {1: "first", 3: "third"}
 
 
 def test_a_long_note_takes_no_time():
-    assert verdict("not " + " " * 200_000 + "no " * 50_000) is None
+    assert read_verdict("not " + " " * 200_000 + "no " * 50_000) is None

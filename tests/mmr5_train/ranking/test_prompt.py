@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from mmr5_train.ranking.prompt import Prompt, build_messages, neutral, render_completion, with_images
+from mmr5_train.ranking.prompt import Prompt, build_messages, insert_images, neutralize, render_completion
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "prompt"
 
@@ -79,13 +79,13 @@ def test_a_question_cannot_act_as_structure(text):
 
 def test_ordinary_text_is_not_touched():
     for text in ("is 3 < 5?", "x <y> z", "a<b", "<thinking>", "<<>>", "‹think›"):
-        assert neutral(text) == text
+        assert neutralize(text) == text
 
 
 @given(st.text("<|/>thinkanswer_im _"))
 def test_neutral_text_is_final(text):
-    clean = neutral(text)
-    assert neutral(clean) == clean
+    clean = neutralize(text)
+    assert neutralize(clean) == clean
     assert "<|" not in clean
     assert "<think>" not in clean
     assert len(clean) == len(text)
@@ -94,12 +94,12 @@ def test_neutral_text_is_final(text):
 def test_with_images_fills_the_places_in_order():
     messages = build_messages(prompt(), "how many?", 2)
     parts = [{"type": "image", "image": name} for name in ("a.png", "b.png")]
-    filled = with_images(messages, parts)
+    filled = insert_images(messages, parts)
     assert [part["image"] for part in filled[1]["content"] if part["type"] == "image"] == ["a.png", "b.png"]
     assert all("image" not in part for part in messages[1]["content"])
     for count in (1, 3):
         with pytest.raises(ValueError, match=f"hold 2 images, and {count} were given"):
-            with_images(messages, (parts * 2)[:count])
+            insert_images(messages, (parts * 2)[:count])
 
 
 def test_render_completion():

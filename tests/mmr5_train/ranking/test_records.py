@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mmr5_train.ranking.answer import read_answer
+from mmr5_train.ranking.answer import to_model_answer
 from mmr5_train.ranking.records import (
     Candidate,
     Page,
@@ -46,20 +46,19 @@ def test_page_ids_are_zero_based_hashable_and_equal_only_to_page_ids():
 
 
 def test_score_order_is_the_first_stage_order():
-    prompted = task().prompted("score")
+    prompted = task().in_prompt_order("score")
     assert prompted.shown == task().candidates
     assert prompted.local_positives == (4,)  # page 9 was missed by the first stage
-    assert prompted.to_global([2, 1]) == (PageId(doc_name="report", page=1), PageId(doc_name="report", page=0))
 
 
 def test_a_shuffle_depends_on_seed_and_query_id_alone():
     random.seed(1)
-    first = task().prompted("shuffled", seed=7)
+    first = task().in_prompt_order("shuffled", seed=7)
     random.seed(2)
-    assert task().prompted("shuffled", seed=7) == first
-    orders = {tuple(c.page for c in task().prompted("shuffled", seed=s).shown) for s in range(20)}
+    assert task().in_prompt_order("shuffled", seed=7) == first
+    orders = {tuple(c.page for c in task().in_prompt_order("shuffled", seed=s).shown) for s in range(20)}
     assert len(orders) > 10
-    orders = {tuple(c.page for c in task(query_id=f"q{q}").prompted("shuffled").shown) for q in range(20)}
+    orders = {tuple(c.page for c in task(query_id=f"q{q}").in_prompt_order("shuffled").shown) for q in range(20)}
     assert len(orders) > 10
     # Written down: a change of this order would change every data file made before.
     assert [c.page for c in first.shown] == [4, 1, 3, 0, 2]
@@ -68,9 +67,9 @@ def test_a_shuffle_depends_on_seed_and_query_id_alone():
 @given(st.integers(1, 12), st.integers(0, 5), st.sets(st.integers(0, 15), min_size=1))
 def test_local_and_global_ids_agree(n, seed, positives):
     made = task(range(n), positives)
-    prompted = made.prompted("shuffled", seed)
+    prompted = made.in_prompt_order("shuffled", seed)
     assert set(prompted.shown) == set(made.candidates)
-    found = set(prompted.to_global(prompted.local_positives))
+    found = {prompted.shown[i - 1].id for i in prompted.local_positives}
     assert found == set(made.positives) & {c.id for c in made.candidates}
     assert list(prompted.local_positives) == sorted(prompted.local_positives)
 
@@ -93,7 +92,7 @@ def test_records_are_frozen_and_closed():
         Question(query_id="a", query="b", doc_name="c", domain="d", positives=[candidate(0).id], label=1)
 
 
-@pytest.mark.parametrize("record", [task(), candidate(1), task().prompted("shuffled", 3)])
+@pytest.mark.parametrize("record", [task(), candidate(1), task().in_prompt_order("shuffled", 3)])
 def test_records_survive_their_file(record):
     assert type(record).model_validate_json(record.model_dump_json()) == record
 
@@ -137,12 +136,12 @@ def ranking():
         domain="news",
         shown=[candidate(4), candidate(3)],
         positives=[candidate(3).id],
-        greedy=read_answer("<think>t</think><answer>[2, 1]</answer>", 2),
+        greedy=to_model_answer("<think>t</think><answer>[2, 1]</answer>", 2),
     )
 
 
 def test_a_ranking_gives_pages_best_first():
-    assert ranking().pages(ranking().greedy) == (candidate(3).id, candidate(4).id)
+    assert ranking().ranked_pages(ranking().greedy) == (candidate(3).id, candidate(4).id)
 
 
 @pytest.mark.parametrize("record", [task(), trace(), ranking()])

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmr5_train.ranking.windows import fuse, make_plan, sliding
+from mmr5_train.ranking.windows import fuse_orders, make_plan, sliding
 
 
 def follow(plan, judge):
@@ -70,6 +70,6 @@ def test_windows_must_overlap():
 
 
 def test_orders_are_fused_by_mean_rank():
-    assert fuse([[2, 1, 3], [1, 2, 3], [1, 3, 2]]) == [1, 2, 3]
-    assert fuse([[3, 1, 2], [1, 3, 2]]) == [3, 1, 2]
-    assert fuse([[1, 2]]) == [1, 2]
+    assert fuse_orders([[2, 1, 3], [1, 2, 3], [1, 3, 2]]) == [1, 2, 3]
+    assert fuse_orders([[3, 1, 2], [1, 3, 2]]) == [3, 1, 2]
+    assert fuse_orders([[1, 2]]) == [1, 2]

@@ -5,7 +5,7 @@
 #     scripts/mmdocir_slice.sh FOLDER [OUT]
 #
 # FOLDER holds MMDocIR_annotations.jsonl and documents/*.pdf. The tiny model can't read real pages: this shows
-# that every stage takes real input, and how a run on your own documents goes (docs/own_documents.md).
+# that every stage takes real input, and how a run on your own documents goes (docs/getting_started.md).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 FOLDER=${1:?usage: scripts/mmdocir_slice.sh FOLDER [OUT]}

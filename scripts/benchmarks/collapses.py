@@ -5,7 +5,7 @@
 
 The shipped model on the synthetic corpus, from one SFT (two of the runs start from one that was stopped early).
 Each run fails in a way that trainings are known to fail; `default` is the recipe of the demo. What was made is not
-made again. docs/collapse.md holds the table that this writes, and outputs/collapses/collapses.json the figures.
+made again. docs/training.md holds the table that this writes, and outputs/collapses/collapses.json the figures.
 """
 
 from __future__ import annotations

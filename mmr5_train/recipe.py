@@ -1,6 +1,6 @@
 """A recipe: every stage from documents to a report, with the choices of one experiment.
 
-    python -m mmr5_train.recipe experiment=mm_r5 out=outputs/mm_r5 launch=configs/accelerate/zero2.yaml
+    python -m mmr5_train.recipe experiment=mm_r5 out=outputs/mm_r5 launch=zero2
     python -m mmr5_train.recipe experiment=[recommended,no_think] size=tiny
     python -m mmr5_train.recipe -m experiment=recommended,sft_only seed=0,1 size=tiny 'out=outputs/${name}-${seed}'
 
@@ -26,7 +26,7 @@ from pydantic import Field
 
 from data_construction import candidates, synthetic, traces
 from mmr5_train import distill, evaluate, grpo, report, select, sft
-from mmr5_train.common.config import CONFIGS, StageConfig, compose_stage, run_stage
+from mmr5_train.common.config import CONFIGS, StageConfig, compose_stage, config_path, group_choices, run_stage
 from mmr5_train.common.files import RECIPE, InputError, file_hash, is_unfinished, read_manifest, write_json
 
 # Name in a recipe → (the stage's module, its config model, its entry config), in the order in which they run.
@@ -55,7 +55,7 @@ class RecipeStage(StageConfig):
     name: str
     shared: Path = Field(description="folder of what recipes have in common")
     folders: dict[str, Path] = Field(description="where the stages put what another recipe may share")
-    launch: Path | None = Field(default=None, description="accelerate's config for sft and grpo")
+    launch: str | None = Field(default=None, description="accelerate's config for sft and grpo: a name or a file")
     leave_out: list[str] = Field(default=[], description="stages that are not made")
     stages: dict[str, dict[str, Any] | None] = Field(description="what each stage is told; null: nothing, none")
 
@@ -116,6 +116,7 @@ def written(value: Any) -> str:
 
 def run_commands(commands: dict[str, list[str]], config: RecipeStage) -> None:
     """Runs the stages, each as from the command line; those made already stay. Ends with recipe.json."""
+    launch = launch_file(config.launch) if config.launch else None
     anew, made, before = config.overwrite, {}, _seconds_before(config.out / RECIPE)
     for name, overrides in commands.items():
         module, model, entry = STAGES[name]
@@ -127,8 +128,8 @@ def run_commands(commands: dict[str, list[str]], config: RecipeStage) -> None:
         anew = True  # what follows reads what this stage writes
         overwrite = config.overwrite or not is_unfinished(stage.out, entry)  # one that was stopped goes on
         started = time.monotonic()
-        if config.launch and name in LAUNCHED:
-            launched = ["accelerate.commands.launch", "--config_file", str(config.launch), "-m", module.__name__]
+        if launch and name in LAUNCHED:
+            launched = ["accelerate.commands.launch", "--config_file", str(launch), "-m", module.__name__]
             command = [*launched, *overrides, f"overwrite={written(overwrite)}"]
             print(f"\n{name}: {shlex.join(['python', '-m', *command])}", flush=True)
             ended = subprocess.run([sys.executable, "-m", *command])
@@ -140,6 +141,14 @@ def run_commands(commands: dict[str, list[str]], config: RecipeStage) -> None:
         made[name]["seconds"] = round(time.monotonic() - started, 1)
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(config.out / RECIPE, {"name": config.name, "seed": config.seed, "stages": made})
+
+
+def launch_file(name: str) -> Path:
+    """accelerate's config: an option of configs/accelerate, or a file. Raises `InputError` if it is neither."""
+    path = config_path("accelerate", name) or Path(name)
+    if not path.is_file():
+        raise InputError(f"launch: no such file as {name} (choices: {group_choices('accelerate')}, or a file)")
+    return path
 
 
 def _seconds_before(path: Path) -> dict[str, float]:

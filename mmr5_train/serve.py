@@ -23,7 +23,7 @@ def main(config: ServeConfig) -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "starlette", "uvicorn"):
             raise
-        raise InputError(f"serve needs {error.name}: pip install 'mmr5-train[serve]'") from None
+        raise InputError(f"serve needs {error.name}: in the checkout, pip install '.[serve]'") from None
     run(config, partial(load_reranker, config))
 
 

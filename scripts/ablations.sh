@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What each choice does: recipes × seeds, and one table of them with intervals (docs/ablations.md says what it shows).
 #
-#     scripts/ablations.sh [OUT] [OVERRIDE…]           # on GPUs: LAUNCH=configs/accelerate/zero2.yaml
+#     scripts/ablations.sh [OUT] [OVERRIDE…]           # on GPUs: LAUNCH=zero2
 #     scripts/ablations.sh --tiny [OUT] [OVERRIDE…]    # synthetic corpus, shipped model, under an hour on two cores
 #
 # Overrides go to every recipe. What recipes of one seed share (candidates, traces, SFT) is made once. A run that was

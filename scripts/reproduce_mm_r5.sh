@@ -14,7 +14,7 @@ SIZE=()
 if [[ ${1:-} == --tiny ]]; then
     shift
     OUT=${1:-outputs/reproduce_tiny}
-    LAUNCH=${LAUNCH:-configs/accelerate/cpu.yaml}
+    LAUNCH=${LAUNCH:-cpu}
     SIZE=(size=tiny stages.corpus.documents=12 stages.evaluate.limit=8 stages.evaluate.samples=0
         stages.sft.trainer.max_steps=3 stages.grpo.trainer.max_steps=2
         stages.grpo.trainer.per_device_train_batch_size=6 stages.grpo.trainer.num_generations=6)
@@ -26,7 +26,7 @@ if [[ ${1:-} == --tiny ]]; then
     DATA=$OUT/download
 else
     OUT=${1:-outputs/reproduce}
-    LAUNCH=${LAUNCH:-configs/accelerate/zero2.yaml}
+    LAUNCH=${LAUNCH:-zero2}
     DATA=data
 fi
 

@@ -5,7 +5,7 @@
 ColPali and ColQwen2 give a page and a question one vector a token, DSE and GME one vector each. One score serves
 both: for each vector of the question its best match on the page, summed (late interaction, ColPali, arXiv
 2407.01449, section 3.2); with one vector each that is their dot product. The models come through
-sentence-transformers, an extra: `pip install -e '.[dense]'`. It loads no code from a model's repository here.
+sentence-transformers, an extra: `pip install '.[dense]'`. It loads no code from a model's repository here.
 
 Vectors of pages are kept on disk, in half precision, a safetensors file a document, named after the model and the
 bytes of the pictures: a second run reads them, a changed picture or model does not find them. A page of ColQwen2
@@ -67,7 +67,8 @@ def load_encoder(config: Dense) -> Encoder:
         from sentence_transformers import MultiVectorEncoder, SentenceTransformer
     except ImportError as error:
         raise InputError(
-            f"retriever=dense needs sentence-transformers 6.2 or newer ({error}): pip install -e '.[dense]'"
+            f"retriever=dense needs sentence-transformers 6.2 or newer ({error}): "
+            "in the checkout, pip install '.[dense]'"
         ) from None
     try:
         model = (MultiVectorEncoder if config.multi_vector else SentenceTransformer)(config.model)

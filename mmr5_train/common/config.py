@@ -8,6 +8,7 @@ A stage is a function of one validated config:
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import re
@@ -26,7 +27,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmr5_train.common.files import InputError
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# A wheel carries configs/ inside the package. A checkout, and so an editable install, has it beside the package.
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
+OWN_CONFIGS = "MMR5_CONFIGS"  # environment variable: a folder with the user's own options, laid out as configs/
 
 
 class StageConfig(BaseModel):
@@ -48,16 +52,17 @@ def run_stage(main: Callable[[StageT], None], model: type[StageT], config_name: 
     os.environ["HYDRA_FULL_ERROR"] = "1"
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell their developers, not their users
 
-    @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     def task(config: DictConfig) -> None:
         try:
             main(validate(model, _resolved(config)))
         except InputError as error:
             _stop(f"error: {error}")  # here already: Hydra would put a line of its own in front
 
+    task.__module__ = f"mmr5.{config_name}"  # Hydra takes the name in its --help from here
     try:
+        _use_own_configs()
         _check_groups(sys.argv[1:])
-        task()
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
     except InputError as error:
         _stop(f"error: {error}")
     except (HydraException, OmegaConfBaseException) as error:
@@ -103,16 +108,60 @@ def compose_stage(model: type[StageT], config_name: str, overrides: Sequence[str
         raise InputError(_explain(error, config_name, overrides)) from None
 
 
+def config_folders() -> list[Path]:
+    """The folders in which configs are looked up: the project's, then the user's own (MMR5_CONFIGS) if it is set.
+
+    Raises `InputError` if the user's folder does not exist, or has a file that the project's folder has too: Hydra
+    would silently read the project's.
+    """
+    own = os.environ.get(OWN_CONFIGS)
+    if not own or Path(own).resolve() == CONFIGS:
+        return [CONFIGS]
+    folder = Path(own).resolve()
+    if not folder.is_dir():
+        raise InputError(f"{own}: no such folder; --config-dir and {OWN_CONFIGS} name a folder of configs")
+    for path in sorted(folder.rglob("*.yaml")):
+        name = path.relative_to(folder)
+        if (CONFIGS / name).is_file():
+            raise InputError(f"{path}: the project has an option {name.with_suffix('')} too; rename this file")
+    return [CONFIGS, folder]
+
+
+def config_path(group: str, option: str) -> Path | None:
+    """The file of an option of a config group, or None if the group has no such option."""
+    paths = [folder / group / f"{option}.yaml" for folder in config_folders()]
+    return next((path for path in paths if path.is_file()), None)
+
+
 def group_choices(group: str) -> str:
-    return ", ".join(sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")))
+    """The options of a config group, separated by commas; empty if there is no such group."""
+    return ", ".join(sorted(path.stem for folder in config_folders() for path in (folder / group).glob("*.yaml")))
+
+
+def _is_group(name: str) -> bool:
+    return any((folder / name).is_dir() for folder in config_folders())
+
+
+def _use_own_configs() -> None:
+    """Makes `--config-dir DIR` and MMR5_CONFIGS=DIR the same: each sets the other.
+
+    Hydra reads the flag. The variable reaches the processes that this one starts, such as a recipe's stages.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    flag = parser.parse_known_args(sys.argv[1:])[0].config_dir
+    if flag is not None:
+        os.environ[OWN_CONFIGS] = str(Path(flag).resolve())
+        config_folders()
+    elif len(folders := config_folders()) > 1:
+        sys.argv[1:1] = ["--config-dir", str(folders[1])]
 
 
 def _check_groups(overrides: Sequence[str]) -> None:
     """Raises `InputError` for a group without an option, such as prompt=null: Hydra would show a traceback."""
     for override in overrides:
         group, _, option = override.lstrip("+").partition("=")
-        folder = CONFIGS / group
-        if re.fullmatch(r"null|true|false|[+-]?[\d.]+", option, re.IGNORECASE) and folder.is_dir():
+        if re.fullmatch(r"null|true|false|[+-]?[\d.]+", option, re.IGNORECASE) and _is_group(group):
             raise InputError(
                 f"{group}: needs one of its options, found {option} (choices: {group_choices(group)})"
             )
@@ -121,8 +170,9 @@ def _check_groups(overrides: Sequence[str]) -> None:
 def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
     if GlobalHydra.instance().is_initialized():  # inside another stage
         return hydra.compose(config_name, list(overrides))
+    own = [f'hydra.searchpath=["file://{folder}"]' for folder in config_folders()[1:]]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-        return hydra.compose(config_name, list(overrides))
+        return hydra.compose(config_name, [*overrides, *own])
 
 
 def _problem(model: type[BaseModel], values: Any, problem: Any) -> str:
@@ -165,7 +215,7 @@ def _explain(error: Exception, config_name: str, overrides: Sequence[str]) -> st
     if key is None or "not in struct" not in text:
         return first
     # The same choices of groups, so that the fields are those of the option the user chose.
-    chosen = [o for o in overrides if "=" in o and (CONFIGS / o.lstrip("+").partition("=")[0]).is_dir()]
+    chosen = [o for o in overrides if "=" in o and _is_group(o.lstrip("+").partition("=")[0])]
     here = _compose(config_name, chosen)
     parent, _, last = key.rpartition(".")
     node = OmegaConf.select(here, parent) if parent else here

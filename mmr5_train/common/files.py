@@ -268,20 +268,12 @@ def package_versions() -> dict[str, str]:
 
 
 def code_version() -> str:
-    """The commit of this checkout, with "+changes" where files differ from it; else the package version."""
+    """The commit of the checkout, with "+changes" if files differ from it. Installed, the package's version."""
     root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():  # git would describe any repository that the environment stands in
+        return importlib.metadata.version("mmr5-train")
+    git = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"]
     try:
-        git = [
-            "git",
-            "-C",
-            str(root),
-            "describe",
-            "--always",
-            "--abbrev=12",
-            "--dirty=+changes",
-            "--exclude=*",
-        ]
-        described = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
-        return described.stdout.strip()
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return importlib.metadata.version("mmr5-train")

@@ -217,7 +217,7 @@ def _four_bits(config: ModelConfig) -> BitsAndBytesConfig | None:
     if not config.load_in_4bit:
         return None
     if not is_bitsandbytes_available():
-        raise InputError("model.load_in_4bit: needs bitsandbytes: pip install 'mmr5-train[quantize]'")
+        raise InputError("model.load_in_4bit: needs bitsandbytes: in the checkout, pip install '.[quantize]'")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

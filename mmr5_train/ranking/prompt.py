@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, field_validator
 from yaml import YAMLError
 
-from mmr5_train.common.config import CONFIGS, group_choices
+from mmr5_train.common.config import config_path, group_choices
 from mmr5_train.common.files import InputError, validation_message
 from mmr5_train.ranking.records import LocalId, Record
 
@@ -111,7 +111,7 @@ def fill_template(template: str, **values: object) -> str:
 
 def read_prompt(name: str | Path) -> Prompt:
     """A prompt: an option of configs/prompt, or a YAML file. Raises `InputError` for one that is no use."""
-    path = CONFIGS / "prompt" / f"{name}.yaml" if re.fullmatch(r"\w+", str(name)) else Path(name)
+    path = config_path("prompt", str(name)) or Path(name)
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         return Prompt.model_validate(values)

@@ -4,9 +4,20 @@ from pathlib import Path
 
 import pytest
 
-from mmr5_train.common.config import CONFIGS, compose_stage
+from mmr5_train import sft
+from mmr5_train.common.config import CONFIGS, OWN_CONFIGS, compose_stage
 from mmr5_train.common.files import InputError, write_json
-from mmr5_train.recipe import STAGES, RecipeStage, departures, main, resolved, stage_commands, written
+from mmr5_train.ranking.prompt import read_prompt
+from mmr5_train.recipe import (
+    STAGES,
+    RecipeStage,
+    departures,
+    launch_file,
+    main,
+    resolved,
+    stage_commands,
+    written,
+)
 
 EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("experiment/*.yaml"))
 SMALL = [
@@ -112,3 +123,30 @@ def test_what_was_made_is_not_made_again(tmp_path: Path, capsys: pytest.CaptureF
     write_json(tmp_path / "b/grpo/manifest.json", {"finished": False})
     main(compose("experiment=recommended", *shared, f"out={tmp_path}/b", "stages.grpo.trainer.beta=0.1"))
     assert "evaluate: already" not in capsys.readouterr().out
+
+
+def test_recipe_of_own_options(tmp_path, monkeypatch):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nstages:\n  sft: {prompt: mine}\n", encoding="utf-8"
+    )
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [tiny, _self_]\nmax_pixels: 8000\n", encoding="utf-8")
+    (tmp_path / "prompt").mkdir()
+    (tmp_path / "prompt" / "mine.yaml").write_text(
+        "name: mine\nsystem: Rank.\nquestion: '{query}'\nimage_label: ''\n", encoding="utf-8"
+    )
+    monkeypatch.setenv(OWN_CONFIGS, str(tmp_path))
+    config = compose_stage(RecipeStage, "recipe", ["experiment=mine", "size=tiny", "stages.sft.model=mine"])
+    stage = compose_stage(sft.SftStage, "sft", stage_commands(config)["sft"])
+    assert (stage.model.path, stage.model.max_pixels, stage.prompt.name) == ("tiny", 8000, "mine")
+    assert read_prompt("mine").system == "Rank."
+
+
+def test_launch_is_an_option_or_a_file(tmp_path):
+    assert launch_file("zero2") == CONFIGS / "accelerate" / "zero2.yaml"
+    file = tmp_path / "four.yaml"
+    file.touch()
+    assert launch_file(str(file)) == file
+    with pytest.raises(InputError, match=r"launch: no such file as zero9 \(choices: cpu, ddp, "):
+        launch_file("zero9")

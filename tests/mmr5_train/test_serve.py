@@ -72,7 +72,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path):
     (tmp_path / "uvicorn.py").write_text("raise ModuleNotFoundError(name='uvicorn')")
     ended = serve("checkpoint=tiny", PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert ended.returncode == 2
-    assert ended.stderr.strip() == "error: serve needs uvicorn: pip install 'mmr5-train[serve]'"
+    assert ended.stderr.strip() == "error: serve needs uvicorn: in the checkout, pip install '.[serve]'"
 
 
 def test_a_trained_checkpoint_is_served_and_stops_when_told(guessing_model, page_folder):

@@ -105,7 +105,7 @@ def test_a_document_without_questions_is_not_read(tmp_path: Path, colors: Colors
 
 def test_without_sentence_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    with pytest.raises(InputError, match=r"needs sentence-transformers .*pip install -e '.\[dense\]'"):
+    with pytest.raises(InputError, match=r"needs sentence-transformers .*pip install '.\[dense\]'"):
         open_retriever(config(tmp_path), [], [])
 
 

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from pydantic import BaseModel, ConfigDict, Field
 
 import mmr5_train.common.config
-from mmr5_train.common.config import StageConfig, compose_stage, run_stage, validate
+from mmr5_train.common.config import OWN_CONFIGS, StageConfig, compose_stage, run_stage, validate
 from mmr5_train.common.files import InputError
 
 ROOT = Path(__file__).parents[3]
@@ -52,6 +52,7 @@ def run(tmp_path, monkeypatch, capsys):
     (configs / "teacher" / "offline.yaml").write_text("kind: offline\nwords: 40\n")
     (configs / "teacher" / "server.yaml").write_text("kind: server\nurl: ???\n")
     monkeypatch.setattr(mmr5_train.common.config, "CONFIGS", configs)
+    monkeypatch.setenv(OWN_CONFIGS, "")  # restored after the test, whatever the stage sets
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments, main=print):
@@ -180,6 +181,54 @@ def test_validate_names_fields_of_nested_optional_models():
         validate(Outer, {"teacher": {"kind": "a", "word": 1}})
     with pytest.raises(InputError, match=r"zzz: no such field \(choices: teacher\)"):
         validate(Outer, {"zzz": 1})
+
+
+@pytest.fixture
+def own_configs(tmp_path):
+    """A user's folder with one teacher."""
+    folder = tmp_path / "own configs"
+    (folder / "teacher").mkdir(parents=True)
+    (folder / "teacher" / "mine.yaml").write_text("kind: mine\nwords: 7\n")
+    return folder
+
+
+@pytest.mark.parametrize("way", ["flag", "flag with =", "variable"])
+def test_own_options_are_found_and_listed(run, own_configs, monkeypatch, way):
+    flags = {"flag": ["--config-dir", str(own_configs)], "flag with =": [f"--config-dir={own_configs}"]}.get(
+        way, []
+    )
+    if way == "variable":
+        monkeypatch.setenv(OWN_CONFIGS, str(own_configs))
+    given = []
+    assert run(*flags, "out=made", "teacher=mine", main=given.append)[0] == 0
+    assert given[0].teacher == Teacher(kind="mine", words=7)
+    assert "teacher: mine, offline, server" in run(*flags, "--help")[1]
+    assert "\tmine\n\toffline\n" in run(*flags, "out=made", "teacher=gpt")[2]
+    assert "(choices: mine, offline, server)" in run(*flags, "out=made", "teacher=null")[2]
+    assert "teacher.wrds: no such field; did you mean words?" in run(*flags, "teacher=mine", "teacher.wrds=1")[2]
+
+
+def test_stages_started_by_a_stage_find_own_options(run, own_configs):
+    composed = []
+
+    def main(config):
+        composed.append(compose_stage(Stage, "stage", ["out=b", "teacher=mine"]))
+
+    assert run("--config-dir", "own configs", "out=a", main=main)[0] == 0
+    composed.append(
+        compose_stage(Stage, "stage", ["out=b", "teacher=mine"])
+    )  # another process, through the variable
+    assert [config.teacher.words for config in composed] == [7, 7]
+
+
+def test_own_folder_that_cannot_be_used_is_an_error(run, own_configs):
+    status, _, err = run("--config-dir", "nowhere", "out=a")
+    assert status == 2
+    assert err.endswith("nowhere: no such folder; --config-dir and MMR5_CONFIGS name a folder of configs\n")
+    (own_configs / "teacher" / "server.yaml").write_text("kind: mine\n")
+    status, _, err = run("--config-dir", str(own_configs), "out=a")
+    assert status == 2
+    assert err.endswith("server.yaml: the project has an option teacher/server too; rename this file\n")
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

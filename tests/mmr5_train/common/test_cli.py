@@ -1,0 +1,55 @@
+import subprocess
+import sys
+
+import pytest
+
+from mmr5_train.common import cli
+from mmr5_train.common.config import CONFIGS
+
+
+def test_help_lists_each_command_with_a_line(capsys):
+    cli.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for command in cli.MODULES:
+        (line,) = [line for line in lines if line.startswith(f"  {command} ")]
+        assert len(line.split()) > 3
+    cli.main([])
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_unknown_command_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evalute", "out=x"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(
+        "error: no command evalute; did you mean evaluate? (choices: synthetic,"
+    )
+
+
+def test_version_and_configs(capsys):
+    cli.main(["--version"])
+    cli.main(["--configs"])
+    version, configs = capsys.readouterr().out.splitlines()
+    assert version.startswith("mmr5-train ")
+    assert configs == str(CONFIGS)
+
+
+def run(*arguments):
+    command = [sys.executable, "-c", "from mmr5_train.common.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_command_is_the_module_with_its_arguments(tmp_path):
+    shown = run("synthetic", "--help")
+    assert shown.returncode == 0
+    assert shown.stdout.startswith("synthetic is powered by Hydra.")
+    assert "documents: 260" in shown.stdout
+    wrong = run("synthetic", f"out={tmp_path / 'made'}", "documnts=2")
+    assert (wrong.returncode, wrong.stderr.partition(" (")[0]) == (
+        2, "error: documnts: no such field; did you mean documents?"
+    )  # fmt: skip
+
+
+def test_help_loads_no_torch():
+    code = "import sys; from mmr5_train.common.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

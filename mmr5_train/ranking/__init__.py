@@ -1,1 +1,1 @@
-"""The domain of listwise page reranking: records, prompt, answer grammar, rewards, metrics. No torch here."""
+"""The domain of listwise page reranking: records, prompt, answer parser, rewards, windows. It does not use torch."""

@@ -1,10 +1,10 @@
-"""The one answer grammar: what a completion says, what is wrong with it, and the full order made of it.
+"""The answer parser: reads a completion, lists its defects, and makes a complete order from it.
 
     completion = ["<think>" reasoning "</think>"] "<answer>" "[" id {"," id} "]" "</answer>"
 
-Rewards, evaluation, trace verification and inference all read completions here, so they can't disagree.
-Everything is found by plain string search and one anchored pattern an entry: no eval, and linear time
-whatever the text holds.
+Rewards, evaluation, trace verification and inference all read completions here, so they always agree. The parser
+uses plain string search and one anchored pattern per list entry: it never evaluates the text, and it takes linear
+time on any input.
 """
 
 from __future__ import annotations
@@ -18,82 +18,88 @@ from mmr5_train.ranking.prompt import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, TH
 from mmr5_train.ranking.records import LocalId, ModelAnswer
 
 MAX_ENTRIES = 10_000
-"""A longer list is not read: no prompt holds as many pages, and it would be long work for nothing."""
+"""The parser does not read longer lists: no prompt holds that many pages, and reading them would waste time."""
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>", "<eos>")
 
-# 18 digits fit 64 bits. Longer numbers are no page ids, and Python itself refuses to read very long ones.
+# 18 digits fit in 64 bits. Longer numbers can't be page ids, and Python refuses to parse very long ones.
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 class Defect(StrEnum):
-    """What can be wrong with a completion, in the order defects are reported."""
+    """The possible defects of a completion, in the order in which they are reported."""
 
     no_think = "no_think"
-    """No closed think block, where one is expected."""
+    """There is no closed think block, although one is expected."""
     no_answer = "no_answer"
-    """No closed answer block outside the reasoning."""
+    """There is no closed answer block outside the reasoning."""
     not_a_list = "not_a_list"
-    """The answer block holds no bracketed list of at most `MAX_ENTRIES` entries."""
+    """The answer block does not contain a bracketed list of at most `MAX_ENTRIES` entries."""
     not_integers = "not_integers"
     """An entry of the list is not an integer."""
     empty = "empty"
-    """The list has no entries (`missing_ids` is then not reported besides)."""
+    """The list has no entries. `missing_ids` is not reported in addition."""
     duplicates = "duplicates"
+    """An id occurs more than once."""
     out_of_range = "out_of_range"
+    """An id is not in 1..n."""
     missing_ids = "missing_ids"
+    """An id in 1..n does not occur."""
     cut_off = "cut_off"
-    """Generation ended at the length limit, as the caller says."""
+    """Generation stopped at the length limit, or constrained decoding closed the think block to stay within it."""
 
 
 ORDER_PRESERVING_DEFECTS = frozenset({Defect.no_think, Defect.cut_off})
-"""Defects that leave the order whole: an answer with no other is a complete permutation of 1..n."""
+"""Defects that do not affect the order: a completion without any other defect lists a permutation of 1..n."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedAnswer:
-    """A completion for `n` pages, as read.
-
-    `ids` are the integers as written, in range or not, empty where there is no list of integers.
-    `structure_valid` is the reference's structure validity (MM-R5, section 3.3): the whole text is the
-    think block, then the answer block with a bracketed list of integers; white space and end tokens around
-    and between are no fault. Where no think block is expected, the whole text is the answer block.
-    """
+    """The content of one completion."""
 
     n: int
+    """Number of pages in the prompt."""
     think: str | None
+    """Content of the first think block, or None if there is no closed one."""
     ids: tuple[int, ...]
+    """The integers of the list as generated, including ids out of 1..n; empty if there is no list of integers."""
     defects: tuple[Defect, ...]
     structure_valid: bool
+    """Structure validity as in MM-R5 (section 3.3): the text consists of the think block and the answer block with a
+    bracketed list of integers. White space and end tokens around and between the blocks are allowed. If no think
+    block is expected, the text consists of the answer block only."""
 
     @property
     def is_complete_permutation(self) -> bool:
-        """Each of 1..n exactly once. Says nothing about the text around the list."""
+        """Whether the list holds each of 1..n exactly once. The text around the list does not matter."""
         return ORDER_PRESERVING_DEFECTS.issuperset(self.defects)
 
 
 def parse_answer(
     text: str, n: int, *, reasoning: str | None = None, cut_off: bool = False, expect_think: bool = True
 ) -> ParsedAnswer:
-    """Reads a completion.
+    """Parses a completion.
 
-    An answer block inside reasoning (a think block, closed or not) is a draft and never counts. Of several
-    outside it the last closed one counts: a model that goes on after an answer does so to correct it. Such
-    a text is not valid in structure, so the correction still costs.
+    An answer block inside the reasoning (a think block, closed or not) is a draft and never counts. If there are
+    several answer blocks outside it, the last closed one counts, because a model that continues after an answer
+    corrects it. The structure of such a text is not valid, so a reward for structure still penalizes it.
 
     Args:
-        text: the completion, or what is left of it where a server returned the think block apart.
-        n: how many pages the prompt held.
-        reasoning: that think block (`reasoning_content`); None or "" where there was none.
-        cut_off: whether generation ended at the length limit.
+        text: the completion; without its think block if a server returned that separately.
+        n: number of pages in the prompt.
+        reasoning: the separate think block (`reasoning_content`), or None or "".
+        cut_off: whether generation stopped at the length limit.
         expect_think: False for a model that answers without a think block.
+
+    Raises:
+        ValueError: if `n` is less than 1.
     """
     if n < 1:
         raise ValueError(f"an answer ranks at least one page, got n = {n}")
-    outside, blocks, unclosed = _split_reasoning(text)
-    think = reasoning or (blocks[0] if blocks else None)
-    found = next((block for part in reversed(outside) if (block := _last_answer(part)) is not None), None)
-    ids, defects = ((), [Defect.no_answer]) if found is None else _read_list(found)
+    outside, think_blocks, unclosed = _split_reasoning(text)
+    think = reasoning or (think_blocks[0] if think_blocks else None)
+    listed = next((block for part in reversed(outside) if (block := _last_answer(part)) is not None), None)
+    ids, defects = ((), [Defect.no_answer]) if listed is None else _read_list(listed)
     is_list = not defects
     if is_list:
         defects = _order_defects(ids, n)
@@ -103,18 +109,21 @@ def parse_answer(
         defects.append(Defect.cut_off)
 
     if reasoning or not expect_think:
-        around, thoughts_fit = outside, not blocks and bool(reasoning) == expect_think
+        answer_parts, thinks_as_expected = outside, not think_blocks and bool(reasoning) == expect_think
     else:
-        around, thoughts_fit = outside[1:], len(blocks) == 1 and not outside[0].strip()
-    alone = len(around) == 1 and _without_end_tokens(around[0]) == f"{ANSWER_OPEN}{found}{ANSWER_CLOSE}"
-    return ParsedAnswer(n, think, ids, tuple(defects), is_list and thoughts_fit and not unclosed and alone)
+        answer_parts, thinks_as_expected = outside[1:], len(think_blocks) == 1 and not outside[0].strip()
+    only_answer = (
+        len(answer_parts) == 1 and _without_end_tokens(answer_parts[0]) == f"{ANSWER_OPEN}{listed}{ANSWER_CLOSE}"
+    )
+    structure_valid = is_list and thinks_as_expected and not unclosed and only_answer
+    return ParsedAnswer(n, think, ids, tuple(defects), structure_valid)
 
 
 def complete_order(ids: Iterable[int], n: int) -> tuple[LocalId, ...]:
-    """A full order of 1..n from any ids.
+    """A complete order of 1..n, made from any ids.
 
-    The rule: the first occurrence of each id in 1..n, in the order given; then the ids that are missing,
-    ascending, which is their order in the prompt. From no ids it makes the order of the prompt.
+    It consists of the first occurrence of each id in 1..n, in the given order, and then of the missing ids in
+    ascending order, which is the prompt order. Without any ids it is the prompt order.
     """
     order = dict.fromkeys(i for i in ids if 1 <= i <= n)
     order.update(dict.fromkeys(range(1, n + 1)))
@@ -130,9 +139,10 @@ def to_model_answer(
     expect_think: bool = True,
     counts: Mapping[str, int] | None = None,
 ) -> ModelAnswer:
-    """A completion as the record that evaluation keeps: arguments as for `parse_answer`, `counts` its tokens.
+    """Parses a completion into the record that evaluation stores.
 
-    Reasoning that was returned apart is put back in front, so the record always holds the whole completion.
+    The arguments are those of `parse_answer`, and `counts`, the token counts of `ModelAnswer` by field name. If
+    `reasoning` is given, it is put in front of `text`, so that the record always holds the whole completion.
     """
     answer = parse_answer(text, n, reasoning=reasoning, cut_off=cut_off, expect_think=expect_think)
     return ModelAnswer(
@@ -144,23 +154,26 @@ def to_model_answer(
 
 
 def _split_reasoning(text: str) -> tuple[list[str], list[str], bool]:
-    """The parts outside think blocks, the think blocks, and whether one was left open (its text is dropped)."""
+    """The text parts outside think blocks, the think blocks, and whether the last one is not closed.
+
+    The content of a think block that is not closed is dropped.
+    """
     outside: list[str] = []
     blocks: list[str] = []
-    at = 0
-    while (start := text.find(THINK_OPEN, at)) >= 0:
-        outside.append(text[at:start])
+    position = 0
+    while (start := text.find(THINK_OPEN, position)) >= 0:
+        outside.append(text[position:start])
         end = text.find(THINK_CLOSE, start)
         if end < 0:
             return outside, blocks, True
         blocks.append(text[start + len(THINK_OPEN) : end])
-        at = end + len(THINK_CLOSE)
-    outside.append(text[at:])
+        position = end + len(THINK_CLOSE)
+    outside.append(text[position:])
     return outside, blocks, False
 
 
 def _last_answer(text: str) -> str | None:
-    """The content of the last closed answer block."""
+    """The content of the last closed answer block, or None."""
     start = text.rfind(ANSWER_OPEN, 0, max(text.rfind(ANSWER_CLOSE), 0))
     if start < 0:
         return None
@@ -169,6 +182,7 @@ def _last_answer(text: str) -> str | None:
 
 
 def _read_list(content: str) -> tuple[tuple[int, ...], list[Defect]]:
+    """The ids of a bracketed list, or no ids and the defect that makes the list unreadable."""
     content = content.strip()
     inner = content[1:-1]
     if len(content) < 2 or content[0] != "[" or content[-1] != "]" or inner.count(",") >= MAX_ENTRIES:
@@ -195,7 +209,7 @@ def _order_defects(ids: tuple[int, ...], n: int) -> list[Defect]:
 
 
 def _without_end_tokens(text: str) -> str:
-    """The text without surrounding white space and without the end and padding tokens behind it."""
+    """The text without surrounding white space and without the end and padding tokens at its end."""
     end = len(text)
     while True:
         while end and text[end - 1].isspace():

@@ -1,7 +1,7 @@
-"""The one prompt: SFT, GRPO, evaluation and inference all build their messages here.
+"""The prompt. SFT, GRPO, evaluation and inference all build their messages here.
 
-Structure as in MM-R5 (arXiv 2506.12364, section 3): system text, the question, then "Image i:" before each
-page image; the model answers with a think block and an answer block. The words are this project's own.
+The structure follows MM-R5 (arXiv 2506.12364, section 3): a system text, the question, then "Image i:" before each
+page image. The model answers with a think block and an answer block. The wording is this project's own.
 """
 
 from __future__ import annotations
@@ -23,50 +23,55 @@ from mmr5_train.ranking.records import LocalId, Record
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 
-# What would let a question act as structure: chat and vision tokens, and the answer's own tags.
+# Text in a question that could act as prompt structure: chat and vision tokens, and the tags of the answer.
 _STRUCTURE = re.compile(r"<(?=\|)|<(?=/?(?:think|answer|image|img|video|tool_call)\b)", re.IGNORECASE)
 
 
 class Prompt(Record):
-    """The words around a question and its pages (config group `prompt`).
+    """The texts around a question and its pages: a file of the config group `prompt`."""
 
-    `question` must hold `{query}` once; `image_label` must hold `{i}` once, or be empty for no label.
-    Both may hold `{n}`, the number of pages.
-    """
-
-    name: str
-    system: str
-    question: str
-    image_label: str
+    name: str = Field(description="name of the prompt")
+    system: str = Field(description="system text, used as it is")
+    question: str = Field(
+        description="text of the question part: must contain `{query}` exactly once, may contain `{n}`, the number "
+        "of pages"
+    )
+    image_label: str = Field(
+        description="text before each page image: must contain `{i}`, the local id, exactly once, or be empty; may "
+        "contain `{n}`"
+    )
     images_first: bool = Field(
-        default=False, description="all pages before the question, as some checkpoints want"
+        default=False, description="whether all pages come before the question, as some checkpoints expect"
     )
 
     @field_validator("question")
     @classmethod
     def _has_query(cls, value: str) -> str:
         if value.count("{query}") != 1:
-            raise ValueError("must hold {query} exactly once")
+            raise ValueError("must contain {query} exactly once")
         return value
 
     @field_validator("image_label")
     @classmethod
     def _has_id(cls, value: str) -> str:
         if value and value.count("{i}") != 1:
-            raise ValueError("must hold {i} exactly once, or be empty")
+            raise ValueError("must contain {i} exactly once, or be empty")
         return value
 
 
 def neutralize(text: str) -> str:
-    """User text that can't act as prompt structure: "<" before a tag or a special token becomes "‹"."""
+    """Replaces "<" by "‹" before a tag or a special token, so that user text can't act as prompt structure."""
     return _STRUCTURE.sub("‹", text)
 
 
 def build_messages(prompt: Prompt, query: str, n_pages: int) -> list[dict[str, Any]]:
     """Chat messages for a question and `n_pages` page images.
 
-    Each image is a `{"type": "image"}` part without data, in prompt order; the caller hands the images to
-    the processor in the same order. Messages with data: `insert_images`.
+    Each image is a part `{"type": "image"}` without data, in prompt order. The caller passes the images to the
+    processor in the same order, or fills them in with `insert_images`.
+
+    Raises:
+        ValueError: if `n_pages` is less than 1.
     """
     if n_pages < 1:
         raise ValueError(f"a prompt needs at least one page, got {n_pages}")
@@ -76,20 +81,24 @@ def build_messages(prompt: Prompt, query: str, n_pages: int) -> list[dict[str, A
         if prompt.image_label:
             pages.append({"type": "text", "text": fill_template(prompt.image_label, n=n_pages, i=i)})
         pages.append({"type": "image"})
-    asked = [{"type": "text", "text": question}]
+    question_part = [{"type": "text", "text": question}]
     return [
         {"role": "system", "content": [{"type": "text", "text": prompt.system}]},
-        {"role": "user", "content": pages + asked if prompt.images_first else asked + pages},
+        {"role": "user", "content": pages + question_part if prompt.images_first else question_part + pages},
     ]
 
 
 def insert_images(
     messages: Sequence[dict[str, Any]], image_parts: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The same messages with the k-th image placeholder replaced by `image_parts[k]`."""
-    places = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if places != len(image_parts):
-        raise ValueError(f"the messages hold {places} images, and {len(image_parts)} were given")
+    """A copy of the messages with the k-th image placeholder replaced by `image_parts[k]`.
+
+    Raises:
+        ValueError: if the number of placeholders and the number of images differ.
+    """
+    placeholders = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if placeholders != len(image_parts):
+        raise ValueError(f"the messages have {placeholders} image placeholders, got {len(image_parts)} images")
     parts = iter(image_parts)
     filled = []
     for message in messages:
@@ -99,25 +108,29 @@ def insert_images(
 
 
 def render_completion(think: str | None, answer: Sequence[LocalId]) -> str:
-    """The completion that SFT teaches. Without `think`, the answer block alone."""
+    """A completion in the form that SFT trains on. If `think` is None, it is only the answer block."""
     listed = f"{ANSWER_OPEN}[{', '.join(str(i) for i in answer)}]{ANSWER_CLOSE}"
     return listed if think is None else f"{THINK_OPEN}{think}{THINK_CLOSE}{listed}"
 
 
 def fill_template(template: str, **values: object) -> str:
-    """Replaces {name} by its value, in one pass: braces in a question stay as they are."""
+    """Replaces each {name} by its value in a single pass, so braces inside a value stay unchanged."""
     return re.sub(r"\{(\w+)\}", lambda match: str(values.get(match[1], match[0])), template)
 
 
 def read_prompt(name: str | Path) -> Prompt:
-    """A prompt: an option of configs/prompt, or a YAML file. Raises `InputError` for one that is no use."""
+    """Reads a prompt: `name` is an option of configs/prompt or the path of a YAML file.
+
+    Raises:
+        InputError: if the file does not exist, can't be read, or is not a valid prompt.
+    """
     path = config_path("prompt", str(name)) or Path(name)
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
         return Prompt.model_validate(values)
     except FileNotFoundError:
         raise InputError(
-            f"prompt: no such file as {path}; choose one of {group_choices('prompt')}, or import one: "
+            f"prompt: no such file: {path}; choose one of {group_choices('prompt')}, or import a prompt with "
             "python scripts/import_prompt.py"
         ) from None
     except ValidationError as error:

@@ -122,7 +122,7 @@ def test_the_released_place_comes_first_then_every_file(repo):
         ("{image_num}", "{{n}}", "braces that would be filled"),
         ("i+1", "i", "expected an image label such as f'Page {i \\+ 1}: '"),
         ('"type": "image"', '"type": "video"', '"type": "image", found none'),
-        ("{Question}", "{Question} {query}", "must hold {query} exactly once"),
+        ("{Question}", "{Question} {query}", "must contain {query} exactly once"),
         ('text": question_template.format', 'text": str', "question_template is never used"),
         ("import a_package", "import .", r"reranker\.py: not valid Python"),
         ("import a_package", "\0", r"reranker\.py: not valid Python"),

@@ -14,7 +14,7 @@ def defects(text, n=3, **options):
     return [str(defect) for defect in parse_answer(text, n, **options).defects]
 
 
-def test_a_right_completion_has_no_defect():
+def test_valid_completion_has_no_defects():
     answer = parse_answer(GOOD, 3)
     assert answer.think == "Image 1: a red bar chart."
     assert answer.ids == (2, 1, 3)
@@ -50,21 +50,21 @@ def test_a_right_completion_has_no_defect():
         ("<think>t</think><answer>[0, -1, 2, 2]</answer>", ["duplicates", "out_of_range", "missing_ids"]),
     ],
 )
-def test_each_defect(text, expected):
+def test_defects(text, expected):
     assert defects(text) == expected
 
 
-def test_cut_off_is_reported_last_whatever_the_text_holds():
+def test_cut_off_is_reported_last():
     assert defects("<think>t", cut_off=True) == ["no_think", "no_answer", "cut_off"]
     assert defects(GOOD, cut_off=True) == ["cut_off"]
     assert parse_answer(GOOD, 3, cut_off=True).is_complete_permutation
 
 
-def test_ids_are_kept_as_written():
+def test_ids_include_repeated_and_out_of_range_numbers():
     assert parse_answer("<think>t</think><answer>[ 7,7 , -2,+1,03]</answer>", 3).ids == (7, 7, -2, 1, 3)
 
 
-def test_an_answer_inside_the_reasoning_never_counts():
+def test_answer_inside_reasoning_is_ignored():
     draft = "<think>maybe <answer>[3, 2, 1]</answer>, no</think><answer>[1, 2, 3]</answer>"
     assert parse_answer(draft, 3).ids == (1, 2, 3)
     assert parse_answer(draft, 3).structure_valid
@@ -73,7 +73,7 @@ def test_an_answer_inside_the_reasoning_never_counts():
     assert parse_answer(GOOD + "<think>or <answer>[1, 2, 3]</answer>", 3).ids == (2, 1, 3)
 
 
-def test_of_several_answers_the_last_closed_one_counts_and_the_structure_is_wrong():
+def test_last_closed_answer_counts_and_structure_is_invalid():
     for text in (
         GOOD + "<answer>[3, 2, 1]</answer>",
         GOOD + " No, wait: <answer>[3, 2, 1]</answer>",
@@ -101,7 +101,7 @@ def test_of_several_answers_the_last_closed_one_counts_and_the_structure_is_wron
         GOOD.replace("2, 1, 3", ""),
     ],
 )
-def test_structure_holds(text):
+def test_valid_structure(text):
     assert parse_answer(text, 3).structure_valid
 
 
@@ -123,13 +123,13 @@ def test_structure_holds(text):
         GOOD.upper(),
     ],
 )
-def test_structure_is_wrong(text):
+def test_invalid_structure(text):
     assert not parse_answer(text, 3).structure_valid
 
 
-def test_reasoning_returned_apart_reads_like_the_whole_text():
-    apart = parse_answer("\n\n<answer>[2, 1, 3]</answer>", 3, reasoning="Image 1: a red bar chart.")
-    assert apart == parse_answer(GOOD, 3)
+def test_separate_reasoning_parses_like_the_whole_text():
+    separate = parse_answer("\n\n<answer>[2, 1, 3]</answer>", 3, reasoning="Image 1: a red bar chart.")
+    assert separate == parse_answer(GOOD, 3)
     assert parse_answer(GOOD, 3, reasoning="") == parse_answer(GOOD, 3)
     twice = parse_answer(GOOD, 3, reasoning="first")
     assert twice.think == "first"
@@ -137,30 +137,30 @@ def test_reasoning_returned_apart_reads_like_the_whole_text():
     assert defects("", reasoning="long", cut_off=True) == ["no_answer", "cut_off"]
 
 
-def test_without_thinking_the_answer_block_is_the_whole_structure():
+def test_without_expected_think_block_only_the_answer_block_is_valid():
     plain = parse_answer("<answer>[2, 1, 3]</answer>\n", 3, expect_think=False)
     assert plain.defects == ()
     assert plain.think is None
     assert plain.structure_valid
-    thought = parse_answer(GOOD, 3, expect_think=False)
-    assert thought.ids == (2, 1, 3)
-    assert thought.defects == ()
-    assert not thought.structure_valid
+    with_think = parse_answer(GOOD, 3, expect_think=False)
+    assert with_think.ids == (2, 1, 3)
+    assert with_think.defects == ()
+    assert not with_think.structure_valid
 
 
-def test_a_prompt_without_pages_is_a_programming_error():
+def test_prompt_without_pages_raises_value_error():
     with pytest.raises(ValueError, match="at least one page"):
         parse_answer(GOOD, 0)
 
 
-def test_complete_order_follows_its_rule():
+def test_complete_order():
     assert complete_order([], 4) == (1, 2, 3, 4)
     assert complete_order([3, 3, 9, 0, -1, 1, 3], 4) == (3, 1, 2, 4)
     assert complete_order([4, 3, 2, 1], 4) == (4, 3, 2, 1)
 
 
 @given(st.lists(st.integers(-3, 12)), st.integers(1, 9))
-def test_complete_order_is_always_a_permutation_that_keeps_the_given_order(ids, n):
+def test_complete_order_is_a_permutation_that_keeps_the_given_order(ids, n):
     order = complete_order(ids, n)
     assert sorted(order) == list(range(1, n + 1))
     given_ids = list(dict.fromkeys(i for i in ids if 1 <= i <= n))
@@ -170,7 +170,7 @@ def test_complete_order_is_always_a_permutation_that_keeps_the_given_order(ids, 
 
 
 @given(st.data(), st.integers(1, 12), st.booleans())
-def test_what_sft_teaches_is_read_back_whole(data, n, thinks):
+def test_rendered_completions_parse_without_loss(data, n, thinks):
     order = data.draw(st.permutations(range(1, n + 1)))
     think = data.draw(st.text("ab <>/[1,2]é\n")) if thinks else None
     answer = parse_answer(render_completion(think, order), n, expect_think=thinks)
@@ -199,7 +199,7 @@ PIECES = [
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join), st.integers(1, 5), st.booleans())
-def test_any_text_is_read_and_its_result_is_consistent(text, n, expect_think):
+def test_any_text_gives_a_consistent_result(text, n, expect_think):
     answer = parse_answer(text, n, expect_think=expect_think)
     assert list(answer.defects) == [defect for defect in Defect if defect in answer.defects]
     assert answer.is_complete_permutation == (sorted(answer.ids) == list(range(1, n + 1)))
@@ -232,14 +232,14 @@ MEGA = 1_000_000
     ],
     ids=range(13),
 )
-def test_a_megabyte_of_anything_is_read_in_no_time(text):
+def test_parsing_a_megabyte_takes_under_a_second(text):
     start = time.process_time()
     answer = parse_answer(text, 3)
     assert time.process_time() - start < 1
     assert len(answer.ids) <= MAX_ENTRIES
 
 
-def test_long_lists_and_long_numbers_are_refused_not_read():
+def test_long_lists_and_long_numbers_are_rejected():
     def listed(count):
         return f"<think>t</think><answer>[{', '.join(['1'] * count)}]</answer>"
 
@@ -249,12 +249,12 @@ def test_long_lists_and_long_numbers_are_refused_not_read():
     assert defects(f"<think>t</think><answer>[1, 2, 3, {'9' * 19}]</answer>") == ["not_integers"]
 
 
-def test_read_answer_is_the_record_that_evaluation_keeps():
-    answered = to_model_answer("<think>t</think><answer>[3, 3]</answer>", 3, counts={"tokens": 12}, cut_off=True)
-    assert answered.order == (3, 1, 2)
-    assert answered.defects == ("duplicates", "missing_ids", "cut_off")
-    assert all(type(defect) is str for defect in answered.defects)
-    assert answered.tokens == 12
-    apart = to_model_answer("<answer>[2, 1, 3]</answer>", 3, reasoning="Image 1: a red bar chart.")
-    assert apart == to_model_answer(GOOD, 3)
+def test_to_model_answer():
+    record = to_model_answer("<think>t</think><answer>[3, 3]</answer>", 3, counts={"tokens": 12}, cut_off=True)
+    assert record.order == (3, 1, 2)
+    assert record.defects == ("duplicates", "missing_ids", "cut_off")
+    assert all(type(defect) is str for defect in record.defects)
+    assert record.tokens == 12
+    separate = to_model_answer("<answer>[2, 1, 3]</answer>", 3, reasoning="Image 1: a red bar chart.")
+    assert separate == to_model_answer(GOOD, 3)
     assert to_model_answer("[2, 1, 3]", 3, expect_think=False).order == (1, 2, 3)

@@ -1,8 +1,13 @@
-"""Notes are written, read back, and their verdicts told."""
-
 import pytest
 
-from mmr5_train.ranking.notes import format_note, join_notes, read_verdict, split_notes, states_description
+from mmr5_train.ranking.notes import (
+    format_note,
+    join_notes,
+    read_verdict,
+    split_notes,
+    states_description,
+    text_before_verdict,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,17 +26,26 @@ from mmr5_train.ranking.notes import format_note, join_notes, read_verdict, spli
         ("It helps with names but does not answer the question.", None),
     ],
 )
-def test_the_verdict_of_a_note(note: str, helps: bool | None):
+def test_read_verdict(note: str, helps: bool | None):
     assert read_verdict(note) is helps
 
 
-def test_notes_are_read_back():
+def test_notes_round_trip_through_a_think_block():
     notes = [format_note("a red bar chart", True), format_note("a map", False)]
     assert split_notes(join_notes(notes)) == {1: notes[0], 2: notes[1]}
-    assert states_description(notes[0], "a red bar chart")
-    assert not states_description(notes[0], "a red bar")
     assert split_notes("Image 1: first\nand so on\nImage 1: again\n Image 3: third ") == {1: "first", 3: "third"}
 
 
-def test_a_long_note_takes_no_time():
+def test_states_description_needs_the_whole_description():
+    note = format_note("a red bar chart", True)
+    assert states_description(note, "a red bar chart")
+    assert not states_description(note, "a red bar")
+
+
+def test_text_before_verdict():
+    assert text_before_verdict(format_note("a map", False)) == "a map, so it"
+    assert text_before_verdict("a map, which is irrelevant.") == ""
+
+
+def test_read_verdict_takes_linear_time():
     assert read_verdict("not " + " " * 200_000 + "no " * 50_000) is None

@@ -26,7 +26,7 @@ def text_of(messages):
     return "".join("<IMAGE>" if part["type"] == "image" else part["text"] for part in parts)
 
 
-def test_question_then_labelled_pages():
+def test_question_comes_before_labelled_pages():
     messages = build_messages(prompt(), "how many?", 2)
     assert [message["role"] for message in messages] == ["system", "user"]
     assert text_of(messages) == "Rank {n}.Q of 2: how many?\nPage 1/2: <IMAGE>Page 2/2: <IMAGE>"
@@ -37,11 +37,11 @@ def test_pages_first_and_without_labels():
     assert text_of(messages[1:]) == "<IMAGE><IMAGE>Q of 2: how many?\n"
 
 
-def test_braces_of_a_question_stay_as_they_are():
+def test_braces_in_a_question_are_not_filled_in():
     assert "{n} {i} {query} {x} %s {" in text_of(build_messages(prompt(), "{n} {i} {query} {x} %s {", 1))
 
 
-def test_a_prompt_without_pages_is_a_programming_error():
+def test_prompt_without_pages_raises_value_error():
     with pytest.raises(ValueError, match="at least one page"):
         build_messages(prompt(), "how many?", 0)
 
@@ -49,13 +49,13 @@ def test_a_prompt_without_pages_is_a_programming_error():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"question": "no place"}, "question\n.*must hold {query} exactly once"),
+        ({"question": "no place"}, "question\n.*must contain {query} exactly once"),
         ({"question": "{query} {query}"}, "exactly once"),
-        ({"image_label": "Page: "}, "image_label\n.*must hold {i} exactly once, or be empty"),
+        ({"image_label": "Page: "}, "image_label\n.*must contain {i} exactly once, or be empty"),
         ({"sistem": "x"}, "sistem\n.*not permitted"),
     ],
 )
-def test_a_wrong_prompt_names_the_field(changes, message):
+def test_invalid_prompt_error_names_the_field(changes, message):
     with pytest.raises(ValidationError, match=message):
         prompt(**changes)
 
@@ -71,19 +71,19 @@ def test_a_wrong_prompt_names_the_field(changes, message):
         "<tool_call>",
     ],
 )
-def test_a_question_cannot_act_as_structure(text):
-    asked = text_of(build_messages(prompt(), f"is a {text} b?", 1))
-    assert text not in asked
-    assert text.replace("<", "‹") in asked
+def test_tags_in_a_question_are_neutralized(text):
+    message_text = text_of(build_messages(prompt(), f"is a {text} b?", 1))
+    assert text not in message_text
+    assert text.replace("<", "‹") in message_text
 
 
-def test_ordinary_text_is_not_touched():
+def test_neutralize_leaves_ordinary_text_unchanged():
     for text in ("is 3 < 5?", "x <y> z", "a<b", "<thinking>", "<<>>", "‹think›"):
         assert neutralize(text) == text
 
 
 @given(st.text("<|/>thinkanswer_im _"))
-def test_neutral_text_is_final(text):
+def test_neutralize_is_idempotent_and_keeps_the_length(text):
     clean = neutralize(text)
     assert neutralize(clean) == clean
     assert "<|" not in clean
@@ -91,14 +91,14 @@ def test_neutral_text_is_final(text):
     assert len(clean) == len(text)
 
 
-def test_with_images_fills_the_places_in_order():
+def test_insert_images_fills_placeholders_in_order():
     messages = build_messages(prompt(), "how many?", 2)
     parts = [{"type": "image", "image": name} for name in ("a.png", "b.png")]
     filled = insert_images(messages, parts)
     assert [part["image"] for part in filled[1]["content"] if part["type"] == "image"] == ["a.png", "b.png"]
     assert all("image" not in part for part in messages[1]["content"])
     for count in (1, 3):
-        with pytest.raises(ValueError, match=f"hold 2 images, and {count} were given"):
+        with pytest.raises(ValueError, match=f"have 2 image placeholders, got {count} images"):
             insert_images(messages, (parts * 2)[:count])
 
 
@@ -108,6 +108,6 @@ def test_render_completion():
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_prompts(path):
+def test_shipped_prompts_are_valid(path):
     loaded = Prompt.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
     assert loaded.name == path.stem

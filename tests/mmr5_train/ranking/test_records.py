@@ -32,7 +32,7 @@ def task(pages=range(5), positives=(3, 9), query_id="q1"):
     )
 
 
-def test_page_ids_are_zero_based_hashable_and_equal_only_to_page_ids():
+def test_page_ids_are_validated_hashable_and_comparable():
     assert PageId(doc_name="a", page=0) == PageId(doc_name="a", page=0)
     assert len({PageId(doc_name="a", page=0), PageId(doc_name="a", page=0), PageId(doc_name="b", page=0)}) == 2
     assert str(PageId(doc_name="a", page=3)) == "a#3"
@@ -51,7 +51,7 @@ def test_score_order_is_the_first_stage_order():
     assert prompted.local_positives == (4,)  # page 9 was missed by the first stage
 
 
-def test_a_shuffle_depends_on_seed_and_query_id_alone():
+def test_shuffled_order_depends_only_on_seed_and_query_id():
     random.seed(1)
     first = task().in_prompt_order("shuffled", seed=7)
     random.seed(2)
@@ -60,22 +60,22 @@ def test_a_shuffle_depends_on_seed_and_query_id_alone():
     assert len(orders) > 10
     orders = {tuple(c.page for c in task(query_id=f"q{q}").in_prompt_order("shuffled").shown) for q in range(20)}
     assert len(orders) > 10
-    # Written down: a change of this order would change every data file made before.
+    # A different order here would invalidate all existing data files.
     assert [c.page for c in first.shown] == [4, 1, 3, 0, 2]
 
 
 @given(st.integers(1, 12), st.integers(0, 5), st.sets(st.integers(0, 15), min_size=1))
-def test_local_and_global_ids_agree(n, seed, positives):
-    made = task(range(n), positives)
-    prompted = made.in_prompt_order("shuffled", seed)
-    assert set(prompted.shown) == set(made.candidates)
-    found = {prompted.shown[i - 1].id for i in prompted.local_positives}
-    assert found == set(made.positives) & {c.id for c in made.candidates}
+def test_local_positives_are_the_relevant_candidates(n, seed, positives):
+    original = task(range(n), positives)
+    prompted = original.in_prompt_order("shuffled", seed)
+    assert set(prompted.shown) == set(original.candidates)
+    relevant = {prompted.shown[i - 1].id for i in prompted.local_positives}
+    assert relevant == set(original.positives) & {c.id for c in original.candidates}
     assert list(prompted.local_positives) == sorted(prompted.local_positives)
 
 
-def test_a_task_is_checked():
-    with pytest.raises(ValidationError, match="candidates of q1: page report#2 stands there twice"):
+def test_invalid_task_is_rejected():
+    with pytest.raises(ValidationError, match="candidates of q1: page report#2 is listed more than once"):
         task(pages=(1, 2, 2))
     with pytest.raises(ValidationError, match="candidates"):
         task(pages=())
@@ -85,7 +85,7 @@ def test_a_task_is_checked():
         Candidate(doc_name="a", page=0, image="a.jpg", score=float("nan"))
 
 
-def test_records_are_frozen_and_closed():
+def test_records_are_immutable_and_reject_unknown_fields():
     with pytest.raises(ValidationError, match="frozen"):
         candidate(0).page = 3
     with pytest.raises(ValidationError, match="not permitted"):
@@ -93,7 +93,7 @@ def test_records_are_frozen_and_closed():
 
 
 @pytest.mark.parametrize("record", [task(), candidate(1), task().in_prompt_order("shuffled", 3)])
-def test_records_survive_their_file(record):
+def test_records_round_trip_through_json(record):
     assert type(record).model_validate_json(record.model_dump_json()) == record
 
 
@@ -114,15 +114,15 @@ def trace(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"answer": (2, 2)}, r"answer \[2, 2\] of q1 is not an order of 1\.\.2"),
-        ({"answer": (0, 1)}, r"not an order of 1\.\.2"),
-        ({"answer": (1, 2, 3)}, r"not an order of 1\.\.2"),
-        ({"positive_ids": (3,)}, r"positive_ids \[3\] of q1 are not in 1\.\.2"),
+        ({"answer": (2, 2)}, r"answer \[2, 2\] of q1 is not a permutation of 1\.\.2"),
+        ({"answer": (0, 1)}, r"not a permutation of 1\.\.2"),
+        ({"answer": (1, 2, 3)}, r"not a permutation of 1\.\.2"),
+        ({"positive_ids": (3,)}, r"positive_ids \[3\] of q1 must be in 1\.\.2"),
         ({"notes": ("a",)}, "q1 has 1 notes for 2 pages"),
         ({"think": ""}, "think"),
     ],
 )
-def test_a_trace_is_checked(changes, message):
+def test_invalid_trace_is_rejected(changes, message):
     assert trace().answer == (2, 1)
     with pytest.raises(ValidationError, match=message):
         trace(**changes)
@@ -140,12 +140,12 @@ def ranking():
     )
 
 
-def test_a_ranking_gives_pages_best_first():
+def test_ranked_pages_are_best_first():
     assert ranking().ranked_pages(ranking().greedy) == (candidate(3).id, candidate(4).id)
 
 
 @pytest.mark.parametrize("record", [task(), trace(), ranking()])
-def test_images_follow_a_record_to_another_folder(record, tmp_path):
+def test_rebase_images_keeps_paths_valid_in_another_folder(record, tmp_path):
     (moved,) = rebase_images([record], tmp_path / "data", tmp_path / "runs" / "one")
     pages = moved.candidates if isinstance(moved, RankingTask) else moved.shown
     for page in pages:
@@ -154,7 +154,7 @@ def test_images_follow_a_record_to_another_folder(record, tmp_path):
     assert back == record
 
 
-def test_an_absolute_image_becomes_relative(tmp_path):
+def test_rebase_images_makes_absolute_paths_relative(tmp_path):
     page = Page(doc_name="a", page=0, domain="d", image=str(tmp_path / "x" / "0.jpg"), width=1, height=1)
     (moved,) = rebase_images([page], tmp_path / "data", tmp_path / "runs")
     assert moved.image == "../x/0.jpg"

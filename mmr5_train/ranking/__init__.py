@@ -1,1 +1,1 @@
-"""The domain of listwise page reranking: records, prompt, answer parser, rewards, windows. It does not use torch."""
+"""The domain of listwise page reranking: records, prompt, answer parser, rewards, windows. No torch here."""

@@ -57,17 +57,15 @@ ORDER_PRESERVING_DEFECTS = frozenset({Defect.no_think, Defect.cut_off})
 class ParsedAnswer:
     """The content of one completion."""
 
-    n: int
-    """Number of pages in the prompt."""
     think: str | None
     """Content of the first think block, or None if there is no closed one."""
     ids: tuple[int, ...]
     """The integers of the list as generated, including ids out of 1..n; empty if there is no list of integers."""
     defects: tuple[Defect, ...]
     structure_valid: bool
-    """Structure validity as in MM-R5 (section 3.3): the text consists of the think block and the answer block with a
-    bracketed list of integers. White space and end tokens around and between the blocks are allowed. If no think
-    block is expected, the text consists of the answer block only."""
+    """Structure validity as in MM-R5 (section 3.3): the text consists of the think block and the answer block,
+    which holds a bracketed list of integers. White space and end tokens around and between the blocks are
+    allowed. If no think block is expected, the text consists of the answer block only."""
 
     @property
     def is_complete_permutation(self) -> bool:
@@ -116,7 +114,7 @@ def parse_answer(
         len(answer_parts) == 1 and _without_end_tokens(answer_parts[0]) == f"{ANSWER_OPEN}{listed}{ANSWER_CLOSE}"
     )
     structure_valid = is_list and thinks_as_expected and not unclosed and only_answer
-    return ParsedAnswer(n, think, ids, tuple(defects), structure_valid)
+    return ParsedAnswer(think, ids, tuple(defects), structure_valid)
 
 
 def complete_order(ids: Iterable[int], n: int) -> tuple[LocalId, ...]:

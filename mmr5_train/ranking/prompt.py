@@ -33,12 +33,12 @@ class Prompt(Record):
     name: str = Field(description="name of the prompt")
     system: str = Field(description="system text, used as it is")
     question: str = Field(
-        description="text of the question part: must contain `{query}` exactly once, may contain `{n}`, the number "
-        "of pages"
+        description="text with the question: must contain `{query}` exactly once; "
+        "may contain `{n}`, the number of pages"
     )
     image_label: str = Field(
-        description="text before each page image: must contain `{i}`, the local id, exactly once, or be empty; may "
-        "contain `{n}`"
+        description="text before each page image: must contain `{i}`, the local id, exactly once, or be empty; "
+        "may contain `{n}`"
     )
     images_first: bool = Field(
         default=False, description="whether all pages come before the question, as some checkpoints expect"

@@ -1,4 +1,4 @@
-"""What a reranker gives back: pages in order, in the shape that users of the `rerankers` library know."""
+"""The result of a reranker: the pages in order, with the interface of the `rerankers` library's results."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from mmr5_train.ranking.records import ModelAnswer
 
 @dataclass(frozen=True)
 class Result:
-    """One page at its place."""
+    """One ranked page."""
 
     doc_id: int
-    """Which of the pages that were given, from 0."""
+    """Index of the page in the input, from 0."""
     rank: int
-    """From 1, the best."""
+    """Rank from 1, the best."""
     score: float
-    """Between 0 and 1, higher is better. `RankedResults.has_scores` says whether it means more than the rank."""
+    """Score between 0 and 1, higher is better. Without `RankedResults.has_scores` it only reflects the rank."""
     document: Any
-    """The page as it was given."""
+    """The page as it was passed in."""
     note: str = ""
-    """What the reasoning says of this page, where it has a line on it."""
+    """The line of the reasoning on this page, or ""."""
 
 
 @dataclass(frozen=True)
 class RankedResults:
-    """All pages that were given for a query, best first, each exactly once; or the first of them (`top_k`)."""
+    """The ranked pages for one query, best first, each page exactly once; with `top_k`, only the first of them."""
 
     query: str
     results: tuple[Result, ...]
     reasoning: str
-    """The think block; several, one after another, where the pages did not fit one prompt."""
+    """The think block. If the pages did not fit in one prompt, the think blocks of all prompts in turn."""
     answers: tuple[ModelAnswer, ...]
-    """The completions behind the order, as read: their text, their tokens, and what was wrong with them."""
+    """The parsed completions that gave the order, with their texts, token counts and defects."""
     has_scores: bool
-    """Whether scores are the model's own (`logits`); else they follow from the ranks alone."""
+    """Whether the scores come from the model (mode `logits`). Otherwise they are computed from the ranks."""
 
     def __iter__(self) -> Iterator[Result]:
         return iter(self.results)
@@ -44,18 +44,18 @@ class RankedResults:
     def __len__(self) -> int:
         return len(self.results)
 
-    def __getitem__(self, place: int) -> Result:
-        return self.results[place]
+    def __getitem__(self, index: int) -> Result:
+        return self.results[index]
 
     @property
     def order(self) -> list[int]:
-        """Indices, from 0, into the pages that were given."""
+        """Indices of the pages in the input, from 0, best first."""
         return [result.doc_id for result in self.results]
 
     @property
     def defects(self) -> tuple[str, ...]:
-        """What was wrong with any of the completions, each kind once; the order was completed by rule."""
-        return tuple(dict.fromkeys(defect for answered in self.answers for defect in answered.defects))
+        """The distinct defects of the completions. The order is complete even if there are defects."""
+        return tuple(dict.fromkeys(defect for answer in self.answers for defect in answer.defects))
 
     def results_count(self) -> int:
         return len(self.results)
@@ -65,17 +65,18 @@ class RankedResults:
         return list(self.results[:k])
 
     def get_result_by_docid(self, doc_id: int) -> Result | None:
-        """The result of one of the pages that were given; None where it is not among the first `top_k`."""
+        """The result for the page with this input index, or None if `top_k` removed it."""
         return next((result for result in self.results if result.doc_id == doc_id), None)
 
     def get_score_by_docid(self, doc_id: int) -> float | None:
+        """The score of the page with this input index, or None if `top_k` removed it."""
         result = self.get_result_by_docid(doc_id)
         return None if result is None else result.score
 
 
 def rank_scores(n: int) -> list[float]:
-    """Scores for an order without any: evenly spaced from 1, by rank."""
-    return [1 - place / n for place in range(n)]
+    """Scores for an order without model scores: evenly spaced, from 1 for the first rank down to 1/n."""
+    return [1 - index / n for index in range(n)]
 
 
 def build_results(
@@ -89,10 +90,21 @@ def build_results(
     answers: Sequence[ModelAnswer] = (),
     top_k: int | None = None,
 ) -> RankedResults:
-    """The results of an order of indices; `scores` by rank, `notes` by index."""
-    by_rank = rank_scores(len(order)) if scores is None else scores
+    """The results for an order of `documents`.
+
+    Args:
+        query: the query.
+        documents: the pages, as the caller passed them.
+        order: indices into `documents`, best first.
+        scores: the model's scores in the order of `order`, or None.
+        notes: notes by index into `documents`.
+        reasoning: the think block or blocks.
+        answers: the completions that gave the order.
+        top_k: number of results to keep, or None for all.
+    """
+    scores_by_rank = rank_scores(len(order)) if scores is None else scores
     results = [
         Result(index, rank, score, documents[index], (notes or {}).get(index, ""))
-        for rank, (index, score) in enumerate(zip(order, by_rank, strict=True), 1)
+        for rank, (index, score) in enumerate(zip(order, scores_by_rank, strict=True), 1)
     ]
     return RankedResults(query, tuple(results[:top_k]), reasoning, tuple(answers), scores is not None)

@@ -1,7 +1,7 @@
-"""What GRPO pays for a completion, by name, each with a weight from the config group `reward`.
+"""The rewards of GRPO. The config group `reward` names the rewards to use and their weights.
 
-A reward reads a completion for n pages, n ≥ 1, with the local ids P of the relevant ones; L is the list of
-ids in its answer as written, repeated and impossible ids included.
+A reward scores one completion for n ≥ 1 pages, given P, the local ids of the relevant pages. In the formulas, L is
+the list of ids in the answer as generated, including repeated ids and ids out of 1..n.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mmr5_train.ranking.notes import read_verdict, split_notes
 from mmr5_train.ranking.records import LocalId, Record
 
 GATE = 0.3
-"""What is left of the reranking reward for an answer that is not a complete permutation."""
+"""Factor of the reranking reward for an answer that is not a complete permutation in the right form."""
 
 
 class Reward(Protocol):
@@ -28,18 +28,21 @@ class Reward(Protocol):
 def reranking(completion: str, n: int, positives: Collection[LocalId], *, expect_think: bool = True) -> float:
     """MM-R5's reranking reward (section 3.3): Σ_{p∈P} 1/rank(p)³ ÷ Σ_{i=1..|P|} 1/i³, in 0..1.
 
-    rank(p) is the first place of p in L, from 1; a page that L lacks adds 0. Edge cases, as in the reference:
-    repeated and impossible ids take up places but cost nothing else; nothing is asked of the text around
-    the list; 0 where no list of integers can be read. Where no page is relevant (the paper has no such
-    questions) every list earns 1.
+    rank(p) is the first position of p in L, from 1. A page that is missing from L contributes 0. Edge cases, as in
+    the reference code: repeated ids and ids out of range take up positions but have no other cost; the text around
+    the list does not matter; the reward is 0 if no list of integers can be read. If no page is relevant (the paper
+    has no such questions), every list earns 1.
+
+    Raises:
+        ValueError: if a relevant id is not in 1..n.
     """
     relevant = set(positives)
     if not all(1 <= p <= n for p in relevant):
-        raise ValueError(f"relevant ids must be among 1..{n}, got {sorted(relevant)}")
+        raise ValueError(f"relevant ids must be in 1..{n}, got {sorted(relevant)}")
     ids = parse_answer(completion, n, expect_think=expect_think).ids
     if not relevant:
         return 1.0 if ids else 0.0
-    rank = {i: place for place, i in reversed(list(enumerate(ids, 1)))}
+    rank = {i: position for position, i in reversed(list(enumerate(ids, 1)))}
     gain = sum(1 / rank[p] ** 3 for p in sorted(relevant) if p in rank)
     return gain / sum(1 / i**3 for i in range(1, len(relevant) + 1))
 
@@ -47,10 +50,10 @@ def reranking(completion: str, n: int, positives: Collection[LocalId], *, expect
 def template(completion: str, n: int, positives: Collection[LocalId], *, expect_think: bool = True) -> float:
     """MM-R5's composite template reward (section 3.3): structure × length × range.
 
-    structure is 1 for a whole text in the right form, else 0; length is (n − ||L| − n|) / n; range is the
-    share of L in 1..n. Edge cases, as in the reference: repeated ids cost nothing, so [1, 1, 1] earns all of
-    it at n = 3; length goes below 0 past 2n ids, and the reward with it, without a bound; an empty list
-    earns 0. The relevant pages play no part.
+    structure is 1 if the structure of the completion is valid, else 0. length is (n − ||L| − n|) / n. range is the
+    share of ids in L that are in 1..n. Edge cases, as in the reference code: repeated ids have no cost, so
+    [1, 1, 1] earns the full reward for n = 3; with more than 2n ids, length is negative, and so is the reward,
+    without a lower bound; an empty list earns 0. `positives` is not used.
     """
     answer = parse_answer(completion, n, expect_think=expect_think)
     if not answer.structure_valid or not answer.ids:
@@ -63,58 +66,58 @@ def template(completion: str, n: int, positives: Collection[LocalId], *, expect_
 def permutation(completion: str, n: int, positives: Collection[LocalId], *, expect_think: bool = True) -> float:
     """This project's template reward: structure × coverage, in 0..1.
 
-    coverage is the multiset Jaccard similarity of L and 1..n: good / (n + extra), where good counts the
-    different ids of L in 1..n, and extra the repeated and impossible ones. Every missing, repeated and
-    impossible id costs, and each one mended earns more, so there is a way up from every list. structure is 1
-    for a whole text in the right form, ½ where a list can be read but the text around it is wrong, 0 where
-    none can. Only a complete permutation in the right form earns 1. The relevant pages play no part.
+    coverage is the multiset Jaccard similarity of L and 1..n: valid / (n + extra), where valid is the number of
+    distinct ids of L in 1..n, and extra is the number of repeated ids and ids out of range. Each missing, repeated
+    or out-of-range id lowers the reward, and fixing any one of them raises it, so every list can improve in small
+    steps. structure is 1 if the structure of the completion is valid, ½ if only a list can be read, and 0 if no
+    list can be read. Only a complete permutation with a valid structure earns 1. `positives` is not used.
     """
     answer = parse_answer(completion, n, expect_think=expect_think)
-    good = sum(1 <= i <= n for i in set(answer.ids))
-    coverage = good / (n + len(answer.ids) - good)
+    valid = sum(1 <= i <= n for i in set(answer.ids))
+    coverage = valid / (n + len(answer.ids) - valid)
     return coverage if answer.structure_valid else coverage / 2
 
 
 def gated_reranking(
     completion: str, n: int, positives: Collection[LocalId], *, expect_think: bool = True
 ) -> float:
-    """The reranking reward, times `GATE` unless `permutation` is 1, in 0..1.
+    """The reranking reward, multiplied by `GATE` unless `permutation` is 1, in 0..1.
 
-    A form that is right earns nothing by itself: a valid but constant answer is no way out.
+    The right form earns nothing by itself, so a policy can't raise its reward with a valid but constant answer.
     """
     complete = permutation(completion, n, positives, expect_think=expect_think) == 1
     return reranking(completion, n, positives, expect_think=expect_think) * (1 if complete else GATE)
 
 
 def true_reasoning(completion: str, n: int, positives: Collection[LocalId], *, expect_think: bool = True) -> float:
-    """This project's reward for reasoning: true verdicts × an answer that follows them, in 0..1.
+    """This project's reward for reasoning: accuracy of the verdicts × consistency of the answer, in 0..1.
 
-    A page's verdict is what its note in the think block ("Image i: …") says of it, helps or not; one without a
-    verdict is wrong. True is the mean of two shares: of the relevant pages that are said to help, and of the
-    others that are said not to (one share alone where there are no pages of the other kind), so that a verdict
-    which is always the same earns a half. The answer follows if the k pages said to help are the first k ids of L,
-    in any order.
+    The verdict on a page is whether its note in the think block ("Image i: …") says that it helps. A missing
+    verdict counts as wrong. accuracy is the mean of two shares: the relevant pages whose note says that they
+    help, and the other pages whose note says that they do not. (If all pages are of one kind, it is the share of
+    that kind.) So the same verdict on every page earns ½. consistency is 1 if the k pages that help according to
+    the notes are the first k ids of L, in any order, else 0.
     """
     answer = parse_answer(completion, n, expect_think=expect_think)
-    said = page_verdicts(answer.think or "", n)
+    verdicts = page_verdicts(answer.think or "", n)
     relevant = set(positives)
-    kinds = [
-        [said.get(i) == (i in relevant) for i in range(1, n + 1) if (i in relevant) == kind]
+    correct_by_kind = [
+        [verdicts.get(i) == (i in relevant) for i in range(1, n + 1) if (i in relevant) == kind]
         for kind in (True, False)
     ]
-    shares = [sum(kind) / len(kind) for kind in kinds if kind]
-    return follows_verdicts(answer.ids, said) * sum(shares) / len(shares)
+    shares = [sum(correct) / len(correct) for correct in correct_by_kind if correct]
+    return follows_verdicts(answer.ids, verdicts) * sum(shares) / len(shares)
 
 
 def page_verdicts(think: str, n: int) -> dict[int, bool]:
-    """What a think block says of each page that it gives a verdict on, by local id."""
-    said = {i: read_verdict(note) for i, note in split_notes(think).items() if 1 <= i <= n}
-    return {i: helps for i, helps in said.items() if helps is not None}
+    """The verdicts of a think block by local id: whether the page helps. Pages without a verdict are omitted."""
+    verdicts = {i: read_verdict(note) for i, note in split_notes(think).items() if 1 <= i <= n}
+    return {i: helps for i, helps in verdicts.items() if helps is not None}
 
 
-def follows_verdicts(ids: Sequence[int], said: Mapping[int, bool]) -> bool:
-    """Whether the pages that are said to help come first, in any order, and there is an answer at all."""
-    helping = {i for i, helps in said.items() if helps}
+def follows_verdicts(ids: Sequence[int], verdicts: Mapping[int, bool]) -> bool:
+    """Whether `ids` is not empty and starts with exactly the pages that help by `verdicts`, in any order."""
+    helping = {i for i, helps in verdicts.items() if helps}
     return bool(ids) and set(ids[: len(helping)]) == helping
 
 
@@ -128,17 +131,19 @@ REWARDS: dict[str, Reward] = {
 
 
 class RewardConfig(Record):
-    """Config group `reward`: which rewards GRPO adds up, each times its weight. A weight of 0 only logs."""
+    """The rewards whose weighted sum GRPO maximizes: a file of the config group `reward`."""
 
-    name: str
-    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(min_length=1)
+    name: str = Field(description="name of the choice")
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        min_length=1, description="weight of each reward by name; a reward with weight 0 is only logged"
+    )
 
     @field_validator("weights")
     @classmethod
     def _rewards_exist(cls, value: dict[str, float]) -> dict[str, float]:
         for name in value:
             if name not in REWARDS:
-                raise ValueError(f"no reward is called {name!r} (choices: {', '.join(REWARDS)})")
+                raise ValueError(f"unknown reward {name!r} (choices: {', '.join(REWARDS)})")
         if not any(value.values()):
-            raise ValueError("at least one weight must be above 0, or there is nothing to learn from")
+            raise ValueError("at least one weight must be above 0, else all completions earn the same")
         return value

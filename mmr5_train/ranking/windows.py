@@ -1,8 +1,10 @@
-"""More pages than fit a prompt: plans that rank windows of pages until all are in order. And orders fused.
+"""Plans for ranking more pages than fit in one prompt, and the fusion of several orders.
 
-A plan is a generator. It yields the windows that it needs ranked next, each a list of indices (from 0, best first
-as far as known), is sent an order of each window (positions in it, from 0, best first), and returns an order of
-all indices. So windows that don't wait for each other, also of several questions, can be ranked in one batch.
+A plan is a generator. It yields the windows that it needs ranked next: each window is a list of page indices,
+from 0, in the best order known so far. The caller ranks them and sends back one order per window: positions in
+the window, from 0, best first. Finally the plan returns the order of all page indices. The windows of one yield
+are independent of each other, so the caller can rank them in one batch, also together with windows of other
+questions.
 """
 
 from __future__ import annotations
@@ -15,24 +17,31 @@ Plan = Generator[list[list[int]], list[Sequence[int]], list[int]]
 
 
 def make_plan(n: int, strategy: Strategy, window: int | None, stride: int | None) -> Plan:
-    """How `n` pages are ranked `window` at a time; all at once where they fit, or where there is no limit."""
+    """The plan for `n` pages and windows of at most `window` pages (None: no limit).
+
+    Pages that fit in one window are ranked at once. `stride` is used by the sliding strategy and defaults to half
+    the window.
+    """
     if window is None or n <= window:
-        return _at_once(n)
+        return _single_window(n)
     if strategy == "tournament":
         return tournament(n, window)
     return sliding(n, window, stride or max(1, window // 2))
 
 
-def _at_once(n: int) -> Plan:
+def _single_window(n: int) -> Plan:
     [order] = yield [list(range(n))]
     return list(order)
 
 
 def sliding(n: int, window: int, stride: int) -> Plan:
-    """A window slides from the end to the beginning (RankGPT, arXiv 2304.09542, section 4.1).
+    """A window that slides from the last page to the first (RankGPT, arXiv 2304.09542, section 4.1).
 
-    Each takes the best `window − stride` of the one behind it along, so that many can rise from the end to the
-    top. Raises ValueError where windows would not overlap.
+    Each window includes the best `window − stride` pages of the window before it, so a page can move from the end
+    to the top.
+
+    Raises:
+        ValueError: if consecutive windows would not overlap.
     """
     if not 1 <= stride < window:
         raise ValueError(f"stride must be at least 1 and less than window ({window}), got {stride}")
@@ -47,31 +56,34 @@ def sliding(n: int, window: int, stride: int) -> Plan:
 
 
 def tournament(n: int, window: int) -> Plan:
-    """Rounds of groups, of which the better halves go on, until the rest fits one window.
+    """Rounds of groups: the better half of each group advances, until the remaining pages fit in one window.
 
-    The pages are dealt out to groups like cards, so that those the first stage holds best don't meet at once. A
-    round's groups don't wait for each other. Pages that lost in the same round stand by their place in a group.
+    Pages are dealt to the groups in turn, so the best pages of the first stage do not meet in the first round.
+    The groups of one round are independent of each other. Pages that lose in the same round are ordered by their
+    rank in their group; pages that lose in a later round come before them.
+
+    Raises:
+        ValueError: if `window` is less than 2.
     """
     if window < 2:
         raise ValueError(f"window must be at least 2, got {window}")
-    left = list(range(n))
-    lost: list[int] = []
-    while len(left) > window:
-        count = -(-len(left) // window)
-        groups = [left[i::count] for i in range(count)]
+    remaining = list(range(n))
+    eliminated: list[int] = []
+    while len(remaining) > window:
+        n_groups = -(-len(remaining) // window)
+        groups = [remaining[i::n_groups] for i in range(n_groups)]
         orders = yield groups
         ranked = [[group[i] for i in order] for group, order in zip(groups, orders, strict=True)]
-        by_place = [
-            (place - (len(group) + 1) // 2, group[place]) for group in ranked for place in range(len(group))
-        ]
-        by_place.sort(key=lambda entry: entry[0])
-        left, beaten = [page for place, page in by_place if place < 0], [p for place, p in by_place if place >= 0]
-        lost = beaten + lost
-    [order] = yield [left]
-    return [left[i] for i in order] + lost
+        # A page's rank relative to the middle of its group: negative for the half that advances.
+        by_rank = [(rank - (len(group) + 1) // 2, page) for group in ranked for rank, page in enumerate(group)]
+        by_rank.sort(key=lambda entry: entry[0])
+        remaining = [page for rank, page in by_rank if rank < 0]
+        eliminated = [page for rank, page in by_rank if rank >= 0] + eliminated
+    [order] = yield [remaining]
+    return [remaining[i] for i in order] + eliminated
 
 
 def fuse_orders(orders: Sequence[Sequence[int]]) -> list[int]:
-    """One order of several of the same items: by mean rank (Borda); ties as in the first order."""
-    place = {item: sum(order.index(item) for order in orders) for item in orders[0]}
-    return sorted(orders[0], key=lambda item: place[item])
+    """One order from several orders of the same items, by mean rank (Borda). The first order breaks ties."""
+    total_rank = {item: sum(order.index(item) for order in orders) for item in orders[0]}
+    return sorted(orders[0], key=lambda item: total_rank[item])

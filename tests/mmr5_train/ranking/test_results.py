@@ -2,7 +2,7 @@ from mmr5_train.ranking.answer import to_model_answer
 from mmr5_train.ranking.results import build_results
 
 
-def test_results_in_the_shape_that_users_of_rerankers_know():
+def test_results_have_the_interface_of_the_rerankers_library():
     answers = [to_model_answer("<think>t</think><answer>[3, 3]</answer>", 3)]
     ranked = build_results("q", ["a", "b", "c"], [2, 0, 1], notes={2: "helps"}, reasoning="t", answers=answers)
     assert [(result.doc_id, result.rank, result.document, result.note) for result in ranked] == [
@@ -21,7 +21,7 @@ def test_results_in_the_shape_that_users_of_rerankers_know():
     assert ranked.defects == ("duplicates", "missing_ids")
 
 
-def test_the_first_of_them_and_scores_of_the_model():
+def test_top_k_and_model_scores():
     ranked = build_results("q", "abc", [1, 0, 2], scores=[0.7, 0.2, 0.1], top_k=2)
     assert [(result.document, result.score) for result in ranked] == [("b", 0.7), ("a", 0.2)]
     assert ranked.has_scores

@@ -52,19 +52,19 @@ def test_reranking_reward(ids, positives, expected):
     assert reranking(completion(*ids), 5, positives) == pytest.approx(expected, abs=1e-12)
 
 
-def test_reranking_reward_asks_for_a_readable_list_and_for_nothing_else():
+def test_reranking_reward_needs_only_a_readable_list():
     assert reranking("I think <answer>[1, 2]</answer> is right", 2, [1]) == 1
     for text in ("", "[1, 2]", "<answer>1, 2</answer>", "<answer>[1, two]</answer>", "<answer>[1, 2]"):
         assert reranking(text, 2, [1]) == 0
 
 
-def test_reranking_reward_takes_relevant_pages_of_the_prompt_only():
+def test_reranking_reward_rejects_relevant_ids_out_of_range():
     for positives in ([0], [6], [1, 6]):
-        with pytest.raises(ValueError, match=r"among 1\.\.5"):
+        with pytest.raises(ValueError, match=r"must be in 1\.\.5"):
             reranking(completion(1, 2, 3, 4, 5), 5, positives)
 
 
-def test_without_a_relevant_page_every_list_ranks_as_well():
+def test_without_relevant_pages_every_list_earns_the_full_reranking_reward():
     assert reranking(completion(3, 1, 1), 3, []) == 1
     assert reranking("no list", 3, []) == reranking(completion(), 3, []) == 0
     assert gated_reranking(completion(3, 1, 2), 3, []) == 1
@@ -75,7 +75,7 @@ def test_without_a_relevant_page_every_list_ranks_as_well():
     ("ids", "expected"),
     [
         ((3, 1, 2, 4, 5), 1),
-        ((1, 1, 1, 1, 1), 1),  # duplicates cost nothing
+        ((1, 1, 1, 1, 1), 1),  # repeated ids have no cost
         ((1, 2, 3, 4), 4 / 5),
         ((1,), 1 / 5),
         ((), 0),
@@ -84,7 +84,7 @@ def test_without_a_relevant_page_every_list_ranks_as_well():
         ((1, 2, 3, 4, 5, 6), 4 / 5 * 5 / 6),
         ((0, 6, 7, 8, 9), 0),
         ((1,) * 10, 0),
-        ((1,) * 11, -1 / 5),  # below 0 past 2n ids
+        ((1,) * 11, -1 / 5),  # negative with more than 2n ids
         ((1,) * 30, -4),
         ((1,) * 10 + (9,) * 10, -2 / 2),
     ],
@@ -96,7 +96,7 @@ def test_template_reward(ids, expected):
 @pytest.mark.parametrize(
     "text", ["", "<answer>[1, 2]</answer>", "<think>t</think><answer>1</answer>", completion(1, 2) + " ok"]
 )
-def test_template_reward_is_0_for_another_structure(text):
+def test_template_reward_is_0_for_an_invalid_structure(text):
     assert template(text, 2, [1]) == 0
 
 
@@ -115,16 +115,16 @@ def test_template_reward_is_0_for_another_structure(text):
 )
 def test_permutation_reward(ids, expected):
     assert permutation(completion(*ids), 5, [1]) == pytest.approx(expected, abs=1e-12)
-    half = "<answer>" + str(list(ids)) + "</answer>"
-    assert permutation(half, 5, [1]) == pytest.approx(expected / 2, abs=1e-12)
-    assert permutation(half, 5, [1], expect_think=False) == pytest.approx(expected, abs=1e-12)
+    without_think = "<answer>" + str(list(ids)) + "</answer>"
+    assert permutation(without_think, 5, [1]) == pytest.approx(expected / 2, abs=1e-12)
+    assert permutation(without_think, 5, [1], expect_think=False) == pytest.approx(expected, abs=1e-12)
 
 
-def test_every_mended_defect_earns_more():
+def test_fixing_any_defect_raises_the_permutation_reward():
     steps = [(1, 1, 9), (1, 1), (1,), (1, 3), (1, 3, 2), (1, 3, 2, 4), (1, 3, 2, 4, 5)]
-    earned = [permutation(completion(*ids), 5, [1]) for ids in steps]
-    assert earned == sorted(set(earned))
-    assert earned[-1] == 1
+    rewards = [permutation(completion(*ids), 5, [1]) for ids in steps]
+    assert rewards == sorted(set(rewards))
+    assert rewards[-1] == 1
 
 
 IDS = st.lists(st.integers(-2, 8), max_size=20)
@@ -137,7 +137,7 @@ TEXTS = st.one_of(
 
 
 @given(TEXTS, st.integers(1, 6), st.booleans(), st.data())
-def test_bounds(text, n, expect_think, data):
+def test_reward_bounds(text, n, expect_think, data):
     positives = data.draw(st.sets(st.integers(1, n), min_size=1))
     answer = parse_answer(text, n, expect_think=expect_think)
     complete = answer.structure_valid and sorted(answer.ids) == list(range(1, n + 1))
@@ -149,7 +149,7 @@ def test_bounds(text, n, expect_think, data):
     assert score["template"] <= 1
 
 
-def test_the_gate_opens_only_for_a_complete_permutation_in_the_right_form():
+def test_gated_reward_is_full_only_for_a_complete_permutation_with_valid_structure():
     assert gated_reranking(completion(1, 2, 3), 3, [1]) == 1
     assert gated_reranking(completion(1, 1, 1), 3, [1]) == GATE == 0.3
     assert gated_reranking("<answer>[1, 2, 3]</answer>", 3, [1]) == GATE
@@ -157,15 +157,14 @@ def test_the_gate_opens_only_for_a_complete_permutation_in_the_right_form():
     assert gated_reranking(completion(3, 2, 1), 3, [1]) == pytest.approx(1 / 27)
 
 
-@pytest.mark.parametrize("name", ["permutation", "mm_r5", "gated"])
-def test_shipped_configs(name):
-    config = RewardConfig.model_validate(OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml")))
-    assert config.name == name
-    assert set(config.weights) <= set(REWARDS)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_reward_configs_are_valid(path):
+    config = RewardConfig.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
+    assert config.name == path.stem
 
 
-def test_a_wrong_reward_config_says_what_there_is():
-    choices = rf"no reward is called 'recall' \(choices: {', '.join(REWARDS)}\)"
+def test_invalid_reward_config_is_rejected():
+    choices = rf"unknown reward 'recall' \(choices: {', '.join(REWARDS)}\)"
     with pytest.raises(ValidationError, match=choices):
         RewardConfig(name="x", weights={"recall": 1})
     for weights in ({}, {"reranking": -1}, {"reranking": float("nan")}, {"reranking": "much"}, {"reranking": 0}):
@@ -173,19 +172,19 @@ def test_a_wrong_reward_config_says_what_there_is():
             RewardConfig(name="x", weights=weights)
 
 
-def reasoned(says, ids):
-    """A completion whose notes say of each page whether it helps ("?": no verdict, "": no note)."""
-    words = {"y": "a table, so it helps.", "n": "a map, so it does not help.", "?": "a map."}
-    notes = "\n".join(f"Image {i}: {words[say]}" for i, say in enumerate(says, 1) if say in words)
-    return render_completion(notes, ids)
+def completion_with_verdicts(verdicts, ids):
+    """A completion with one verdict per page: "y" helps, "n" does not help, "?" no verdict, "-" no note."""
+    notes = {"y": "a table, so it helps.", "n": "a map, so it does not help.", "?": "a map."}
+    lines = [f"Image {i}: {notes[verdict]}" for i, verdict in enumerate(verdicts, 1) if verdict in notes]
+    return render_completion("\n".join(lines), ids)
 
 
-# Hand-computed, n = 4: (share of relevant pages said to help + share of others said not to) / 2, if followed.
+# Hand-computed, n = 4: (share of relevant pages with y + share of other pages with n) / 2; 0 if ids do not follow.
 @pytest.mark.parametrize(
-    ("says", "ids", "positives", "expected"),
+    ("verdicts", "ids", "positives", "expected"),
     [
         ("ynnn", (1, 2, 3, 4), {1}, 1),
-        ("ynnn", (2, 1, 3, 4), {1}, 0),  # the answer does not follow
+        ("ynnn", (2, 1, 3, 4), {1}, 0),  # the answer contradicts the verdicts
         ("nynn", (2, 1, 3, 4), {1}, (0 + 2 / 3) / 2),
         ("yynn", (1, 2, 3, 4), {1, 2}, 1),
         ("yynn", (2, 1, 4, 3), {1, 2}, 1),
@@ -201,10 +200,10 @@ def reasoned(says, ids):
         ("ynnn", (), {1}, 0),
     ],
 )
-def test_true_reasoning(says, ids, positives, expected):
-    assert true_reasoning(reasoned(says, ids), 4, positives) == pytest.approx(expected)
+def test_true_reasoning(verdicts, ids, positives, expected):
+    assert true_reasoning(completion_with_verdicts(verdicts, ids), 4, positives) == pytest.approx(expected)
 
 
-def test_true_reasoning_needs_reasoning():
+def test_true_reasoning_is_0_without_a_think_block():
     assert true_reasoning("<answer>[1, 2]</answer>", 2, [1], expect_think=False) == 0
     assert true_reasoning("Image 1: so it helps.<answer>[1, 2]</answer>", 2, [1]) == 0

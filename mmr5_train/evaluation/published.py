@@ -1,6 +1,7 @@
 """Published results on MMDocIR page retrieval: MM-R5, arXiv 2506.12364v2, tables 1 and 2.
 
-1,658 questions. Macro is the mean over domains, micro over questions; candidates come from the named first stage.
+The set has 1,658 questions. Macro is the mean over domains, micro the mean over questions. The candidates come
+from the first stage in each row's name.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ FIGURES = (
 QUESTIONS = 1658
 
 SOURCE = (
-    "Published: MM-R5 (arXiv 2506.12364v2) on the 1,658 questions of MMDocIR, candidates from the named first "
-    "stage. They compare with figures measured on the same questions and candidates alone."
+    "Published: MM-R5 (arXiv 2506.12364v2) on the 1,658 questions of MMDocIR, with candidates from the named "
+    "first stage. They are comparable only with figures measured on the same questions and candidates."
 )
 
 _TABLE = {
@@ -47,4 +48,4 @@ PUBLISHED: dict[str, dict[str, float]] = {
 }
 
 RECIPES = {"sft_only": "ColQwen + SFT only", "rl_only": "ColQwen + RL only", "mm_r5": "ColQwen + MM-R5"}
-"""The recipes of this project that stand for a published row."""
+"""Recipe of this project → the published row it reproduces."""

@@ -1,7 +1,7 @@
-"""From rankings to results: every system's figures, their intervals, and the paired differences.
+"""Computes results from rankings: each system's figures with intervals, and the paired differences of systems.
 
-A pure function of ranking records, whatever wrote them. The layout of what `score_rankings` returns (and
-results.json holds) is described there.
+`score_rankings` documents its return value, which is also the layout of results.json. It needs only ranking
+records, from this project or from elsewhere.
 """
 
 from __future__ import annotations
@@ -39,33 +39,42 @@ Rankings = Mapping[str, Sequence[Ranking]]
 def score_rankings(
     rankings: Rankings, pages: Iterable[Page], *, seed: int = 0, draws: int = 10_000
 ) -> dict[str, Any]:
-    """All results of some systems on the same questions; the first system is the baseline (the first stage).
+    """All results of several systems on the same questions; the first system is the baseline (the first stage).
 
-    Rankings hold the candidates only, nothing follows them: with n candidates recall@k is the same for every
-    k ≥ n and every order, and pages the first stage missed are lost to it.
+    A ranking holds only the candidates. With n candidates recall@k is therefore the same for every k ≥ n and
+    every order, and no reranker can recover pages that the first stage missed.
 
-    Returns (every mean over questions unless it says macro; `intervals` are 95 % bootstrap intervals):
-        questions, samples, candidates: how many questions; sampled answers and (on average) candidates each.
+    Every mean is over questions unless it is called macro. `intervals` are 95 % bootstrap intervals. Returns:
+        questions, samples, candidates: number of questions; sampled answers per question; candidates per
+            question (mean).
         metrics: the names recall@k, ndcg@k, mrr.
+        bootstrap: `draws` and `seed` of the intervals and tests.
         ceiling: each metric for a perfect order of the first system's candidates.
-        rows: one a system, with `system`, `questions`, each metric of the greedy answer, each
-            `<metric>_sampled` (mean over the samples of a question; a system that writes no completions has
-            one answer, which counts for both), `complete_permutations` (share of greedy answers that are one
-            as written), `without_defect` (share with no defect at all), `true_descriptions` (share of a
-            question's pages about which the reasoning states the true description, over questions with
-            described pages), `tokens` (mean length of a greedy completion), `defects` and `defects_sampled`
-            (answers with each), `classes` and `classes_sampled` (answers of each class, zeros included: see
-            `answer_classes`), `ceiling` (each metric for a perfect order of this system's own candidates),
-            `intervals`, `macro` (over domains), `by_domain`, `by_question_type`. None where a value is not
-            defined.
-        differences: `system`, `baseline`, and for each figure that both have {mean, low, high, p, p_holm}: the
-            paired difference with its interval, the p-value of a two-sided paired randomization test with as
-            many draws, and that value corrected after Holm over the comparisons of the same figure here. Each
-            system against the one before it, and against the first.
+        rows: one per system:
+            system, questions: its name and the number of questions.
+            <metric>: of the greedy answer.
+            <metric>_sampled: mean over a question's samples. A system that writes no completions has one answer,
+                which counts as its sample.
+            complete_permutations: share of greedy answers that are complete permutations as the model wrote them.
+            without_defect: share of greedy answers without any defect.
+            true_descriptions: share of a question's pages whose true description the reasoning states, over
+                questions with described pages.
+            tokens: mean length of a greedy completion.
+            defects, defects_sampled: number of answers with each defect.
+            classes, classes_sampled: number of answers in each class, zeros included (see `answer_classes`).
+            ceiling: each metric for a perfect order of this system's own candidates.
+            intervals: of the figures above.
+            macro: means over domains, with their own `intervals`.
+            by_domain, by_question_type: each metric of a subset of questions, with `questions` and `intervals`.
+            A figure that is undefined for a system is None.
+        differences: one per pair of systems, each system with the one before it and with the first: `system`,
+            `baseline`, and for each figure that both have {mean, low, high, p, p_holm}. low and high are the
+            interval of the paired difference; p is the p-value of a two-sided paired randomization test with
+            `draws` draws; p_holm is p corrected after Holm over all pairs for the same figure.
 
-    Raises `InputError` where systems did not rank the same questions.
+    Raises `InputError` if the systems did not rank the same questions.
     """
-    systems = aligned(rankings)
+    systems = align_rankings(rankings)
     descriptions = {page.id: page.description for page in pages if page.description}
     sampled = max(len(ranking.samples) for ranked in systems.values() for ranking in ranked)
     first = next(iter(systems.values()))
@@ -74,9 +83,9 @@ def score_rankings(
     ceiling = next(iter(ceilings.values()))
     metrics = list(ceiling)
     values = {system: question_values(ranked, tables[system], descriptions) for system, ranked in systems.items()}
-    if sampled:  # a system that writes no completions has one answer, which counts as its samples too
+    if sampled:
         for system, ranked in systems.items():
-            if not writes(ranked):
+            if not writes_completions(ranked):  # its one answer counts as its sample
                 values[system] |= {f"{name}_sampled": values[system][name] for name in metrics}
     return {
         "questions": len(first),
@@ -98,10 +107,10 @@ def score_rankings(
     }
 
 
-def aligned(rankings: Rankings) -> dict[str, list[Ranking]]:
-    """Every system's rankings in the order of the first system's questions.
+def align_rankings(rankings: Rankings) -> dict[str, list[Ranking]]:
+    """Every system's rankings, in the order of the first system's questions.
 
-    Raises `InputError` where systems did not rank the same questions, or have other relevant pages for one.
+    Raises `InputError` if the systems did not rank the same questions, or if a question's relevant pages differ.
     """
     if not rankings or not all(rankings.values()):
         raise InputError("no rankings to score; give each system at least one")
@@ -110,11 +119,15 @@ def aligned(rankings: Rankings) -> dict[str, list[Ranking]]:
     aligned = {}
     for system, ranked in rankings.items():
         by_id = {ranking.query_id: ranking for ranking in ranked}
-        odd = by_id.keys() ^ positives.keys()
-        if odd or len(by_id) != len(ranked):
-            what = f"only one of them ranked {min(odd)}" if odd else f"{system} ranked a question twice"
+        unmatched_ids = by_id.keys() ^ positives.keys()
+        if unmatched_ids or len(by_id) != len(ranked):
+            problem = (
+                f"only one of them ranked {min(unmatched_ids)}"
+                if unmatched_ids
+                else f"{system} ranked a question twice"
+            )
             raise InputError(
-                f"rankings of {system} and {baseline} are not of the same questions: {what}; "
+                f"rankings of {system} and {baseline} are not of the same questions: {problem}; "
                 "rank the same file with both"
             )
         for query_id, ranking in by_id.items():
@@ -130,40 +143,39 @@ def aligned(rankings: Rankings) -> dict[str, list[Ranking]]:
 def question_values(
     ranked: Sequence[Ranking], table: QuestionTable, descriptions: Mapping[PageId, str]
 ) -> dict[str, Values]:
-    """Each figure's values over questions, shape (Q,); NaN where a question has none. Undefined ones left out."""
+    """Figure → its value for each question, shape (Q,), NaN where undefined. Omits figures the system lacks."""
     values = dict(table.metrics)
-    wrote = writes(ranked)
     if all(ranking.samples for ranking in ranked):
-        drawn = question_table(ranked, sampled=True)
-        values |= {f"{name}_sampled": scores for name, scores in drawn.metrics.items()}
-    if wrote:
+        sampled = question_table(ranked, sampled=True)
+        values |= {f"{name}_sampled": scores for name, scores in sampled.metrics.items()}
+    if writes_completions(ranked):
         values["complete_permutations"] = np.array([float(is_complete(r.greedy)) for r in ranked])
         values["without_defect"] = np.array([float(not r.greedy.defects) for r in ranked])
-        true = np.array([true_share(ranking, descriptions) for ranking in ranked])
-        if not np.isnan(true).all():
-            values["true_descriptions"] = true
+        true_shares = np.array([true_description_share(ranking, descriptions) for ranking in ranked])
+        if not np.isnan(true_shares).all():
+            values["true_descriptions"] = true_shares
     return values
 
 
-def writes(ranked: Iterable[Ranking]) -> bool:
-    """Whether a system writes completions; a first stage does not."""
+def writes_completions(ranked: Iterable[Ranking]) -> bool:
+    """Whether the system writes completions. A first stage and the mode `logits` do not."""
     return any(ranking.greedy.completion or ranking.greedy.defects for ranking in ranked)
 
 
-def true_share(ranking: Ranking, descriptions: Mapping[PageId, str]) -> float:
-    """Share of the described pages of a prompt whose line in the greedy think block states the description.
+def true_description_share(ranking: Ranking, descriptions: Mapping[PageId, str]) -> float:
+    """Share of the prompt's described pages for which the greedy reasoning states the true description.
 
-    A missing line counts as false. NaN where no page of the prompt has a description.
+    A page without a line in the think block counts as false. NaN if no page of the prompt has a description.
     """
     think = parse_answer(ranking.greedy.completion, len(ranking.shown)).think or ""
     notes = split_notes(think)
-    known = [(i, descriptions[page.id]) for i, page in enumerate(ranking.shown, 1) if page.id in descriptions]
-    true = [states_description(notes.get(i, ""), description) for i, description in known]
-    return sum(true) / len(true) if true else float("nan")
+    described = [(i, descriptions[page.id]) for i, page in enumerate(ranking.shown, 1) if page.id in descriptions]
+    is_true = [states_description(notes.get(i, ""), description) for i, description in described]
+    return sum(is_true) / len(is_true) if is_true else float("nan")
 
 
 def _ceiling(ranked: Iterable[Ranking]) -> dict[str, float]:
-    """Each metric for a perfect order of the same candidates, mean over questions."""
+    """Each metric for a perfect order of the candidates, mean over questions."""
     scores = [question_metrics(_perfect(ranking), ranking.positives) for ranking in ranked]
     return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
 
@@ -174,19 +186,19 @@ def _perfect(ranking: Ranking) -> list[PageId]:
 
 
 def distinct_ceilings(results: Mapping[str, Any]) -> list[tuple[list[str], dict[str, float]]]:
-    """The ceilings there are, each with the systems whose candidates have it, in the order of the rows."""
-    found: list[tuple[list[str], dict[str, float]]] = []
+    """The different ceilings, each with the systems that have it, in the order of the rows."""
+    ceilings: list[tuple[list[str], dict[str, float]]] = []
     for row in results["rows"]:
-        same = next((systems for systems, ceiling in found if ceiling == row["ceiling"]), None)
-        if same is None:
-            found.append(([row["system"]], row["ceiling"]))
+        systems = next((systems for systems, ceiling in ceilings if ceiling == row["ceiling"]), None)
+        if systems is None:
+            ceilings.append(([row["system"]], row["ceiling"]))
         else:
-            same.append(row["system"])
-    return found
+            systems.append(row["system"])
+    return ceilings
 
 
-def reached(row: Mapping[str, Any], metric: str) -> float | None:
-    """What share of its own ceiling a system reaches, 0..1; None where no candidate is relevant."""
+def share_of_ceiling(row: Mapping[str, Any], metric: str) -> float | None:
+    """A system's metric ÷ its own ceiling, 0 to 1; None if no candidate is relevant."""
     ceiling = row["ceiling"][metric]
     return row[metric] / ceiling if ceiling else None
 
@@ -198,19 +210,19 @@ def _row(
     names += ["complete_permutations", "without_defect", "true_descriptions"]
     row: dict[str, Any] = {"questions": len(ranked)}
     row |= {name: float(np.nanmean(values[name])) if name in values else None for name in names}
-    row["tokens"] = float(np.mean([r.greedy.tokens for r in ranked])) if writes(ranked) else None
-    wrote = ranked if writes(ranked) else []
-    for ending, sampled in (("", False), ("_sampled", True)):
-        counts = defect_counts(wrote, sampled=sampled)
-        row[f"defects{ending}"] = {defect.value: counts[defect] for defect in Defect if counts[defect]}
-        row[f"classes{ending}"] = class_counts(wrote, sampled=sampled)
+    row["tokens"] = float(np.mean([r.greedy.tokens for r in ranked])) if writes_completions(ranked) else None
+    with_completions = ranked if writes_completions(ranked) else []
+    for suffix, sampled in (("", False), ("_sampled", True)):
+        counts = defect_counts(with_completions, sampled=sampled)
+        row[f"defects{suffix}"] = {defect.value: counts[defect] for defect in Defect if counts[defect]}
+        row[f"classes{suffix}"] = class_counts(with_completions, sampled=sampled)
     row["intervals"] = {name: _interval(values[name], seed, draws) for name in names if name in values}
     return row
 
 
 def _interval(values: Values, seed: int, draws: int, groups: Sequence[str] | None = None) -> dict[str, float]:
-    known = values[~np.isnan(values)]
-    return bootstrap_mean(known, samples=draws, seed=seed, groups=groups).model_dump(include={"low", "high"})
+    defined = values[~np.isnan(values)]
+    return bootstrap_mean(defined, samples=draws, seed=seed, groups=groups).model_dump(include={"low", "high"})
 
 
 def _breakdowns(table: QuestionTable, metrics: Sequence[str], seed: int, draws: int) -> dict[str, Any]:
@@ -243,7 +255,7 @@ def _groups(
 
 
 def _pairs(systems: Sequence[str]) -> list[tuple[str, str]]:
-    """(system, baseline): each against the one before it, then against the first."""
+    """(system, baseline): each system with the one before it, then with the first."""
     pairs = []
     for i, system in enumerate(systems[1:], 1):
         pairs += [(system, baseline) for baseline in dict.fromkeys((systems[i - 1], systems[0]))]
@@ -251,45 +263,46 @@ def _pairs(systems: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _differences(values: Mapping[str, Mapping[str, Values]], seed: int, draws: int) -> list[dict[str, Any]]:
-    """Every comparison; p-values are corrected over those of the same figure."""
+    """All comparisons, with p-values corrected over those of the same figure."""
     differences = []
-    tested: dict[str, list[dict[str, float]]] = {}
+    by_figure: dict[str, list[dict[str, float]]] = {}
     for system, baseline in _pairs(list(values)):
-        figures = _compared(values[system], values[baseline], seed, draws)
+        figures = _paired_differences(values[system], values[baseline], seed, draws)
         differences.append({"system": system, "baseline": baseline, **figures})
         for name, figure in figures.items():
-            tested.setdefault(name, []).append(figure)
-    for alike in tested.values():
-        for figure, corrected in zip(alike, holm([figure["p"] for figure in alike]), strict=True):
-            figure["p_holm"] = corrected
+            by_figure.setdefault(name, []).append(figure)
+    for figures_of_name in by_figure.values():
+        corrected = holm([figure["p"] for figure in figures_of_name])
+        for figure, p_holm in zip(figures_of_name, corrected, strict=True):
+            figure["p_holm"] = p_holm
     return differences
 
 
-def _compared(
+def _paired_differences(
     a: Mapping[str, Values], b: Mapping[str, Values], seed: int, draws: int
 ) -> dict[str, dict[str, float]]:
-    """The paired difference in each figure that both have, with its interval and p-value."""
-    known = {name: ~np.isnan(a[name]) & ~np.isnan(b[name]) for name in a if name in b}
-    names = [name for name in known if known[name].any()]
-    gaps_QF = np.column_stack([np.where(known[name], a[name] - b[name], 0.0) for name in names])
-    p_values = randomization_tests(gaps_QF, samples=draws, seed=seed)
-    compared = {}
+    """a − b in each figure that both have, with its interval and p-value."""
+    defined = {name: ~np.isnan(a[name]) & ~np.isnan(b[name]) for name in a if name in b}
+    names = [name for name in defined if defined[name].any()]
+    differences_QF = np.column_stack([np.where(defined[name], a[name] - b[name], 0.0) for name in names])
+    p_values = randomization_tests(differences_QF, samples=draws, seed=seed)
+    differences = {}
     for name, p in zip(names, p_values, strict=True):
-        both = known[name]
-        interval = paired_bootstrap(a[name][both], b[name][both], samples=draws, seed=seed)
-        compared[name] = interval.model_dump() | {"p": float(p)}
-    return compared
+        rows = defined[name]
+        interval = paired_bootstrap(a[name][rows], b[name][rows], samples=draws, seed=seed)
+        differences[name] = interval.model_dump() | {"p": float(p)}
+    return differences
 
 
 def find_difference(results: Mapping[str, Any], system: str, baseline: str) -> dict[str, Any]:
-    """The paired differences of two systems. Raises KeyError where the results hold none."""
+    """The paired differences of two systems. Raises KeyError if the results do not compare them."""
     for difference in results["differences"]:
         if (difference["system"], difference["baseline"]) == (system, baseline):
             return dict(difference)
-    raise KeyError(f"no difference of {system} and {baseline}")
+    raise KeyError(f"the results do not compare {system} with {baseline}")
 
 
-# name of the figure, heading, how it is printed
+# (figure, column heading, format)
 _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("recall@1", "recall\n@1", "{:.3f}".format),
     ("of_ceiling", "of its\nceiling", "{:.1%}".format),
@@ -303,22 +316,22 @@ _COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def results_table(results: Mapping[str, Any], width: int = 100) -> str:
-    """The results as text: a row a system, the ceilings, then each difference in recall@1.
+    """The results as text: one row per system, the ceilings, then each difference in recall@1.
 
-    A difference has its 95 % interval, and its p-value as corrected over the comparisons of that figure.
+    A difference is printed with its 95 % interval and its Holm-corrected p-value.
     """
-    rows = [{**row, "of_ceiling": reached(row, "recall@1")} for row in results["rows"]]
+    rows = [{**row, "of_ceiling": share_of_ceiling(row, "recall@1")} for row in results["rows"]]
     columns = [column for column in _COLUMNS if any(row[column[0]] is not None for row in rows)]
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("system")
     for _, heading, _ in columns:
         table.add_column(heading, justify="right")
     for row in rows:
-        cells = ["–" if row[name] is None else form(row[name]) for name, _, form in columns]
+        cells = ["–" if row[name] is None else to_text(row[name]) for name, _, to_text in columns]
         table.add_row(escape(row["system"]), *cells)
     for systems, ceiling in distinct_ceilings(results):
         name = f"ceiling of {', '.join(systems)}" if len(systems) < len(rows) else "ceiling"
-        table.add_row(escape(name), *(form(ceiling[n]) if n in ceiling else "" for n, _, form in columns))
+        table.add_row(escape(name), *(to_text(ceiling[n]) if n in ceiling else "" for n, _, to_text in columns))
     stream = io.StringIO()
     Console(file=stream, width=width, no_color=True, highlight=False).print(table)
     lines = [line.rstrip() for line in stream.getvalue().splitlines() if line.strip()]
@@ -331,8 +344,9 @@ def results_table(results: Mapping[str, Any], width: int = 100) -> str:
     return "\n".join(lines)
 
 
-def _signed(gap: Mapping[str, float]) -> str:
-    return f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}] p {p_text(gap['p_holm'])}"
+def _signed(difference: Mapping[str, float]) -> str:
+    interval = f"[{difference['low']:+.3f}, {difference['high']:+.3f}]"
+    return f"{difference['mean']:+.3f} {interval} p {p_text(difference['p_holm'])}"
 
 
 def p_text(p: float) -> str:

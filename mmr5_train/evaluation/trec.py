@@ -1,7 +1,7 @@
-"""TREC files: runs (`qid Q0 docid rank score tag`) and qrels (`qid 0 docid rel`), what trec_eval and its kin read.
+"""TREC files for trec_eval and compatible tools: runs (`qid Q0 docid rank score tag`), qrels (`qid 0 docid rel`).
 
-A docid is `<doc_name>#<page>`, page from 0. In names and query ids everything but printable ASCII, and "%" itself,
-stands percent-encoded (UTF-8, RFC 3986), so an id is one field of one line and maps back exactly.
+A docid is `<doc_name>#<page>`, with pages numbered from 0. In names and query ids, "%" and everything except
+printable ASCII is percent-encoded (UTF-8, RFC 3986). So every id is one field of a line and decodes exactly.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from urllib.parse import quote, unquote
 from pydantic import Field, ValidationError
 
 from mmr5_train.common.files import InputError, atomic_write, validation_message
-from mmr5_train.evaluation.scoring import aligned
+from mmr5_train.evaluation.scoring import align_rankings
 from mmr5_train.ranking.records import PageId, Ranking, Record
 
 QRELS = "qrels.txt"
-# "#" needs no escape: a docid is split at its last one, and what follows that is a number.
-_PLAIN = string.punctuation.replace("%", "")
+# "#" needs no escape: a docid is split at its last "#", and only a number follows that.
+_UNESCAPED = string.punctuation.replace("%", "")
 
 
 class RunLine(Record):
-    """A line of a run. Rank and tag are not kept: as for trec_eval, the score alone decides."""
+    """A line of a run, without rank and tag: as in trec_eval, only the score determines the order."""
 
     query_id: str = Field(min_length=1)
     doc_name: str = Field(min_length=1)
@@ -32,14 +32,14 @@ class RunLine(Record):
 
 
 def escape(name: str) -> str:
-    """A document name or query id without white space, in printable ASCII."""
-    return quote(name, safe=_PLAIN)
+    """A document name or query id, percent-encoded to printable ASCII without white space."""
+    return quote(name, safe=_UNESCAPED)
 
 
 def unescape(field: str) -> str:
-    """The name behind a field; a "%" that starts no escape is itself.
+    """The name that a field encodes. A "%" that starts no escape stays as it is.
 
-    Raises UnicodeDecodeError for escapes that are no UTF-8.
+    Raises UnicodeDecodeError if the escapes do not decode to UTF-8.
     """
     return unquote(field, errors="strict")
 
@@ -49,9 +49,9 @@ def docid(page: PageId) -> str:
 
 
 def run_lines(path: Path) -> Iterator[tuple[int, RunLine]]:
-    """(line number from 1, line) of a run, as they stand there; blank lines are passed over.
+    """Yields (line number from 1, line) of a run in file order, without blank lines.
 
-    Raises `InputError` for a file that can't be read, and for a line of another form.
+    Raises `InputError` for a file that can't be read and for a malformed line.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -71,48 +71,51 @@ def run_lines(path: Path) -> Iterator[tuple[int, RunLine]]:
 
 
 def _run_line(fields: Sequence[str]) -> RunLine:
-    """Raises ValueError (pydantic's too) that says what is wrong with the line."""
+    """Parses the fields of a line. Raises ValueError (pydantic's is a subclass) naming the problem."""
     if len(fields) != 6:
         raise ValueError(
             f"expected `qid Q0 docid rank score tag`, found {len(fields)} fields; "
             "names with spaces need JSON Lines, or %20 for a space"
         )
     query_id, _, page_id, _, score, _ = fields
-    name, mark, page = page_id.rpartition("#")
-    if not mark or not page.isdecimal():
+    name, separator, page = page_id.rpartition("#")
+    if not separator or not page.isdecimal():
         raise ValueError(f"docid must be <doc_name>#<page>, found {page_id!r}")
     try:
         names = {"query_id": unescape(query_id), "doc_name": unescape(name)}
     except UnicodeDecodeError:
         raise ValueError(
-            f"{query_id} or {page_id} holds an escape that is no UTF-8; write a percent sign as %25"
+            f"{query_id} or {page_id} has an escape that is not UTF-8; write a percent sign as %25"
         ) from None
     return RunLine.model_validate({**names, "page": page, "score": score})
 
 
 def read_run(path: Path) -> dict[str, tuple[PageId, ...]]:
-    """Query id → its pages, highest score first, equal scores in the order of their lines.
+    """Query id → its pages, highest score first; pages with equal scores keep the order of their lines.
 
-    Raises `InputError` as `run_lines` does, and for a page that stands twice under a question.
+    Raises `InputError` as `run_lines` does, and for a page that a question lists twice.
     """
     scores: dict[str, dict[PageId, float]] = {}
     for number, line in run_lines(path):
         page = PageId(doc_name=line.doc_name, page=line.page)
-        ranked = scores.setdefault(line.query_id, {})
-        if page in ranked:
-            raise InputError(f"{path}, line {number}: page {page} stands twice for {line.query_id}; remove one")
-        ranked[page] = line.score
-    return {query_id: tuple(sorted(ranked, key=lambda page: -ranked[page])) for query_id, ranked in scores.items()}
+        page_scores = scores.setdefault(line.query_id, {})
+        if page in page_scores:
+            raise InputError(f"{path}, line {number}: {line.query_id} lists page {page} twice; remove one line")
+        page_scores[page] = line.score
+    return {
+        query_id: tuple(sorted(page_scores, key=lambda page: -page_scores[page]))
+        for query_id, page_scores in scores.items()
+    }
 
 
 def write_trec(folder: Path, rankings: Mapping[str, Sequence[Ranking]]) -> None:
-    """`<system>.run` with the greedy order of each system, and `qrels.txt` with every gold page.
+    """Writes `<system>.run` with each system's greedy order, and `qrels.txt` with all gold pages.
 
-    Scores are n, n − 1, … 1: the records hold orders, and a strictly falling score leaves nothing to the rule by
-    which a reader breaks ties. Gold pages that the first stage missed stand in the qrels too, so recall from these
-    files is that of results.json. Raises `InputError` where systems did not rank the same questions.
+    Scores are n, n − 1, … 1. They decrease strictly, so the order does not depend on how a tool breaks ties. The
+    qrels include gold pages that the first stage missed, so recall from these files equals that in results.json.
+    Raises `InputError` if the systems did not rank the same questions.
     """
-    systems = aligned(rankings)
+    systems = align_rankings(rankings)
     for system, ranked in systems.items():
         _write_lines(folder / f"{system}.run", _run(system, ranked))
     _write_lines(folder / QRELS, _qrels(next(iter(systems.values()))))

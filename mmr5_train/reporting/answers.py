@@ -12,7 +12,7 @@ import numpy as np
 from mmr5_train.common.files import InputError
 from mmr5_train.evaluation.answer_classes import CLASSES, DEFECTS, class_counts
 from mmr5_train.evaluation.metrics import defect_counts
-from mmr5_train.evaluation.scoring import writes
+from mmr5_train.evaluation.scoring import writes_completions
 from mmr5_train.ranking.records import Ranking
 
 Rankings = Mapping[str, Sequence[Ranking]]
@@ -35,7 +35,7 @@ def answer_view(rankings: Rankings) -> dict[str, Any] | None:
     """
     columns = []
     for system, ranked in rankings.items():
-        if not writes(ranked):
+        if not writes_completions(ranked):
             continue
         for kind, sampled in (("greedy", False), ("sampled", True)):
             defects = defect_counts(ranked, sampled=sampled)
@@ -70,7 +70,7 @@ def cost_view(rankings: Rankings, timing: Mapping[str, Mapping[str, float]]) -> 
     costs = {}
     for system, ranked in rankings.items():
         cost = dict(timing.get(system, {}))
-        if writes(ranked):
+        if writes_completions(ranked):
             cost["tokens"] = float(np.mean([ranking.greedy.tokens for ranking in ranked]))
             if drawn := [answered.tokens for ranking in ranked for answered in ranking.samples]:
                 cost["tokens_sampled"] = float(np.mean(drawn))

@@ -58,7 +58,7 @@ SFT_CHARTS = (
 GRPO_CHARTS = (
     (("reward",), "Reward", "weighted sum, mean over completions"),
     (("rewards/*",), "", "mean over completions"),
-    (("frac_reward_zero_std",), "Groups without spread", "share whose completions all earn the same"),
+    (("frac_reward_zero_std",), "Zero-variance groups", "share whose completions all get the same reward"),
     (("entropy",), "Entropy", "of the next token, in nats"),
     (("kl",), "KL", "to the model GRPO started from"),
     (("heldout/recall@1",), "Held-out recall@1", "greedy answers, at each checkpoint"),

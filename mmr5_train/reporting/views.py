@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from mmr5_train.common.files import InputError, read_manifest
 from mmr5_train.evaluation.alarms import read_alarms
-from mmr5_train.evaluation.scoring import distinct_ceilings, find_difference, p_text, reached
+from mmr5_train.evaluation.scoring import distinct_ceilings, find_difference, p_text, share_of_ceiling
 from mmr5_train.ranking.records import PageId
 from mmr5_train.reporting.curves import read_history, show, training_charts
 
@@ -153,7 +153,7 @@ def trained_text(sft: Path | None, grpo: Path | None) -> str:
 
 def overview(results: Results) -> dict[str, Any]:
     """The results table, the score cards and the forest of differences."""
-    rows = [{**row, "of_ceiling": reached(row, "recall@1")} for row in results["rows"]]
+    rows = [{**row, "of_ceiling": share_of_ceiling(row, "recall@1")} for row in results["rows"]]
     metrics = table_metrics(results)
     return {
         "rows": rows,

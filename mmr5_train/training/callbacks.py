@@ -16,7 +16,7 @@ from trl import GRPOTrainer, SFTTrainer
 from trl.models import unwrap_model_for_generation
 
 from mmr5_train.common.files import InputError, read_records, write_json
-from mmr5_train.evaluation.alarms import ALARMS, Action, Alarm, read_alarms, ringing
+from mmr5_train.evaluation.alarms import ALARMS, Action, Alarm, raised_alarms, read_alarms
 from mmr5_train.evaluation.metrics import is_complete, recall_at_k
 from mmr5_train.inference.local import LocalBackend
 from mmr5_train.models.inputs import check_images
@@ -135,20 +135,22 @@ class AlarmCallback(TrainerCallback):
 
     def __init__(self, out: Path, action: Action) -> None:
         self.out, self.action = out, action
-        self.rung: dict[str, Alarm] = {}
+        self.raised: dict[str, Alarm] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step:  # goes on: what was said is not said again
-            self.rung = {alarm.name: alarm for alarm in read_alarms(self.out)}
+            self.raised = {alarm.name: alarm for alarm in read_alarms(self.out)}
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        new = [alarm for alarm in ringing(state.log_history, state.global_step) if alarm.name not in self.rung]
-        self.rung |= {alarm.name: alarm for alarm in new}
+        new = [
+            alarm for alarm in raised_alarms(state.log_history, state.global_step) if alarm.name not in self.raised
+        ]
+        self.raised |= {alarm.name: alarm for alarm in new}
         if state.is_world_process_zero:
             for alarm in new:
                 tqdm.write(f"grpo: alarm at {alarm}")
             if new:
-                write_json(self.out / ALARMS, [asdict(alarm) for alarm in self.rung.values()])
+                write_json(self.out / ALARMS, [asdict(alarm) for alarm in self.raised.values()])
         if new and self.action == "stop":
             control.should_training_stop = True
 

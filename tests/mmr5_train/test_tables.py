@@ -43,7 +43,7 @@ def test_both_forms_hold_what_was_measured_and_what_was_published(folder, tmp_pa
     against = "ColQwen + sft+grpo measured on 12 questions measured − published"
     assert page.text.index("ColQwen + MM-R5 published") < page.text.index(against)
     assert text.count("| difference |") == 3
-    assert "held to be exact" in page.text
+    assert "treated as exact" in page.text
     assert page.text.endswith("everything in it is in it.")
 
 

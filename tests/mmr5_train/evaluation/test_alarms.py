@@ -1,17 +1,17 @@
-"""Alarms ring on each way to collapse, and not on a run that learns."""
+"""Each kind of collapse raises its alarm, and a run that learns raises none."""
 
 import random
 
 import pytest
 
 from mmr5_train.common.files import InputError
-from mmr5_train.evaluation.alarms import BLOCK, CHECKS, read_alarms, ringing
+from mmr5_train.evaluation.alarms import BLOCK, CHECKS, raised_alarms, read_alarms
 
 STEPS = 100
 
 
 def history(steps=STEPS, noise=0.05, seed=0, **ends):
-    """A log in which each value goes straight from its first to its last, with noise on it."""
+    """A log in which each value changes linearly from start to end, with Gaussian noise."""
     rng = random.Random(seed)
     start_and_end = {
         "answers/reranking": (0.5, 0.6),
@@ -36,12 +36,12 @@ def history(steps=STEPS, noise=0.05, seed=0, **ends):
 
 
 def names(entries):
-    return [alarm.name for alarm in ringing(entries, entries[-1]["step"])]
+    return [alarm.name for alarm in raised_alarms(entries, entries[-1]["step"])]
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("noise", [0.02, 0.3])
-def test_a_run_that_learns_is_quiet(seed, noise):
+def test_learning_run_raises_no_alarm(seed, noise):
     entries = history(seed=seed, noise=noise)
     for end in range(1, STEPS + 1):
         assert names(entries[:end]) == []
@@ -52,52 +52,52 @@ def test_a_run_that_learns_is_quiet(seed, noise):
     [
         ({"answers__reranking": (0.6, 0.25)}, "ranking falls"),
         ({"defects__duplicates": (0.02, 0.24)}, "duplicates rise"),
-        ({"completions__mean_length": (80, 180)}, "length runs off"),
-        ({"completions__clipped_ratio": (0.0, 0.5)}, "length runs off"),
-        ({"answers__true_verdicts": (0.95, 0.7)}, "reasoning rots"),
-        ({"answers__follow_verdicts": (0.95, 0.5)}, "reasoning rots"),
-        ({"first__3": (0.2, 0.95)}, "one place comes first"),
-        ({"frac_reward_zero_std": (0.4, 1.1)}, "groups without spread"),
+        ({"completions__mean_length": (80, 180)}, "length grows"),
+        ({"completions__clipped_ratio": (0.0, 0.5)}, "length grows"),
+        ({"answers__true_verdicts": (0.95, 0.7)}, "reasoning degrades"),
+        ({"answers__follow_verdicts": (0.95, 0.5)}, "reasoning degrades"),
+        ({"first__3": (0.2, 0.95)}, "one position comes first"),
+        ({"frac_reward_zero_std": (0.4, 1.1)}, "zero-variance groups"),
     ],
 )
-def test_each_collapse_has_its_alarm(ends, name):
+def test_collapse_raises_its_alarm(ends, name):
     entries = history(**ends)
     assert names(entries) == [name]
-    [alarm] = ringing(entries, STEPS)
+    [alarm] = raised_alarms(entries, STEPS)
     assert CHECKS[name][1] in str(alarm)
     assert f"step {STEPS}: {name}: " in str(alarm)
 
 
-def test_a_rise_and_a_fall_count_from_the_top():
+def test_fall_is_measured_from_the_highest_block():
     up, down = history(60, answers__reranking=(0.3, 0.7)), history(60, answers__reranking=(0.7, 0.3), seed=1)
     assert names(up) == []
     assert names(up + down) == ["ranking falls"]
 
 
-def test_the_form_that_rises_meanwhile_is_named():
-    [alarm] = ringing(history(answers__reranking=(0.6, 0.2), answers__complete=(0.5, 0.99)), STEPS)
+def test_ranking_alarm_names_a_simultaneous_format_rise():
+    [alarm] = raised_alarms(history(answers__reranking=(0.6, 0.2), answers__complete=(0.5, 0.99)), STEPS)
     assert ", while answers/complete 0." in alarm.seen
 
 
-def test_two_blocks_are_the_least():
+def test_no_alarm_before_two_full_blocks():
     entries = history(2 * BLOCK - 1, answers__reranking=(0.6, 0.0))
     assert names(entries) == []
 
 
-def test_held_out_questions():
-    def ranked(*values, questions):
+def test_held_out_threshold_depends_on_the_number_of_questions():
+    def evaluations(*values, questions):
         return [
             {"step": i, "heldout/recall@1": value, "heldout/questions": questions}
             for i, value in enumerate(values)
         ]
 
-    assert names(ranked(0.6, 0.64, 0.6, questions=200)) == []
-    assert names(ranked(0.6, 0.64, 0.6, 0.56, questions=200)) == ["held-out ranking falls"]
-    assert names(ranked(0.6, 0.64, 0.56, questions=50)) == []
-    assert names(ranked(0.6, 0.64, 0.58, questions=1000)) == ["held-out ranking falls"]
+    assert names(evaluations(0.6, 0.64, 0.6, questions=200)) == []
+    assert names(evaluations(0.6, 0.64, 0.6, 0.56, questions=200)) == ["held-out ranking falls"]
+    assert names(evaluations(0.6, 0.64, 0.56, questions=50)) == []
+    assert names(evaluations(0.6, 0.64, 0.58, questions=1000)) == ["held-out ranking falls"]
 
 
-def test_a_file_of_another_kind(tmp_path):
+def test_invalid_alarms_file_is_an_error(tmp_path):
     assert read_alarms(tmp_path) == []
     (tmp_path / "alarms.json").write_text('[{"name": "x"}]')
     with pytest.raises(InputError, match=r"alarms\.json: not a list of alarms"):

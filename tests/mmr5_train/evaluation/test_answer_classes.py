@@ -14,7 +14,7 @@ THINK = "<think>t</think>"
     ("text", "name"),
     [
         (f"{THINK}<answer>[3, 1, 2]</answer>", "ok"),
-        ("<answer>[3, 1, 2]</answer>", "ok"),  # no think block: the order is whole
+        ("<answer>[3, 1, 2]</answer>", "ok"),  # no think block, but a complete order
         (f"{THINK}[3, 1, 2]", "wrong_format"),
         (f"{THINK}<answer>3, 1, 2</answer>", "wrong_format"),
         (f"{THINK}<answer>[3, a, 2]</answer>", "wrong_format"),
@@ -28,23 +28,23 @@ THINK = "<think>t</think>"
         (f"{THINK}<answer>[]</answer>", "missing_documents"),
     ],
 )
-def test_each_class(text, name):
+def test_class_of_answer(text, name):
     assert answer_class(to_model_answer(text, 3)) == name
 
 
-def test_every_class_and_every_defect_is_explained():
+def test_every_class_and_defect_has_a_meaning():
     assert list(DEFECTS) == list(Defect)
     assert all(meaning.endswith(".") for meaning in (*CLASSES.values(), *DEFECTS.values()))
 
 
 @given(st.text("<think></answer>[]123, ", max_size=40), st.booleans())
-def test_ok_is_a_complete_permutation(text, cut_off):
-    answered = to_model_answer(f"<answer>{text}</answer>", 3, cut_off=cut_off)
-    assert answer_class(answered) in CLASSES
-    assert (answer_class(answered) == "ok") == is_complete(answered)
+def test_ok_means_complete_permutation(text, cut_off):
+    answer = to_model_answer(f"<answer>{text}</answer>", 3, cut_off=cut_off)
+    assert answer_class(answer) in CLASSES
+    assert (answer_class(answer) == "ok") == is_complete(answer)
 
 
-def test_each_answer_counts_once():
+def test_class_counts_count_each_answer_once():
     rankings = [
         Ranking(
             system="sft",
@@ -66,5 +66,5 @@ def test_each_answer_counts_once():
     greedy, sampled = class_counts(rankings), class_counts(rankings, sampled=True)
     assert list(greedy) == list(CLASSES)
     assert greedy == dict.fromkeys(CLASSES, 0) | {"ok": 1, "missing_documents": 1}
-    counted = {"wrong_format": 2, "repetition": 1, "missing_documents": 1}
-    assert sampled == dict.fromkeys(CLASSES, 0) | counted
+    expected = {"wrong_format": 2, "repetition": 1, "missing_documents": 1}
+    assert sampled == dict.fromkeys(CLASSES, 0) | expected

@@ -1,4 +1,4 @@
-"""TREC files: ids that map back, and the figures that other tools make of what is written."""
+"""TREC files: ids decode exactly, and other tools compute the same figures from the files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mmr5_train.ranking.records import Candidate, LocalId, ModelAnswer, PageId, 
 
 
 def ranking(query_id: str, order: list[int], gold: list[PageId], doc: str = "doc", system: str = "sft") -> Ranking:
-    """As many candidates as `order` has: pages 0, 1, … of `doc`."""
+    """A ranking of pages 0, 1, … of `doc`, one for each id in `order`."""
     return Ranking(
         system=system,
         query_id=query_id,
@@ -34,7 +34,7 @@ def page(doc: str, number: int) -> PageId:
     return PageId(doc_name=doc, page=number)
 
 
-def test_the_lines(tmp_path: Path) -> None:
+def test_lines_of_run_and_qrels(tmp_path: Path) -> None:
     gold = [page("a 1#%.pdf", 1), page("größer", 30)]  # the second was missed by the first stage
     write_trec(tmp_path, {"sft+grpo": [ranking("a 1#%.pdf/0", [3, 1, 2], gold, "a 1#%.pdf")]})
     assert (tmp_path / "sft+grpo.run").read_text() == (
@@ -47,25 +47,27 @@ def test_the_lines(tmp_path: Path) -> None:
     )
 
 
-def test_the_same_figures_as_ir_measures_on_the_written_files(tmp_path: Path) -> None:
-    """Its recall and nDCG come from trec_eval itself, which breaks ties its own way."""
+def test_metrics_equal_ir_measures_on_the_files(tmp_path: Path) -> None:
+    """ir_measures takes recall and nDCG from trec_eval, which has its own rule for ties."""
     rng = random.Random(3)
     rankings = []
     for number in range(120):
         order = rng.sample(range(1, 13), 12)
         doc = rng.choice(["plain.pdf", "mit Leerzeichen #3.pdf", "数据"])
-        gold = [page(doc, p) for p in rng.sample(range(20), rng.randint(1, 6))]  # pages 12.. are no candidates
+        gold = [page(doc, p) for p in rng.sample(range(20), rng.randint(1, 6))]  # pages from 12 are not candidates
         rankings.append(ranking(f"{doc}/{number}", order, gold, doc))
     write_trec(tmp_path, {"sft": rankings})
-    theirs = {f"recall@{k}": R @ k for k in KS} | {f"ndcg@{k}": nDCG @ k for k in KS} | {"mrr": RR}
+    measures = {f"recall@{k}": R @ k for k in KS} | {f"ndcg@{k}": nDCG @ k for k in KS} | {"mrr": RR}
     qrels = list(ir_measures.read_trec_qrels(str(tmp_path / QRELS)))
     run = list(ir_measures.read_trec_run(str(tmp_path / "sft.run")))
-    found = {(m.query_id, m.measure): m.value for m in ir_measures.iter_calc(list(theirs.values()), qrels, run)}
+    expected = {
+        (m.query_id, m.measure): m.value for m in ir_measures.iter_calc(list(measures.values()), qrels, run)
+    }
     ours = question_table(rankings)
-    assert len(found) == len(theirs) * len(rankings)
-    for name, measure in theirs.items():
+    assert len(expected) == len(measures) * len(rankings)
+    for name, measure in measures.items():
         for query_id, value in zip(ours.query_ids, ours.metrics[name], strict=True):
-            assert found[escape(query_id), measure] == pytest.approx(value, abs=1e-9)
+            assert expected[escape(query_id), measure] == pytest.approx(value, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -73,12 +75,14 @@ def test_the_same_figures_as_ir_measures_on_the_written_files(tmp_path: Path) ->
     [
         ([2, 1, 3, 4, 5, 6], [1], [1, 1, 1]),
         ([1, 2, 3, 4, 5, 6], [3], [0, 0, 1]),  # fourth
-        ([1, 2, 3, 4, 5, 6], [0, 2, 5, 40], [1 / 4, 2 / 4, 2 / 4]),  # sixth, and page 40 never
-        ([6, 5, 4, 3, 2, 1], [5, 5, 4], [1 / 2, 1, 1]),  # a label given twice is one page
+        ([1, 2, 3, 4, 5, 6], [0, 2, 5, 40], [1 / 4, 2 / 4, 2 / 4]),  # page 5 is sixth, page 40 is not a candidate
+        ([6, 5, 4, 3, 2, 1], [5, 5, 4], [1 / 2, 1, 1]),  # a duplicate label counts once
     ],
 )
-def test_recall_of_mmdocir(tmp_path: Path, order: list[int], gold: list[int], recalls: list[float]) -> None:
-    """Retrieved gold pages among the first k ÷ all gold pages (MMDocIR, section 5), by hand, from the files."""
+def test_recall_as_defined_by_mmdocir(
+    tmp_path: Path, order: list[int], gold: list[int], recalls: list[float]
+) -> None:
+    """Gold pages among the first k ÷ all gold pages (MMDocIR, section 5), computed from the files."""
     write_trec(tmp_path, {"sft": [ranking("q", order, [page("doc", p) for p in gold])]})
     relevant = [line.split()[2] for line in (tmp_path / QRELS).read_text().splitlines()]
     ranked = [docid(p) for p in read_run(tmp_path / "sft.run")["q"]]
@@ -87,12 +91,12 @@ def test_recall_of_mmdocir(tmp_path: Path, order: list[int], gold: list[int], re
     assert [table.metrics[f"recall@{k}"][0] for k in (1, 3, 5)] == pytest.approx(recalls)
 
 
-# Line and paragraph separators, no-break spaces, escapes, what looks like a docid.
+# Includes line and paragraph separators, no-break spaces, escapes, and text that looks like a docid.
 names = st.one_of(st.text(min_size=1), st.text("# %2089\t\n\r\x1c\x85\xa0\u2028é", min_size=1))
 
 
 @given(names)
-def test_an_id_is_one_field_and_maps_back(name: str) -> None:
+def test_escaped_id_is_one_field_and_decodes(name: str) -> None:
     field = escape(name)
     assert field.split() == [field]
     assert field.isascii()
@@ -101,25 +105,25 @@ def test_an_id_is_one_field_and_maps_back(name: str) -> None:
 
 
 @given(names, st.integers(0, 10**6), names)
-def test_a_page_is_read_back(tmp_path_factory: pytest.TempPathFactory, name: str, number: int, query: str) -> None:
+def test_page_round_trip(tmp_path_factory: pytest.TempPathFactory, name: str, number: int, query: str) -> None:
     path = tmp_path_factory.mktemp("run") / "s.run"
     path.write_text(f"{escape(query)} Q0 {docid(page(name, number))} 1 1 s\n")
     assert read_run(path) == {query: (page(name, number),)}
 
 
-def test_the_order_is_read_back(tmp_path: Path) -> None:
+def test_order_round_trip(tmp_path: Path) -> None:
     rankings = [ranking("a b/0", [2, 3, 1], [page("a b", 0)], "a b"), ranking("c/0", [1, 2], [page("c", 1)], "c")]
     write_trec(tmp_path, {"sft": rankings})
     assert read_run(tmp_path / "sft.run") == {r.query_id: r.ranked_pages(r.greedy) for r in rankings}
 
 
-def test_scores_decide_and_ties_keep_their_lines(tmp_path: Path) -> None:
+def test_run_is_sorted_by_score_and_ties_keep_file_order(tmp_path: Path) -> None:
     lines = ["q Q0 d#1 1 0.5 x", "", "q Q0 d#2 2 7 x", "q Q0 d#0 3 0.5 x", "r Q0 e#0 1 -1 x"]
     (tmp_path / "s.run").write_text("\n".join(lines))
     assert read_run(tmp_path / "s.run") == {"q": (page("d", 2), page("d", 1), page("d", 0)), "r": (page("e", 0),)}
 
 
-def test_a_percent_sign_that_starts_no_escape_is_itself(tmp_path: Path) -> None:
+def test_percent_sign_without_escape_is_literal(tmp_path: Path) -> None:
     (tmp_path / "s.run").write_text("q Q0 50%.pdf#1 1 2 x\n")
     assert [line.doc_name for _, line in run_lines(tmp_path / "s.run")] == ["50%.pdf"]
 
@@ -129,19 +133,19 @@ def test_a_percent_sign_that_starts_no_escape_is_itself(tmp_path: Path) -> None:
     [
         ("q Q0 d#1 1 2.0", "expected `qid Q0 docid rank score tag`, found 5 fields; .* or %20 for a space"),
         ("q Q0 d#x 1 2 t", "docid must be <doc_name>#<page>, found 'd#x'"),
-        ("q Q0 d%FF#1 1 2 t", "no UTF-8; write a percent sign as %25"),
+        ("q Q0 d%FF#1 1 2 t", "not UTF-8; write a percent sign as %25"),
         ("q Q0 #1 1 2 t", "field doc_name"),
         ("q Q0 d#1 1 nan t", "field score"),
-        ("q Q0 d#0 1 2 t", "page d#0 stands twice for q"),
+        ("q Q0 d#0 1 2 t", "q lists page d#0 twice"),
     ],
 )
-def test_wrong_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+def test_malformed_line_is_an_error(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "s.run").write_text(f"q Q0 d#0 1 2 t\n{line}\n")
     with pytest.raises(InputError, match=f"s.run, line 2: .*{message}"):
         read_run(tmp_path / "s.run")
 
 
-def test_other_questions_are_refused(tmp_path: Path) -> None:
+def test_different_questions_are_an_error(tmp_path: Path) -> None:
     systems = {"a": [ranking("q", [1], [page("doc", 0)])], "b": [ranking("r", [1], [page("doc", 0)])]}
     with pytest.raises(InputError, match="not of the same questions"):
         write_trec(tmp_path, systems)

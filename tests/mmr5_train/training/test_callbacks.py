@@ -84,13 +84,13 @@ def test_room_for_the_best_is_needed(data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def ring_at(step):
+def alarm_from(step):
     alarm = alarms.Alarm("ranking falls", step, "it fell", "turn the knob")
     return lambda history, now: [alarm] if now >= step else []
 
 
 def test_an_alarm_is_said_once_and_kept(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(watching, "ringing", ring_at(2))
+    monkeypatch.setattr(watching, "raised_alarms", alarm_from(2))
     run("grpo", data, tmp_path / "out")
     assert capsys.readouterr().out.count("grpo: alarm at step 2: ranking falls: it fell. turn the knob") == 1
     assert [alarm.step for alarm in alarms.read_alarms(tmp_path / "out")] == [2]
@@ -99,7 +99,7 @@ def test_an_alarm_is_said_once_and_kept(data, tmp_path, monkeypatch, capsys):
 
 
 def test_an_alarm_can_stop_the_training(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(watching, "ringing", ring_at(3))
+    monkeypatch.setattr(watching, "raised_alarms", alarm_from(3))
     run("grpo", data, tmp_path / "out", "alarms=stop")
     assert read_manifest(tmp_path / "out")["counts"]["steps"] == 3
     assert (tmp_path / "out/model/model.safetensors").is_file()

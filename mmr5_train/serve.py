@@ -1,10 +1,10 @@
-"""A reranker behind HTTP: an API as hosted rerank services have it, and a web page to try it on your own PDF.
+"""Serves a reranker over HTTP: an API compatible with hosted rerank services, and a web page to try your own PDFs.
 
     python -m mmr5_train.serve checkpoint=outputs/grpo/model          # then open http://127.0.0.1:8000
     MMR5_API_KEY=… python -m mmr5_train.serve checkpoint=… host=0.0.0.0 port=8080 folder=outputs/data/pages
 
-It writes nothing. The model is loaded while the server already answers (/health says which); requests that come
-together are ranked together. docs/serving.md has the requests, the limits and what is refused.
+It writes no files. The server accepts requests for /health while the model loads. It ranks concurrent requests in
+batches. docs/serving.md describes the API, the limits and the errors.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def main(config: ServeConfig) -> None:
 
 
 def load_reranker(config: ServeConfig) -> Ranker:
-    from mmr5_train.inference.reranker import Reranker  # torch takes seconds, in which the server already answers
+    from mmr5_train.inference.reranker import Reranker  # a slow import, during which /health already answers
 
-    chosen = config.model_dump(include={"mode", "max_new_tokens", "window", "stride", "batch_size"})
-    options = {name: value for name, value in chosen.items() if value is not None}
+    settings = config.model_dump(include={"mode", "max_new_tokens", "window", "stride", "batch_size"})
+    options = {name: value for name, value in settings.items() if value is not None}
     return Reranker(config.checkpoint, prompt=config.prompt, **options)
 
 

@@ -1,4 +1,4 @@
-"""A real server on a free port, around a reranker that judges pages by their colour."""
+"""A real server on a free port, with a fake reranker that scores pages by their color."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ from mmr5_train.serving.settings import ServeConfig
 
 
 class FakeRanker:
-    """The redder a page, the better. A question with "poison" in it makes its batch fail; `gate` holds it up."""
+    """Scores a page by how red it is.
+
+    A query that contains "poison" makes its batch fail with `RuntimeError`, one that contains "unfit" with
+    `InputError`. Each call waits until `gate` is set, and releases `entered` when it starts waiting.
+    """
 
     mode = "reason"
 
@@ -43,27 +47,27 @@ class FakeRanker:
             raise RuntimeError("out of memory in /srv/secret")
         if any("unfit" in query for query in queries):
             raise InputError("page 2 is too long for its width")
-        return [self.rank(query, shown) for query, shown in zip(queries, pages, strict=True)]
+        return [self.rank(query, candidates) for query, candidates in zip(queries, pages, strict=True)]
 
     def rank(self, query: str, pages: Sequence[bytes]) -> RankedResults:
-        reds = []
+        redness = []
         for page in pages:
             with Image.open(io.BytesIO(page)) as image:
                 red, green, blue = image.convert("RGB").resize((1, 1)).getpixel((0, 0))  # type: ignore[misc]
-            reds.append((red - (green + blue) / 2 + 255) / 510)
-        order = sorted(range(len(pages)), key=lambda i: -reds[i])
-        notes = {i: f"<b>page {i}</b> is {reds[i]:.2f} red" for i in range(len(pages))}
-        answered = ModelAnswer(completion="…", order=tuple(i + 1 for i in order), defects=("no_think",), tokens=7)
-        scores = [reds[i] for i in order]
+            redness.append((red - (green + blue) / 2 + 255) / 510)
+        order = sorted(range(len(pages)), key=lambda i: -redness[i])
+        notes = {i: f"<b>page {i}</b> is {redness[i]:.2f} red" for i in range(len(pages))}
+        answer = ModelAnswer(completion="…", order=tuple(i + 1 for i in order), defects=("no_think",), tokens=7)
+        scores = [redness[i] for i in order]
         reasoning = "\n".join(notes.values())
         return build_results(
-            query, pages, order, scores=scores, notes=notes, reasoning=reasoning, answers=[answered]
+            query, pages, order, scores=scores, notes=notes, reasoning=reasoning, answers=[answer]
         )
 
 
 @dataclass
-class Served:
-    """A running server, what it ranks with, and a client of it."""
+class RunningServer:
+    """A running server, its ranker and its thread, and a client for it."""
 
     server: Server
     ranker: FakeRanker
@@ -71,63 +75,65 @@ class Served:
     client: httpx.Client
     thread: threading.Thread
 
-    def ask(self, query: str, documents: Sequence[Any], **fields: Any) -> httpx.Response:
+    def rerank(self, query: str, documents: Sequence[Any], **fields: Any) -> httpx.Response:
         return self.client.post("/v1/rerank", json={"query": query, "documents": list(documents), **fields})
 
-    def in_background(self, *queries: str, documents: Sequence[Any]) -> list[Asking]:
-        """The questions asked at the same time, each by a thread of its own."""
-        asking = [Asking(self, query, documents) for query in queries]
-        for one in asking:
-            one.start()
-        return asking
+    def rerank_in_background(self, *queries: str, documents: Sequence[Any]) -> list[BackgroundRequest]:
+        """Sends one request per query at the same time, each from its own thread."""
+        requests = [BackgroundRequest(self, query, documents) for query in queries]
+        for request in requests:
+            request.start()
+        return requests
 
 
-class Asking(threading.Thread):
-    """A question that is being asked; `response` is there after `join`."""
+class BackgroundRequest(threading.Thread):
+    """A rerank request sent from its own thread."""
 
-    def __init__(self, served: Served, query: str, documents: Sequence[Any]) -> None:
+    def __init__(self, server: RunningServer, query: str, documents: Sequence[Any]) -> None:
         super().__init__(daemon=True)
         self.arguments = (query, documents)
-        self.served = served
-        self.response: httpx.Response | None = None
+        self.server = server
+        self._response: httpx.Response | None = None
 
     def run(self) -> None:
-        self.response = self.served.ask(*self.arguments)
+        self._response = self.server.rerank(*self.arguments)
 
-    def answer(self) -> httpx.Response:
+    def response(self) -> httpx.Response:
+        """Waits for the response."""
         self.join(20)
-        assert self.response is not None
-        return self.response
+        assert self._response is not None
+        return self._response
 
 
-def until(true: Callable[[], bool], what: str, seconds: float = 10) -> None:
+def wait_until(condition: Callable[[], bool], description: str, seconds: float = 10) -> None:
     end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, f"waited in vain until {what}"
+    while not condition():
+        assert time.monotonic() < end, f"timed out after {seconds} s: {description}"
         time.sleep(0.005)
 
 
 @contextmanager
-def serving(
+def run_server(
     ranker: FakeRanker | None = None,
     *,
     key: str | None = None,
     load: Callable[[], Ranker] | None = None,
-    **config: Any,
-) -> Iterator[Served]:
+    **settings: Any,
+) -> Iterator[RunningServer]:
+    """Runs a server. Waits until the ranker is loaded, unless `load` is given."""
     ranker = ranker or FakeRanker()
-    made = ServeConfig(checkpoint="fake", port=0, shutdown_s=5, **config)
-    server = Server(made, load or (lambda: ranker), key)
-    listener = listen(made)
+    config = ServeConfig(checkpoint="fake", port=0, shutdown_s=5, **settings)
+    server = Server(config, load or (lambda: ranker), key)
+    listener = listen(config)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     with httpx.Client(base_url=url, timeout=20, trust_env=False) as client:
         try:
-            until(lambda: server.started, "the server listens")
+            wait_until(lambda: server.started, "the server listens")
             if load is None:
-                until(lambda: server.batcher.state == "ready", "the model is loaded")
-            yield Served(server, ranker, url, client, thread)
+                wait_until(lambda: server.batcher.state == "ready", "the model is loaded")
+            yield RunningServer(server, ranker, url, client, thread)
         finally:
             ranker.gate.set()
             server.should_exit = True
@@ -135,7 +141,7 @@ def serving(
             assert not thread.is_alive()
 
 
-def made_pdf(*sizes):
+def blank_pdf(*sizes):
     """A PDF with an empty page of each size, in points."""
     document = pypdfium2.PdfDocument.new()
     for width, height in sizes:

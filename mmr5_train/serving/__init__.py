@@ -1,1 +1,1 @@
-"""The parts of `python -m mmr5_train.serve`: a reranker behind HTTP. Needs the extra `serve`."""
+"""The HTTP server behind `python -m mmr5_train.serve`. Needs the extra `serve`."""

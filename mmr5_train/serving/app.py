@@ -1,4 +1,4 @@
-"""The routes: POST /v1/rerank and its aliases, POST /pages, the web page, health and models."""
+"""The HTTP routes: POST /v1/rerank and its aliases, POST /pages, GET /, GET /health and GET /v1/models."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from starlette.requests import ClientDisconnect
 from mmr5_train.common.files import InputError
 from mmr5_train.ranking.results import RankedResults
 from mmr5_train.serving.batching import Batcher, StoppingError
-from mmr5_train.serving.errors import RequestError, answer_errors, internal_error, shown
+from mmr5_train.serving.errors import RequestError, install_error_handlers, internal_error, short_repr
 from mmr5_train.serving.page import web_page
 from mmr5_train.serving.pdf import PdfError, render_pdf
-from mmr5_train.serving.requests import Question, answer, read_question
+from mmr5_train.serving.requests import RankingJob, read_job, response_body
 from mmr5_train.serving.settings import MB, ServeConfig
 
-DECODERS = 2  # threads that check pictures; each may hold one decoded page
+DECODERS = 2  # threads that check images; each holds at most one decoded image
 RENDERERS = 2  # processes that render PDFs
-RETRY_S = {"loading": 5, "stopping": 30, "busy": 2}
-CLOSED = 499  # what logs call a request whose client has gone; nobody reads the answer
+RETRY_S = {"loading": 5, "stopping": 30, "busy": 2}  # Retry-After, in seconds
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for logs; no client receives it
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class Service:
-    """What the routes share: the model's queue, the settings, and how many requests are in the house."""
+    """State that the routes share. `requests` counts the requests admitted and not yet answered."""
 
     def __init__(self, config: ServeConfig, batcher: Batcher, key: str | None) -> None:
         self.config, self.limits, self.batcher = config, config.limits, batcher
@@ -49,10 +49,10 @@ class Service:
     async def check_key(self, request: Request) -> None:
         if self.key is None:
             return
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self.key):
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode("latin-1"), self.key):
             message = "Authorization: expected Bearer and this server's key, found "
-            message += "something else" if kind else "no such header"
+            message += "another value" if scheme else "no header"
             headers = {"WWW-Authenticate": "Bearer"}
             raise RequestError(401, "invalid_api_key", message, param="Authorization", headers=headers)
 
@@ -62,24 +62,22 @@ class Service:
         name = self.config.model_name
 
         async def work(body: bytes) -> dict[str, Any]:
-            run = asyncio.get_running_loop().run_in_executor
-            question = await run(
-                self.decoders, partial(read_question, body, self.limits, name, self.config.folder)
-            )
-            del body  # while the question waits, its pictures are kept once, not as base64 too
-            return answer(question, await self.rank(question), name)
+            read = partial(read_job, body, self.limits, name, self.config.folder)
+            job = await asyncio.get_running_loop().run_in_executor(self.decoders, read)
+            del body, read  # free the base64 text while the job waits; the job holds the decoded bytes
+            return response_body(job, await self.rank(job), name)
 
         return await self.admit(request, self.limits.body_mb, work)
 
-    async def rank(self, question: Question) -> RankedResults:
+    async def rank(self, job: RankingJob) -> RankedResults:
         try:
-            return await asyncio.wrap_future(self.batcher.submit(question.query, question.pages))
+            return await asyncio.wrap_future(self.batcher.submit(job.query, job.pages))
         except StoppingError:
             raise not_ready("stopping") from None
         except InputError as error:
             raise RequestError(422, "invalid_document", f"documents: {error}", param="documents") from None
         except Exception:
-            log.exception("the model failed on a request of %d pages", len(question.pages))
+            log.exception("the model failed on a request with %d pages", len(job.pages))
             raise internal_error() from None
 
     async def pages(self, request: Request) -> Response:
@@ -97,22 +95,27 @@ class Service:
     async def admit(
         self, request: Request, body_mb: float, work: Callable[[bytes], Coroutine[Any, Any, dict[str, Any]]]
     ) -> Response:
-        """The answer that `work` makes of the body: in time, for a client that still waits, or not at all."""
+        """Reads the body and responds with the result of `work`.
+
+        Raises `RequestError` if too many requests are in progress, if the body is too large, or on a timeout.
+        Cancels `work` on a timeout, or when the client disconnects.
+        """
         if self.requests >= self.limits.requests:
-            message = f"the server is busy with {self.requests} requests, its most; try again shortly"
+            message = f"the server is busy with {self.requests} requests, its maximum; try again shortly"
             raise RequestError(503, "queue_full", message, retry_after=RETRY_S["busy"])
         seconds = f"{self.limits.seconds:g} s"
-        slow = RequestError(408, "body_too_slow", f"body: did not arrive within {seconds}", param="body")
-        message = f"not done within {seconds}; send fewer pages, or try again later"
-        late = RequestError(504, "timeout", message, retry_after=RETRY_S["busy"])
+        body_late = RequestError(408, "body_too_slow", f"body: did not arrive within {seconds}", param="body")
+        message = f"not finished within {seconds}; send fewer pages, or try again later"
+        work_late = RequestError(504, "timeout", message, retry_after=RETRY_S["busy"])
         self.requests += 1
-        end = asyncio.get_running_loop().time() + self.limits.seconds
+        deadline = asyncio.get_running_loop().time() + self.limits.seconds
         try:
-            # No name for the body here: it would be kept until the answer.
-            working = work(await in_time(end, read_body(request, body_mb), slow))
-            return JSONResponse(await in_time(end, unless_gone(request, working), late))
+            # Don't assign the body to a variable: it would stay in memory until the response.
+            working = work(await with_deadline(deadline, read_body(request, body_mb), body_late))
+            result = await with_deadline(deadline, cancel_on_disconnect(request, working), work_late)
+            return JSONResponse(result)
         except ClientDisconnect:
-            return Response(status_code=CLOSED)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         finally:
             self.requests -= 1
 
@@ -138,7 +141,7 @@ class Service:
 
 
 def make_app(config: ServeConfig, batcher: Batcher, key: str | None) -> FastAPI:
-    """The application; the model is loaded when it starts, and let go when it stops."""
+    """The application. It starts the batcher, which loads the model, on startup and stops it on shutdown."""
     service = Service(config, batcher, key)
     html, headers = web_page(config.model_name, config.limits)
 
@@ -151,12 +154,12 @@ def make_app(config: ServeConfig, batcher: Batcher, key: str | None) -> FastAPI:
         await asyncio.to_thread(batcher.join, config.shutdown_s)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
-    answer_errors(app)
-    guarded = [Depends(service.check_key)]
+    install_error_handlers(app)
+    key_required = [Depends(service.check_key)]
     for path in ("/v1/rerank", "/v2/rerank", "/rerank"):
-        app.add_api_route(path, service.rerank, methods=["POST"], dependencies=guarded)
-    app.add_api_route("/pages", service.pages, methods=["POST"], dependencies=guarded)
-    app.add_api_route("/v1/models", service.models, methods=["GET"], dependencies=guarded)
+        app.add_api_route(path, service.rerank, methods=["POST"], dependencies=key_required)
+    app.add_api_route("/pages", service.pages, methods=["POST"], dependencies=key_required)
+    app.add_api_route("/v1/models", service.models, methods=["GET"], dependencies=key_required)
     app.add_api_route("/health", service.health, methods=["GET"])
 
     @app.get("/")
@@ -167,63 +170,67 @@ def make_app(config: ServeConfig, batcher: Batcher, key: str | None) -> FastAPI:
 
 
 def check_type(request: Request, expected: str) -> None:
-    """The type is what keeps a foreign web page from posting here: a browser asks before it sends this one."""
+    """Rejects other content types with `RequestError`.
+
+    This stops other web sites from posting here: a browser sends a preflight request before it posts these types
+    across origins, and the server does not allow it.
+    """
     kind, *parameters = request.headers.get("content-type", "").lower().split(";")
     charset = next(
         (p.partition("=")[2].strip(' "') for p in parameters if p.strip().startswith("charset=")), "utf-8"
     )
     if kind.strip() != expected or charset not in ("utf-8", "utf8"):
-        found = shown(request.headers.get("content-type", "")) if kind else "none"
+        found = short_repr(request.headers.get("content-type", "")) if kind else "none"
         message = f"Content-Type: expected {expected}, found {found}"
         raise RequestError(415, "unsupported_media_type", message, param="Content-Type")
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
-        message = f"Content-Encoding: {shown(encoding)} is not read; send the body as it is"
+        message = f"Content-Encoding: {short_repr(encoding)} is not supported; send the body uncompressed"
         raise RequestError(415, "unsupported_encoding", message, param="Content-Encoding")
 
 
 async def read_body(request: Request, megabytes: float) -> bytes:
-    """Raises `RequestError` as soon as it is known to be too large, however it is sent."""
-    most = int(megabytes * MB)
+    """Raises `RequestError` as soon as the declared or received size exceeds the limit."""
+    max_bytes = int(megabytes * MB)
     message = f"body: more than {megabytes:g} MB"
     too_large = RequestError(413, "body_too_large", f"{message}; send fewer or smaller pages", param="body")
-    if int(request.headers.get("content-length", "0")) > most:
+    if int(request.headers.get("content-length", "0")) > max_bytes:
         raise too_large
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
-        if size > most:
+        if size > max_bytes:
             raise too_large
         chunks.append(chunk)
     return b"".join(chunks)
 
 
-async def in_time(end: float, work: Awaitable[T], late: RequestError) -> T:
-    """Raises `late` where the work is not done at `end`, a time of the event loop; the work is cancelled."""
+async def with_deadline(deadline: float, work: Awaitable[T], error: RequestError) -> T:
+    """Cancels the work at `deadline`, a time of the event loop, and raises `error`."""
     try:
-        async with asyncio.timeout_at(end):
+        async with asyncio.timeout_at(deadline):
             return await work
     except TimeoutError:
-        raise late from None
+        raise error from None
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Cancels the work, and raises `ClientDisconnect`, when the client closes the connection."""
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Cancels the work and raises `ClientDisconnect` when the client closes the connection."""
 
-    async def closed() -> None:
+    async def disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             continue
 
-    working, gone = asyncio.create_task(work), asyncio.create_task(closed())
+    working, disconnected = asyncio.create_task(work), asyncio.create_task(disconnect())
     try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientDisconnect
         return working.result()
     finally:
         working.cancel()
-        gone.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
+        disconnected.cancel()
+        await asyncio.gather(working, disconnected, return_exceptions=True)
 
 
 def not_ready(state: str) -> RequestError:

@@ -1,6 +1,7 @@
-"""Requests that come at the same time are ranked together, by one thread that holds the model.
+"""Ranks concurrent requests in batches, on one thread that holds the model.
 
-A request that is cancelled before its turn is never ranked, and one that makes a batch fail fails alone.
+A request that is cancelled while it waits is never ranked. If a batch fails, its requests are ranked one by one,
+so that only the request that causes the failure fails.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ State = Literal["loading", "ready", "stopping", "failed"]
 
 
 class Ranker(Protocol):
-    """What the server needs of a reranker."""
+    """The part of `Reranker` that the server uses."""
 
     @property
     def mode(self) -> str: ...
@@ -33,7 +34,7 @@ class Ranker(Protocol):
 
 
 class StoppingError(Exception):
-    """The server stops, and does not rank this any more."""
+    """The server is stopping and does not rank this request."""
 
 
 @dataclass(eq=False)
@@ -44,9 +45,9 @@ class _Job:
 
 
 class Batcher:
-    """A queue, and the thread that ranks what stands in it.
+    """A queue of requests, and the thread that ranks them.
 
-    `failure` is what kept the model from loading, `mode` how it ranks when it is loaded.
+    `failure` is the exception that `load` raised, if any. `mode` is the ranker's mode, or None until it is loaded.
     """
 
     def __init__(self, load: Callable[[], Ranker], batch_size: int, wait_s: float) -> None:
@@ -56,7 +57,7 @@ class Batcher:
         self._load, self._batch_size, self._wait_s = load, batch_size, wait_s
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
-        # A daemon: a forward pass that never ends must not keep the process from ending.
+        # A daemon thread, so that a forward pass that hangs does not keep the process alive.
         self._thread = threading.Thread(target=self._work, name="reranker", daemon=True)
 
     def start(self) -> None:
@@ -67,33 +68,33 @@ class Batcher:
         return len(self._jobs)
 
     def submit(self, query: str, pages: list[bytes]) -> Future[RankedResults]:
-        """The ranking to come. Cancelled before its turn, it is not made. Raises `StoppingError`."""
+        """Queues a request. Cancelling the future removes it from the queue. Raises `StoppingError`."""
         job = _Job(query, pages)
         with self._changed:
             if self.state != "ready":
                 raise StoppingError
             self._jobs.append(job)
             self._changed.notify()
-        job.future.add_done_callback(lambda future: self._forget(job) if future.cancelled() else None)
+        job.future.add_done_callback(lambda future: self._remove(job) if future.cancelled() else None)
         return job.future
 
     def stop(self) -> None:
-        """Refuses what waits; the batch that is being ranked is ended, and then the thread."""
+        """Rejects the queued requests with `StoppingError`. The thread finishes its current batch and ends."""
         with self._changed:
             if self.state != "failed":
                 self.state = "stopping"
-            refused = list(self._jobs)
+            rejected = list(self._jobs)
             self._jobs.clear()
             self._changed.notify()
-        for job in refused:
+        for job in rejected:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(StoppingError())
 
     def join(self, timeout: float) -> None:
         self._thread.join(timeout)
 
-    def _forget(self, job: _Job) -> None:
-        """Its pictures need not be kept until its turn."""
+    def _remove(self, job: _Job) -> None:
+        """Removes a cancelled job at once, to free the memory of its images."""
         with self._changed:
             if job in self._jobs:
                 self._jobs.remove(job)
@@ -109,12 +110,12 @@ class Batcher:
         with self._changed:
             if self.state == "loading":
                 self.state = "ready"
-        while batch := self._take():
+        while batch := self._next_batch():
             _rank(ranker, batch)
-            del batch  # nothing is kept of it until the next request comes
+            del batch  # free the images before waiting for the next request
 
-    def _take(self) -> list[_Job]:
-        """The next jobs, one at least; none when the server stops."""
+    def _next_batch(self) -> list[_Job]:
+        """Waits for at least one job. Returns an empty list when the server stops."""
         batch: list[_Job] = []
         while not batch:
             with self._changed:
@@ -138,15 +139,16 @@ class Batcher:
 
 
 def _rank(ranker: Ranker, batch: list[_Job]) -> None:
+    """Ranks a batch and sets the futures of its jobs. If the batch fails, ranks each job separately."""
     try:
         results = ranker.rank_many([job.query for job in batch], [job.pages for job in batch])
         if len(results) != len(batch):
-            raise RuntimeError(f"{len(batch)} questions were given to the reranker, {len(results)} came back")
+            raise RuntimeError(f"expected {len(batch)} results from the reranker, found {len(results)}")
     except Exception as error:
         if len(batch) == 1:
             batch[0].future.set_exception(error)
             return
-        log.warning("a batch of %d failed (%s); each request of it is ranked alone", len(batch), error)
+        log.warning("a batch of %d requests failed (%s); ranking each request separately", len(batch), error)
         for job in batch:
             _rank(ranker, [job])
         return

@@ -1,4 +1,4 @@
-"""What goes wrong with a request, always as JSON: {"error": {"message", "type", "param", "code"}}."""
+"""Errors of requests, always as JSON: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from starlette.exceptions import HTTPException
 
 log = logging.getLogger(__name__)
 
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = _short.maxlong = 60
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = _repr.maxlong = 60
 
 
 class RequestError(Exception):
-    """A request that gets no answer. The message says what is wrong, where, and what was expected."""
+    """A rejected request. The message says what is wrong, where, and what was expected."""
 
     def __init__(
         self,
@@ -46,34 +46,34 @@ class RequestError(Exception):
         return JSONResponse({"error": error}, self.status, self.headers)
 
 
-def shown(value: Any) -> str:
-    """A value of a request as a message shows it: short, and free of what can't be sent as UTF-8."""
-    return _short.repr(value).encode("utf-8", "backslashreplace").decode()
+def short_repr(value: Any) -> str:
+    """A request's value for an error message: truncated, with characters that are invalid in UTF-8 escaped."""
+    return _repr.repr(value).encode("utf-8", "backslashreplace").decode()
 
 
-def answer_errors(app: FastAPI) -> None:
-    """Every fault of the app's routes is answered in the one shape; one that was not foreseen is logged."""
+def install_error_handlers(app: FastAPI) -> None:
+    """Makes the app answer every error in the format of `RequestError`. Unexpected exceptions are also logged."""
 
     @app.exception_handler(RequestError)
-    async def refused(request: Request, error: RequestError) -> JSONResponse:
+    async def request_error(request: Request, error: RequestError) -> JSONResponse:
         return error.response()
 
     @app.exception_handler(HTTPException)
-    async def not_routed(request: Request, error: HTTPException) -> JSONResponse:
-        where = f"{request.method} {shown(request.url.path)}"
+    async def routing_error(request: Request, error: HTTPException) -> JSONResponse:
+        where = f"{request.method} {short_repr(request.url.path)}"
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = (error.headers or {}).get("Allow", "")
-            message, code = f"{where}: this path takes {allowed}", "method_not_allowed"
+            message, code = f"{where}: this path accepts {allowed}", "method_not_allowed"
         else:
-            message = f"{where}: no such path; pages are ranked by POST /v1/rerank, and shown at GET /"
+            message = f"{where}: no such path; use POST /v1/rerank to rank pages, or GET / for the web page"
             code = "not_found"
         return RequestError(error.status_code, code, message, headers=dict(error.headers or {})).response()
 
     @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> JSONResponse:
-        return internal_error().response()  # Starlette raises the error again, and the server logs it
+    async def unexpected_error(request: Request, error: Exception) -> JSONResponse:
+        return internal_error().response()  # Starlette re-raises the error, and the server logs it
 
 
 def internal_error() -> RequestError:
-    """What a caller is told of a fault that is not theirs: nothing of its text, which may hold paths."""
-    return RequestError(500, "internal_error", "the server failed on this request; its log says why")
+    """The error for a failure of the server. It omits the exception's text, which may contain paths."""
+    return RequestError(500, "internal_error", "the server failed on this request; see the server's log")

@@ -1,4 +1,4 @@
-"""The web page of a server: one HTML file that loads nothing else, and the headers that hold it to that."""
+"""The server's web page: one self-contained HTML file, and a content security policy that enforces this."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from mmr5_train.serving.settings import MB, Limits
 
 
 def web_page(model: str, limits: Limits) -> tuple[str, dict[str, str]]:
-    """The page, and headers under which only its own script and style run, and talk to this server alone."""
+    """The HTML and its headers.
+
+    Their content security policy allows the page's own script and style, `data:` images and calls to this server.
+    """
     style = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "serve.css"))
     script = (TEMPLATES / "serve.js").read_text(encoding="utf-8")
     html = render_page(
@@ -26,8 +29,8 @@ def web_page(model: str, limits: Limits) -> tuple[str, dict[str, str]]:
     )
     policy = {
         "default-src": "'none'",
-        "script-src": _source(script),
-        "style-src": _source(style),
+        "script-src": _csp_hash(script),
+        "style-src": _csp_hash(style),
         "img-src": "data:",
         "connect-src": "'self'",
         "base-uri": "'none'",
@@ -41,5 +44,5 @@ def web_page(model: str, limits: Limits) -> tuple[str, dict[str, str]]:
     }
 
 
-def _source(text: str) -> str:
+def _csp_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

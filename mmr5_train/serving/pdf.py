@@ -1,9 +1,9 @@
-"""The pages of a PDF as pictures: rendered in a process of its own, which a bad PDF may crash or keep busy.
+"""Renders the pages of a PDF as images, in a separate process for each PDF.
 
-    python -m mmr5_train.serving.pdf PAGES < document.pdf     # what the server runs; prints JSON
+    python -m mmr5_train.serving.pdf PAGES < document.pdf     # the command that the server runs; prints JSON
 
-pdfium is not safe to use from two threads, can't be interrupted, and reads what strangers send. A process can be
-ended, and its memory is its own.
+pdfium is not thread-safe, can't be interrupted, and here reads untrusted input. A separate process can be killed,
+and a crash or excessive memory use does not affect the server.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from mmr5_train.models.pages import DPI, LONGEST, MAX_SIDE, render_page
 from mmr5_train.serving.settings import API_KEY
 
 JPEG_QUALITY = 90
-MEMORY = 3_000_000_000  # bytes that the process may map, libraries included
+MEMORY = 3_000_000_000  # limit on the process's address space in bytes, including libraries
 
 log = logging.getLogger(__name__)
 
 
 class PdfError(Exception):
-    """A PDF that can't be shown. `code` is for programs, the message for people."""
+    """A PDF that can't be rendered. `code` is the machine-readable reason."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -39,12 +39,13 @@ class PdfError(Exception):
 
 
 async def render_pdf(data: bytes, pages: int) -> dict[str, Any]:
-    """The first `pages` pages: {"n_pages": in the PDF, "pages": [{"number", "width", "height", "image"}]}.
+    """Renders the first `pages` pages: {"n_pages", "pages": [{"number", "width", "height", "image"}]}.
 
-    `number` is from 1, `image` a data URL. Raises `PdfError`. Cancelled, it ends the process.
+    `n_pages` counts all pages of the PDF, `number` starts at 1, `width` and `height` are in pixels, and `image` is
+    a data URL. Raises `PdfError`. Cancelling it kills the process.
     """
-    if b"%PDF-" not in data[:1024]:  # where pdfium looks for it
-        raise PdfError("pdf_unreadable", "is no PDF: its first bytes are not those of one")
+    if b"%PDF-" not in data[:1024]:  # pdfium searches the same range
+        raise PdfError("pdf_unreadable", "is not a PDF: its first 1024 bytes contain no %PDF- header")
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -56,41 +57,42 @@ async def render_pdf(data: bytes, pages: int) -> dict[str, Any]:
         env={name: value for name, value in os.environ.items() if name != API_KEY},
     )
     try:
-        written, problems = await process.communicate(data)
+        stdout, stderr = await process.communicate(data)
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
     if process.returncode != 0:
-        log.warning("rendering a PDF ended with %s: %s", process.returncode, problems.decode(errors="replace"))
-        raise PdfError("pdf_unreadable", "the PDF can't be rendered; print it to a new PDF, or send pictures")
-    rendered: dict[str, Any] = json.loads(written)
+        log.warning("the PDF renderer exited with %s: %s", process.returncode, stderr.decode(errors="replace"))
+        raise PdfError("pdf_unreadable", "the PDF can't be rendered; print it to a new PDF, or send page images")
+    rendered: dict[str, Any] = json.loads(stdout)
     if "error" in rendered:
         raise PdfError(rendered["code"], rendered["error"])
     return rendered
 
 
 def render(data: bytes, pages: int) -> dict[str, Any]:
-    """What `render_pdf` gives, in this process."""
+    """Does the work of `render_pdf` in this process."""
     try:
         pdf = pypdfium2.PdfDocument(data)
     except pypdfium2.PdfiumError as error:
         if "password" in str(error).lower():
-            raise PdfError("pdf_encrypted", "the PDF asks for a password; save it without one") from None
-        raise PdfError("pdf_unreadable", f"not a PDF that can be opened ({error})") from None
+            raise PdfError("pdf_encrypted", "the PDF requires a password; save it without one") from None
+        raise PdfError("pdf_unreadable", f"the PDF can't be opened ({error})") from None
     with pdf:
-        pdf.init_forms()  # so that what was filled in is drawn
-        return {"n_pages": len(pdf), "pages": [_page(pdf, i) for i in range(min(pages, len(pdf)))]}
+        pdf.init_forms()  # needed to render the values of filled-in form fields
+        return {"n_pages": len(pdf), "pages": [_render_page(pdf, i) for i in range(min(pages, len(pdf)))]}
 
 
-def _page(pdf: pypdfium2.PdfDocument, index: int) -> dict[str, Any]:
+def _render_page(pdf: pypdfium2.PdfDocument, index: int) -> dict[str, Any]:
     try:
         page = pdf[index]
         width, height = page.get_size()
         if not (
             0 < width < math.inf and 0 < height < math.inf and max(width, height) <= LONGEST * min(width, height)
         ):
-            raise PdfError("pdf_unreadable", f"page {index + 1} is {width:g} × {height:g} points: no page to read")
+            size = f"{width:g} × {height:g} points"
+            raise PdfError("pdf_unreadable", f"page {index + 1} has an unsupported size ({size})")
         image = render_page(page, DPI, MAX_SIDE)
         page.close()
     except pypdfium2.PdfiumError as error:
@@ -102,7 +104,7 @@ def _page(pdf: pypdfium2.PdfDocument, index: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    if sys.platform == "linux":  # elsewhere the limit is refused, or not held to
+    if sys.platform == "linux":  # other systems reject this limit or do not enforce it
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     try:
         rendered = render(sys.stdin.buffer.read(), int(sys.argv[1]))

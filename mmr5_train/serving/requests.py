@@ -1,4 +1,4 @@
-"""A rerank request from its bytes, and the answer to it: the fields that hosted rerank services share."""
+"""Parses rerank requests and builds their responses, with the fields that hosted rerank services share."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import Any, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmr5_train.ranking.results import RankedResults
-from mmr5_train.serving.errors import RequestError, shown
+from mmr5_train.serving.errors import RequestError, short_repr
 from mmr5_train.serving.pictures import read_document
 from mmr5_train.serving.settings import MB, Limits
 
-# Fields of other services' requests that say how text is cut, or who asks: nothing depends on them here.
-WITHOUT_EFFECT = ("max_chunks_per_doc", "max_tokens_per_doc", "priority", "truncate_prompt_tokens", "user")
+# Fields of other services for truncating text or identifying the user. They are accepted and ignored.
+IGNORED_FIELDS = ("max_chunks_per_doc", "max_tokens_per_doc", "priority", "truncate_prompt_tokens", "user")
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it; in pairs they are a character
+# A JSON escape of a surrogate. A pair of them encodes one character; an unpaired one is invalid.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class RerankRequest(BaseModel):
@@ -36,69 +37,73 @@ class RerankRequest(BaseModel):
 
 
 @dataclass(frozen=True)
-class Question:
-    """A request that can be ranked, without the text of its documents."""
+class RankingJob:
+    """A validated request with its images."""
 
     query: str
     pages: list[bytes]
-    """Pictures, known to be whole, still encoded: decoded, a queue of them would fill the memory."""
+    """The images, checked but still encoded, since a queue of decoded images would need too much memory."""
     top_n: int
-    echoes: list[dict[str, Any]] | None
-    """The documents, where they are wanted back."""
-    reasoning: bool
+    documents: list[dict[str, Any]] | None
+    """The documents to return, if the request has `return_documents`."""
+    return_reasoning: bool
 
 
-def read_question(body: bytes, limits: Limits, name: str, folder: Path | None) -> Question:
-    """Raises `RequestError` for whatever is not a question with pages. Takes time: not for the event loop."""
-    request = read_request(body, limits, name)
-    pages, echoes = [], []
+def read_job(body: bytes, limits: Limits, model_name: str, folder: Path | None) -> RankingJob:
+    """Parses a request and reads its images. Raises `RequestError`.
+
+    It decodes every image to check it, which is slow, so it must not run on the event loop.
+    """
+    request = parse_request(body, limits, model_name)
+    pages, documents = [], []
     for i, document in enumerate(request.documents):
-        data, echo = read_document(document, f"documents[{i}]", limits, folder)
+        data, returned_document = read_document(document, f"documents[{i}]", limits, folder)
         pages.append(data)
-        echoes.append(echo)
-        if sum(map(len, pages)) > limits.body_mb * MB:  # by paths into the folder a small body can name much
-            message = f"documents: the first {i + 1} pictures are more than {limits.body_mb:g} MB; send fewer"
+        documents.append(returned_document)
+        if sum(map(len, pages)) > limits.body_mb * MB:  # a small body can name large files in the folder
+            message = f"documents: the first {i + 1} images exceed {limits.body_mb:g} MB; send fewer"
             raise RequestError(422, "pictures_too_large", message, param="documents")
-    return Question(
+    return RankingJob(
         query=request.query,
         pages=pages,
         top_n=request.top_n or len(pages),
-        echoes=echoes if request.return_documents else None,
-        reasoning=request.return_reasoning,
+        documents=documents if request.return_documents else None,
+        return_reasoning=request.return_reasoning,
     )
 
 
-def read_request(body: bytes, limits: Limits, name: str) -> RerankRequest:
-    """The request's fields; its documents are not looked at yet."""
-    values = read_json(body)
+def parse_request(body: bytes, limits: Limits, model_name: str) -> RerankRequest:
+    """Parses a request without reading its documents. Raises `RequestError`."""
+    values = parse_json(body)
     if not isinstance(values, dict):
-        raise RequestError(422, "invalid_request", f"expected a JSON object, found {shown(values)}")
+        raise RequestError(422, "invalid_request", f"expected a JSON object, found {short_repr(values)}")
     try:
-        request = RerankRequest.model_validate({k: v for k, v in values.items() if k not in WITHOUT_EFFECT})
+        request = RerankRequest.model_validate({k: v for k, v in values.items() if k not in IGNORED_FIELDS})
     except ValidationError as error:
         raise _field_error(error) from None
-    if request.model not in (None, name):
-        message = f"model: this server has {name!r}, found {shown(request.model)}; name that one, or none"
+    if request.model not in (None, model_name):
+        message = f"model: expected {model_name!r}, found {short_repr(request.model)}; send this name, or omit it"
         raise RequestError(404, "model_not_found", message, param="model")
     if not request.query.strip():
-        raise RequestError(422, "invalid_query", "query: is empty; ask a question", param="query")
+        raise RequestError(422, "invalid_query", "query: is empty; send a question", param="query")
     if len(request.query) > limits.query_chars:
-        message = f"query: {len(request.query)} characters, at most {limits.query_chars} are taken"
+        message = f"query: expected at most {limits.query_chars} characters, found {len(request.query)}"
         raise RequestError(422, "query_too_long", message, param="query")
     if len(request.documents) > limits.pages:
-        message = f"documents: {len(request.documents)} pages, at most {limits.pages} are taken in a request"
+        message = f"documents: expected at most {limits.pages} pages, found {len(request.documents)}"
         raise RequestError(422, "too_many_documents", message, param="documents")
     return request
 
 
-def read_json(body: bytes) -> Any:
+def parse_json(body: bytes) -> Any:
+    """Strict JSON: raises `RequestError` for NaN, Infinity and unpaired surrogates, too."""
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
         message = f"the body is not UTF-8 ({error.reason} at byte {error.start})"
         raise RequestError(400, "invalid_encoding", message) from None
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_reject_constant)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -106,51 +111,50 @@ def read_json(body: bytes) -> Any:
         where = f"line {error.lineno}, column {error.colno}"
         raise RequestError(400, "invalid_json", f"the body is not JSON ({error.msg}, {where})") from None
     except UnicodeEncodeError as error:
-        found = shown(error.object[error.start])
-        message = f"the body holds half a surrogate pair ({found}), which is no character"
+        found = short_repr(error.object[error.start])
+        message = f"the body contains an unpaired surrogate ({found}), which is not a valid character"
         raise RequestError(422, "invalid_character", message) from None
     except RecursionError:
-        raise RequestError(400, "invalid_json", "the body is not usable JSON (nested too deeply)") from None
-    except ValueError:  # Python's limit on the digits of an integer; nothing else is left that may go wrong
-        raise RequestError(
-            400, "invalid_json", "the body is not usable JSON (a number of too many digits)"
-        ) from None
+        raise RequestError(400, "invalid_json", "the body can't be parsed as JSON (nested too deeply)") from None
+    except ValueError:  # Python's limit on the digits of an integer, the only remaining cause
+        message = "the body can't be parsed as JSON (a number has too many digits)"
+        raise RequestError(400, "invalid_json", message) from None
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise RequestError(400, "invalid_json", f"the body is not JSON ({name} is no JSON value)")
+def _reject_constant(name: str) -> NoReturn:
+    raise RequestError(400, "invalid_json", f"the body is not JSON ({name} is not a JSON value)")
 
 
 def _field_error(error: ValidationError) -> RequestError:
-    """The first problem, with its field, what was expected and what was found."""
+    """An error for the first invalid field: its name, what was expected and what was found."""
     problem = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = ", ".join(RerankRequest.model_fields)
-        message = f"{shown(field)}: no such field (fields: {known})"
+        message = f"{short_repr(field)}: no such field (fields: {known})"
     elif problem["type"] == "missing":
-        message = f"{field}: is missing, and is needed"
+        message = f"{field}: is required, but missing"
     else:
-        message = f"{field}: {problem['msg']}, found {shown(problem['input'])}"
-    return RequestError(422, "invalid_field", message, param=shown(field).strip("'"))
+        message = f"{field}: {problem['msg']}, found {short_repr(problem['input'])}"
+    return RequestError(422, "invalid_field", message, param=short_repr(field).strip("'"))
 
 
-def answer(question: Question, ranked: RankedResults, name: str) -> dict[str, Any]:
-    """The JSON of a ranking."""
+def response_body(job: RankingJob, ranked: RankedResults, model_name: str) -> dict[str, Any]:
+    """The JSON response to a rerank request."""
     results = []
-    for result in ranked.top_k(question.top_n):
+    for result in ranked.top_k(job.top_n):
         entry: dict[str, Any] = {"index": result.doc_id, "relevance_score": result.score}
-        if question.echoes is not None:
-            entry["document"] = question.echoes[result.doc_id]
-        if question.reasoning:
+        if job.documents is not None:
+            entry["document"] = job.documents[result.doc_id]
+        if job.return_reasoning:
             entry["reasoning"] = result.note
         results.append(entry)
     return {
         "id": f"rerank-{uuid.uuid4().hex}",
-        "model": name,
+        "model": model_name,
         "results": results,
         "has_scores": ranked.has_scores,
-        "usage": {"total_tokens": sum(answered.tokens for answered in ranked.answers)},
-        "reasoning": ranked.reasoning if question.reasoning else None,
+        "usage": {"total_tokens": sum(answer.tokens for answer in ranked.answers)},
+        "reasoning": ranked.reasoning if job.return_reasoning else None,
         "defects": list(ranked.defects),
     }

@@ -1,4 +1,4 @@
-"""From a config to a listening server, and to its end."""
+"""Starts the server, runs it until a signal arrives, and shuts it down."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from mmr5_train.serving.settings import API_KEY, ServeConfig
 
 
 class Server(uvicorn.Server):
-    """Ends when its model can't be loaded; told to stop, it refuses what waits and ends what is being ranked."""
+    """A uvicorn server that exits if the model can't be loaded.
+
+    On shutdown it rejects the queued requests and finishes the current batch.
+    """
 
     def __init__(self, config: ServeConfig, load: Callable[[], Ranker], key: str | None = None) -> None:
         self.batcher = Batcher(load, config.batch_size, config.wait_ms / 1000)
@@ -43,32 +46,34 @@ class Server(uvicorn.Server):
 
 
 def run(config: ServeConfig, load: Callable[[], Ranker]) -> None:
-    """Serves until SIGTERM or SIGINT. Raises what kept the model from loading."""
+    """Serves until SIGTERM or SIGINT. Raises the exception of loading the model, if it failed."""
     key = read_key()
     server = Server(config, load, key)
     with listen(config) as listener:
         host, port = listener.getsockname()[:2]
         if key is None and host not in ("127.0.0.1", "::1"):
-            print(f"serve: {host} can be reached from elsewhere, and {API_KEY} asks for no key", file=sys.stderr)
-        at = f"[{host}]" if ":" in host else host
-        print(f"serve: {config.model_name} at http://{at}:{port}", flush=True)
+            print(f"serve: {host} is reachable from other machines, but {API_KEY} is not set", file=sys.stderr)
+        url_host = f"[{host}]" if ":" in host else host
+        print(f"serve: {config.model_name} at http://{url_host}:{port}", flush=True)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _already_heeded)
+            signal.signal(number, _ignore_signal)
         server.run(sockets=[listener])
     if server.batcher.failure is not None:
         raise server.batcher.failure
     print("serve: stopped")
 
 
-def _already_heeded(number: int, frame: object) -> None:
-    """uvicorn stops at a signal, and raises it again at the end: that would look as if the process had failed."""
+def _ignore_signal(number: int, frame: object) -> None:
+    """uvicorn handles the signal, then raises it again when it ends, which would give a nonzero exit code."""
 
 
 def read_key() -> str | None:
-    """The key that callers must show. Raises `InputError` for one that is set and no key."""
+    """The key that clients must send, or None. Raises `InputError` if it is set but unusable."""
     key = os.environ.get(API_KEY)
     if key is not None and (not key.strip() or not key.isascii() or not key.isprintable() or " " in key):
-        raise InputError(f"{API_KEY}: is set, but empty or not plain ASCII without spaces; set a key, or unset it")
+        raise InputError(
+            f"{API_KEY}: expected printable ASCII without spaces; set such a key, or unset the variable"
+        )
     return key
 
 
@@ -77,8 +82,8 @@ def listen(config: ServeConfig) -> socket.socket:
     try:
         return socket.create_server((config.host, config.port), family=family)
     except OSError as error:
-        what = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "host"
+        option = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "host"
         raise InputError(
-            f"{what}: {config.host}:{config.port} can't be listened at ({error.strerror or error}); "
-            f"choose another {what}=…"
+            f"{option}: can't listen at {config.host}:{config.port} ({error.strerror or error}); "
+            f"choose another {option}=…"
         ) from None

@@ -1,185 +1,185 @@
 "use strict";
-// What comes from a user, a file or the server is only ever set as text or as the address of a picture.
-const at = (id) => document.getElementById(id);
-const most = Number(document.body.dataset.pages);
-const pdfBytes = Number(document.body.dataset.pdfBytes);
-let pages = [];          // {name, short, image}: a data URL, and what to call it in full and below its picture
-let running = null;      // an AbortController while something is asked of the server
+// Text from users, files or the server is only inserted as text, or as the address of an image, never as HTML.
+const byId = (id) => document.getElementById(id);
+const maxPages = Number(document.body.dataset.pages);
+const maxPdfBytes = Number(document.body.dataset.pdfBytes);
+let pages = [];          // {name, shortName, image}: `image` is a data URL
+let running = null;      // the AbortController of the current task, or null
 
-function made(tag, className, text) {
+function newElement(tag, className, text) {
   const element = document.createElement(tag);
   if (className) element.className = className;
   if (text !== undefined) element.textContent = text;
   return element;
 }
 
-function tell(text) { at("status").textContent = text; }
-function complain(text) { at("problem").textContent = text; if (text) tell(""); }
+function setStatus(text) { byId("status").textContent = text; }
+function setProblem(text) { byId("problem").textContent = text; if (text) setStatus(""); }
+function pageCount(n) { return n === 1 ? "1 page" : n + " pages"; }
 
-async function ask(path, type, body, signal) {
+async function post(path, type, body, signal) {
   const headers = { "Content-Type": type };
-  if (at("key").value) headers.Authorization = "Bearer " + at("key").value;
+  if (byId("key").value) headers.Authorization = "Bearer " + byId("key").value;
   const response = await fetch(path, { method: "POST", headers, body, signal });
-  let answered;
-  try { answered = await response.json(); } catch { answered = null; }
-  if (response.ok && answered) return answered;
-  if (response.status === 401) { at("keys").hidden = false; at("key").focus(); }
-  throw new Error(answered && answered.error ? answered.error.message : "the server answered " + response.status);
+  let json;
+  try { json = await response.json(); } catch { json = null; }
+  if (response.ok && json) return json;
+  if (response.status === 401) { byId("key-field").hidden = false; byId("key").focus(); }
+  throw new Error(json && json.error ? json.error.message : "the server answered with status " + response.status);
 }
 
-// One thing at a time: the buttons say so, and Stop ends it.
-async function busy(work) {
+// Runs one task at a time. It disables the other controls, shows the elapsed time, and lets the Stop button abort it.
+async function runTask(task) {
   if (running) return;
   running = new AbortController();
   const started = performance.now();
-  let doing = "";
-  const show = (text) => { doing = text; tell(text + "…"); };
-  const clock = setInterval(() => tell(`${doing}… ${((performance.now() - started) / 1000).toFixed(0)} s`), 1000);
-  at("go").disabled = at("clear").disabled = at("files").disabled = true;
-  at("stop").hidden = false;
-  complain("");
+  let step = "";
+  const showStep = (text) => { step = text; setStatus(text + "…"); };
+  const clock = setInterval(() => setStatus(`${step}… ${((performance.now() - started) / 1000).toFixed(0)} s`), 1000);
+  byId("submit").disabled = byId("clear").disabled = byId("files").disabled = true;
+  byId("stop").hidden = false;
+  setProblem("");
   try {
-    await work(show, running.signal, started);
+    await task(showStep, running.signal, started);
   } catch (error) {
-    complain(error.name === "AbortError" ? "Stopped." : error instanceof TypeError ? "The server can't be reached." : error.message);
+    setProblem(error.name === "AbortError" ? "Stopped." : error instanceof TypeError ? "The server can't be reached." : error.message);
   } finally {
     clearInterval(clock);
     running = null;
-    at("go").disabled = at("clear").disabled = at("files").disabled = false;
-    at("stop").hidden = true;
+    byId("submit").disabled = byId("clear").disabled = byId("files").disabled = false;
+    byId("stop").hidden = true;
   }
 }
 
-const asDataUrl = (file) => new Promise((resolve, reject) => {
+const readDataUrl = (file) => new Promise((resolve, reject) => {
   const reader = new FileReader();
   reader.onload = () => resolve(reader.result);
   reader.onerror = () => reject(new Error(file.name + ": can't be read"));
   reader.readAsDataURL(file);
 });
 
-async function take(files) {
+async function addFiles(files) {
   if (running) return;
   const notes = [];
-  await busy(async (show, signal) => {
+  await runTask(async (showStep, signal) => {
     for (const file of files) {
-      const room = most - pages.length;
-      if (room <= 0) { notes.push(`${file.name} was left out: ${most} pages are the most`); continue; }
+      const room = maxPages - pages.length;
+      if (room <= 0) { notes.push(`${file.name} was not added: the limit is ${pageCount(maxPages)}`); continue; }
       if (file.type === "application/pdf" || /\.pdf$/i.test(file.name)) {
-        if (file.size > pdfBytes) throw new Error(`${file.name}: more than ${pdfBytes / 1e6} MB`);
-        show("Rendering " + file.name);
-        const pdf = await ask("/pages", "application/pdf", file, signal);
-        const taken = pdf.pages.slice(0, room);
-        if (taken.length < pdf.n_pages) notes.push(`${file.name} has ${pdf.n_pages} pages; the first ${taken.length} were taken`);
-        for (const page of taken) pages.push({ name: `${file.name}, page ${page.number}`, short: "page " + page.number, image: page.image });
+        if (file.size > maxPdfBytes) throw new Error(`${file.name}: larger than ${maxPdfBytes / 1e6} MB`);
+        showStep("Rendering " + file.name);
+        const pdf = await post("/pages", "application/pdf", file, signal);
+        const added = pdf.pages.slice(0, room);
+        if (added.length < pdf.n_pages) notes.push(`${file.name} has ${pageCount(pdf.n_pages)}; only the first ${added.length} were added`);
+        for (const page of added) pages.push({ name: `${file.name}, page ${page.number}`, shortName: "page " + page.number, image: page.image });
       } else if (file.type.startsWith("image/")) {
-        pages.push({ name: file.name, short: file.name, image: await asDataUrl(file) });
+        pages.push({ name: file.name, shortName: file.name, image: await readDataUrl(file) });
       } else {
-        throw new Error(`${file.name}: neither a PDF nor a picture`);
+        throw new Error(`${file.name}: neither a PDF nor an image`);
       }
     }
   });
-  shelve();
-  tell(notes.join(". "));
-  at("files").value = "";
-  if (pages.length && !at("query").value) at("query").focus();
+  showSelection();
+  setStatus(notes.join(". "));
+  byId("files").value = "";
+  if (pages.length && !byId("query").value) byId("query").focus();
 }
 
-function picture(page) {
-  const frame = made("span", "frame");
-  const image = made("img", "sheet-img");
+function pageImage(page) {
+  const frame = newElement("span", "frame");
+  const image = newElement("img", "page-image");
   image.src = page.image;
   image.alt = "";
-  image.addEventListener("error", () => frame.replaceChildren(made("span", "absent", "this browser can't show it")));
+  image.addEventListener("error", () => frame.replaceChildren(newElement("span", "absent", "this browser can't show it")));
   frame.append(image);
   return frame;
 }
 
-function shelve() {
-  at("shelf").hidden = pages.length === 0;
-  at("count").textContent = pages.length === 1 ? "1 page" : pages.length + " pages";
-  at("pages").replaceChildren(...pages.map((page, i) => {
-    const item = made("li", "place");
-    const away = made("button", "away", "×");
-    away.type = "button";
-    away.setAttribute("aria-label", "Remove " + page.name);
-    away.addEventListener("click", () => {
+function showSelection() {
+  byId("selection").hidden = pages.length === 0;
+  byId("count").textContent = pageCount(pages.length);
+  byId("pages").replaceChildren(...pages.map((page, i) => {
+    const item = newElement("li", "place");
+    const remove = newElement("button", "remove", "×");
+    remove.type = "button";
+    remove.setAttribute("aria-label", "Remove " + page.name);
+    remove.addEventListener("click", () => {
       if (running) return;
       pages.splice(i, 1);
-      shelve();
-      const next = at("pages").querySelectorAll(".away")[Math.min(i, pages.length - 1)];
-      (next || at("files")).focus();
+      showSelection();
+      const next = byId("pages").querySelectorAll(".remove")[Math.min(i, pages.length - 1)];
+      (next || byId("files")).focus();
     });
-    const name = made("span", "number", page.short);
+    const name = newElement("span", "number", page.shortName);
     name.title = page.name;
-    item.append(picture(page), name, away);
+    item.append(pageImage(page), name, remove);
     return item;
   }));
 }
 
 function enlarge(page) {
-  at("zoomed").src = page.image;
-  at("zoomed").alt = page.name;
-  at("zoom-name").textContent = page.name;
-  at("zoom").showModal();
+  byId("zoomed").src = page.image;
+  byId("zoomed").alt = page.name;
+  byId("zoom-name").textContent = page.name;
+  byId("zoom").showModal();
 }
 
-function card(result, rank, page, hasScores) {
-  const item = made("li", rank === 1 ? "found first" : "found");
-  const look = made("button", "look");
-  look.type = "button";
-  look.setAttribute("aria-label", `Rank ${rank}: ${page.name}. Enlarge.`);
-  look.append(picture(page), made("span", "rank", String(rank)));
-  look.addEventListener("click", () => enlarge(page));
-  const words = made("div");
-  const meter = made("p", hasScores ? "meter" : "meter by-rank");
-  const bar = made("span", "bar");
-  const filled = made("i");
-  filled.style.width = Math.round(100 * Math.min(1, Math.max(0, result.relevance_score))) + "%";
-  bar.append(filled);
+function resultCard(result, rank, page, hasScores) {
+  const card = newElement("li", rank === 1 ? "result first" : "result");
+  const button = newElement("button", "enlarge");
+  button.type = "button";
+  button.setAttribute("aria-label", `Rank ${rank}: ${page.name}. Enlarge.`);
+  button.append(pageImage(page), newElement("span", "rank", String(rank)));
+  button.addEventListener("click", () => enlarge(page));
+  const text = newElement("div");
+  const meter = newElement("p", hasScores ? "meter" : "meter by-rank");
+  const bar = newElement("span", "bar");
+  const fill = newElement("i");
+  fill.style.width = Math.round(100 * Math.min(1, Math.max(0, result.relevance_score))) + "%";
+  bar.append(fill);
   bar.setAttribute("aria-hidden", "true");
-  meter.append(bar, made("span", "", `score ${result.relevance_score.toFixed(3)}${hasScores ? "" : ", from the rank alone"}`));
-  words.append(made("h3", "", page.name), meter);
-  if (result.reasoning) words.append(made("p", "says", result.reasoning));
-  item.append(look, words);
-  return item;
+  meter.append(bar, newElement("span", "", `score ${result.relevance_score.toFixed(3)}${hasScores ? "" : ", from the rank only"}`));
+  text.append(newElement("h3", "", page.name), meter);
+  if (result.reasoning) text.append(newElement("p", "page-reasoning", result.reasoning));
+  card.append(button, text);
+  return card;
 }
 
-function present(answered, query, shown, seconds) {
-  at("asked").textContent = query;
-  const pagesText = shown.length === 1 ? "1 page" : shown.length + " pages";
-  at("timing").textContent = `${pagesText} in ${seconds.toFixed(1)} s · ${answered.usage.total_tokens} tokens written · ${answered.model}`;
-  at("ranked").replaceChildren(...answered.results.map((result, i) => card(result, i + 1, shown[result.index], answered.has_scores)));
-  at("flaw").hidden = answered.defects.length === 0;
-  at("defects").replaceChildren(...answered.defects.map((defect) => made("li", "", defect.replaceAll("_", " "))));
-  at("reasoning").textContent = answered.reasoning || "";
-  at("think").hidden = !answered.reasoning;
-  at("results").hidden = false;
-  at("results").focus();
+function showResults(response, query, rankedPages, seconds) {
+  byId("results-query").textContent = query;
+  byId("timing").textContent = `${pageCount(rankedPages.length)} in ${seconds.toFixed(1)} s · ${response.usage.total_tokens} tokens generated · ${response.model}`;
+  byId("ranked").replaceChildren(...response.results.map((result, i) => resultCard(result, i + 1, rankedPages[result.index], response.has_scores)));
+  byId("defects").hidden = response.defects.length === 0;
+  byId("defect-list").replaceChildren(...response.defects.map((defect) => newElement("li", "", defect.replaceAll("_", " "))));
+  byId("reasoning").textContent = response.reasoning || "";
+  byId("reasoning-details").hidden = !response.reasoning;
+  byId("results").hidden = false;
+  byId("results").focus();
 }
 
-at("ask").addEventListener("submit", (event) => {
+byId("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  const query = at("query").value.trim();
-  if (!pages.length) { complain("Choose a PDF or pictures first."); at("files").focus(); return; }
-  if (!query) { complain("Ask a question."); at("query").focus(); return; }
-  busy(async (show, signal, started) => {
-    show(pages.length === 1 ? "Reading 1 page" : `Reading ${pages.length} pages`);
-    const shown = [...pages];
-    const body = JSON.stringify({ query, documents: shown.map((page) => page.image), return_reasoning: true });
-    const answered = await ask("/v1/rerank", "application/json", body, signal);
-    present(answered, query, shown, (performance.now() - started) / 1000);
-    tell("Done: the results are below.");
+  const query = byId("query").value.trim();
+  if (!pages.length) { setProblem("Choose a PDF or images first."); byId("files").focus(); return; }
+  if (!query) { setProblem("Enter a question."); byId("query").focus(); return; }
+  runTask(async (showStep, signal, started) => {
+    showStep("Ranking " + pageCount(pages.length));
+    const rankedPages = [...pages];
+    const body = JSON.stringify({ query, documents: rankedPages.map((page) => page.image), return_reasoning: true });
+    const response = await post("/v1/rerank", "application/json", body, signal);
+    showResults(response, query, rankedPages, (performance.now() - started) / 1000);
+    setStatus("Done. The results are below.");
   });
 });
-at("files").addEventListener("change", () => take([...at("files").files]));
-at("clear").addEventListener("click", () => { pages = []; shelve(); tell(""); at("files").focus(); });
-at("stop").addEventListener("click", () => running && running.abort());
-at("zoom-close").addEventListener("click", () => at("zoom").close());
-at("zoom").addEventListener("click", (event) => { if (event.target === at("zoom")) at("zoom").close(); });
+byId("files").addEventListener("change", () => addFiles([...byId("files").files]));
+byId("clear").addEventListener("click", () => { pages = []; showSelection(); setStatus(""); byId("files").focus(); });
+byId("stop").addEventListener("click", () => running && running.abort());
+byId("zoom-close").addEventListener("click", () => byId("zoom").close());
+byId("zoom").addEventListener("click", (event) => { if (event.target === byId("zoom")) byId("zoom").close(); });
 for (const name of ["dragover", "drop"]) document.addEventListener(name, (event) => event.preventDefault());
-at("drop").addEventListener("dragover", () => at("drop").classList.add("over"));
-at("drop").addEventListener("dragleave", () => at("drop").classList.remove("over"));
-at("drop").addEventListener("drop", (event) => {
-  at("drop").classList.remove("over");
-  take([...event.dataTransfer.files]);
+byId("drop").addEventListener("dragover", () => byId("drop").classList.add("over"));
+byId("drop").addEventListener("dragleave", () => byId("drop").classList.remove("over"));
+byId("drop").addEventListener("drop", (event) => {
+  byId("drop").classList.remove("over");
+  addFiles([...event.dataTransfer.files]);
 });

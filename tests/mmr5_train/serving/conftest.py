@@ -1,13 +1,11 @@
-"""Fixtures of the server's tests."""
-
 from collections.abc import Iterator
 
 import pytest
-from rerank_server import Served, serving
+from rerank_server import RunningServer, run_server
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    """A server with default limits; tests that hold up or fail its ranker take one of their own."""
-    with serving(wait_ms=0) as running:
+def server() -> Iterator[RunningServer]:
+    """A server with default limits. Tests that block its ranker or make it fail start their own server."""
+    with run_server(wait_ms=0) as running:
         yield running

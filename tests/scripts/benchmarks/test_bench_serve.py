@@ -1,34 +1,39 @@
-"""The load test, small, against a server in this process."""
+"""The server's benchmark at a small size, with a server in this process."""
 
 import asyncio
 import os
 
 import bench_serve
-from rerank_server import serving
+from malformed_requests import Malformed, malformed_requests
+from rerank_server import run_server
 
 
-def test_a_small_load_and_some_malformed_requests():
-    kinds = bench_serve.malformed_kinds()
-    assert len({kind.name for kind in kinds}) == len(kinds) >= 15
-    with serving(wait_ms=5) as served:
-        loaded = asyncio.run(bench_serve.load(served.url, os.getpid(), clients=4, seconds=1))
-        assert loaded["answered"] > 4
-        assert loaded["failed"] == {}
-        assert 0 < loaded["p50_s"] <= loaded["p99_s"] < 2
-        assert len(loaded["memory"]) > 5
-        assert max(map(len, served.ranker.calls)) > 1
-        refused = bench_serve.send_malformed(served.url, len(kinds) + 3, kinds)
-        assert refused["wrong"] == []
-        assert sum(refused["statuses"].values()) == len(kinds) + 3
-        assert bench_serve.ask_once(served.url).status_code == 200
+def test_load_and_malformed_requests():
+    malformed = malformed_requests()
+    assert len({request.name for request in malformed}) == len(malformed) == 54
+    with run_server(wait_ms=5) as server:
+        load = asyncio.run(bench_serve.run_load(server.url, os.getpid(), clients=4, seconds=1))
+        assert load["answered"] > 4
+        assert load["failed"] == {}
+        assert 0 < load["p50_s"] <= load["p99_s"] < 2
+        assert len(load["memory"]) > 5
+        assert max(map(len, server.ranker.calls)) > 1
+        rejections = bench_serve.send_malformed(server.url, len(malformed) + 3, malformed)
+        assert rejections["wrong"] == []
+        assert sum(rejections["statuses"].values()) == len(malformed) + 3
+        status = bench_serve.send_valid(server.url).status_code
+        assert status == 200
+    result = {"load": load, "malformed": rejections, "good_request_afterwards": status}
+    assert [target["met"] for target in bench_serve.targets(result)] == [True] * 5
+    assert not bench_serve.has_wrong_response(result)
 
 
-def test_what_is_answered_wrongly_is_found():
-    kinds = [
-        bench_serve.Malformed("good", 422, "query", b'{"query": 3}'),
-        bench_serve.Malformed("another status", 400, "query", b'{"query": 3}'),
-        bench_serve.Malformed("other words", 422, "elephants", b'{"query": 3}'),
+def test_wrong_responses_are_reported():
+    malformed = [
+        Malformed("as expected", 422, "query", b'{"query": 3}'),
+        Malformed("another status", 400, "query", b'{"query": 3}'),
+        Malformed("another message", 422, "elephants", b'{"query": 3}'),
     ]
-    with serving() as served:
-        wrong = bench_serve.send_malformed(served.url, 3, kinds)["wrong"]
-    assert [problem.partition(":")[0] for problem in wrong] == ["another status", "other words"]
+    with run_server() as server:
+        wrong = bench_serve.send_malformed(server.url, 3, malformed)["wrong"]
+    assert [problem.partition(":")[0] for problem in wrong] == ["another status", "another message"]

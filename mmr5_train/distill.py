@@ -1,22 +1,25 @@
-"""Distillation: a reasoning model learns to rank in one forward pass, and keeps its reasoning.
+"""Distillation: a reasoning model learns to rank in one forward pass and keeps its reasoning.
 
     python -m mmr5_train.evaluate data=outputs/data/train.jsonl 'systems={teacher:outputs/grpo/model}' \\
-        out=outputs/taught
-    python -m mmr5_train.distill data=outputs/taught/rankings/teacher.jsonl model.path=outputs/grpo/model \\
-        out=outputs/distill
+        out=outputs/teacher_rankings
+    python -m mmr5_train.distill data=outputs/teacher_rankings/rankings/teacher.jsonl \\
+        model.path=outputs/grpo/model out=outputs/distill
 
-What the model answered with reasoning, on questions that are not evaluated, is what it learns from. At the place
-where its list would begin without a thought, the probabilities of the page ids are drawn towards its own order, by
-a listwise loss: cross-entropy with targets that fall geometrically with the rank (ZipRerank, arXiv 2605.11864,
-trains such scores from a teacher's ranking). What its thought said of each page, that it helps or not, is taught
-at the page's own last token, before any thought: the order follows from that. And its completions are taught
-again, so that one checkpoint serves the modes `reason` and `logits`. Writes what sft writes.
+The training data are the model's own reasoned rankings of questions that are not evaluated. The result answers in
+the modes `reason` and `logits`. Writes what sft writes. The loss has three terms:
 
-An order of n pages holds for any of them: scores are taught on all pages of an answer, and on `parts` of them.
-These stay in the order of the prompt, since an answer's order among pages that help alike may be that one. Prompts
-with two pages come first. In the first of these, what the thought says of a page before its verdict stands behind
-the page, and fewer of its tokens from prompt to prompt until none are left (as Deng et al., arXiv 2405.14838, take
-a chain of thought away step by step). Without that, training can stop where a page fits half of the question.
+- *Listwise*: after the prompt and the opening of the answer list, the probabilities of the page ids are trained
+  towards the model's own order. The targets fall geometrically with the rank. (ZipRerank, arXiv 2605.11864, trains
+  such scores from a teacher's ranking.)
+- *Verdicts*: at the last token of each page, the model predicts what its reasoning said about the page: that it
+  helps or does not help. The order follows from these verdicts.
+- *Completions*: some of the completions are trained as in SFT, so that the model keeps its reasoning.
+
+An order of n pages also orders any subset of them, so the first two terms use subsets of the pages as well. A
+subset keeps the prompt's page order, because an answer may order equally helpful pages by it. Subsets of two pages
+come first. In the first prompts, a hint follows each page: the reasoning on that page up to its verdict. Hints
+lose tokens from prompt to prompt until none are left, as Deng et al. (arXiv 2405.14838) remove a chain of thought
+step by step. Without hints, training can get stuck where pages match half of the question.
 """
 
 from __future__ import annotations
@@ -36,254 +39,254 @@ from torch.nn.functional import cross_entropy, pad
 from trl import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from mmr5_train.common.config import StageConfig, run_stage
-from mmr5_train.common.files import InputError, read_records, write_manifest
+from mmr5_train.common.config import run_stage
+from mmr5_train.common.files import InputError, read_records
 from mmr5_train.evaluation.metrics import is_complete
 from mmr5_train.inference.local import identifier_ids, with_list_open
 from mmr5_train.models.inputs import check_images, encode
-from mmr5_train.models.loading import ModelConfig, load_model, load_processor
+from mmr5_train.models.loading import load_model, load_processor
 from mmr5_train.ranking.notes import format_note
 from mmr5_train.ranking.parts import NO_VERDICT, sample_subsets, sort_pairs_first
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Ranking
-from mmr5_train.training.callbacks import FiniteSFTTrainer, HeldOutConfig, held_out
-from mmr5_train.training.checkpoints import open_training_output, run_settings
-from mmr5_train.training.finetune import (
-    MODEL,
-    best_counts,
-    lora_config,
-    normalize_loss_by_tokens,
-    prompt_dataset,
-    save_result,
-    settings_checked,
-    train,
-    trained_parameters,
-    trainer_arguments,
-)
+from mmr5_train.training.adapters import lora_config
+from mmr5_train.training.arguments import rejected_settings_as_input_errors, trainer_arguments
+from mmr5_train.training.callbacks import FiniteSFTTrainer
+from mmr5_train.training.dataset import prompt_dataset
+from mmr5_train.training.run import TrainingStage, finish_run, normalize_loss_by_tokens, start_run, train
 
 
-class DistillStage(StageConfig):
+class DistillStage(TrainingStage):
     """`python -m mmr5_train.distill` (configs/distill.yaml)."""
 
     data: Path = Field(description="rankings of the reasoning model, as evaluate writes them")
-    limit: int | None = Field(default=None, gt=0, description="use the first so many")
-    parts: int = Field(ge=0, description="prompts with some of an answer's pages, besides its own")
-    hinted: float = Field(ge=0, lt=1, description="share of the prompts that are begun with hints behind pages")
-    kept: float = Field(gt=0, le=1, description="share of each batch whose whole answers are taught again")
-    decay: float = Field(gt=0, lt=1, description="how much less a page's target is than that of the one before it")
-    listwise: float = Field(gt=0, description="weight of the listwise loss; that of the completions has 1")
-    verdicts: float = Field(ge=0, description="weight of the verdicts on single pages; 0: they are not taught")
-    model: ModelConfig
-    prompt: Prompt
-    heldout: HeldOutConfig | None = None
+    subsets: int = Field(ge=0, description="prompts with a subset of the pages per ranking, besides the full one")
+    hint_share: float = Field(ge=0, lt=1, description="share of the prompts, from the first on, that have hints")
+    completion_share: float = Field(gt=0, le=1, description="share of each batch that also trains its completions")
+    decay: float = Field(gt=0, lt=1, description="ratio of a page's listwise target to that of the page before it")
+    listwise_weight: float = Field(
+        gt=0, description="weight of the listwise loss; the completion loss has weight 1"
+    )
+    verdict_weight: float = Field(ge=0, description="weight of the verdict loss; 0: verdicts are not trained")
     trainer: dict[str, Any] = Field(description="fields of trl.SFTConfig")
+
+
+def main(config: DistillStage) -> None:
+    rankings = read_rankings(config)
+    processor = load_processor(config.model)
+    tokens = score_tokens(processor, max(len(ranking.shown) for ranking in rankings), config.data)
+    arguments = trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=config.model)
+    run = start_run("distill", config, arguments, processor)
+
+    model = load_model(config.model)
+    completions = DataCollatorForVisionLanguageModeling(
+        processor, max_length=arguments.max_length, completion_only_loss=True
+    )
+    with rejected_settings_as_input_errors("distill"):
+        trainer = DistillTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=subset_dataset(rankings, config, processor),
+            data_collator=Collator(processor, completions, config.prompt, config.decay, config.completion_share),
+            processing_class=processor,
+            peft_config=lora_config(config.model),
+            score_tokens=tokens,
+            listwise_weight=config.listwise_weight,
+            verdict_weight=config.verdict_weight,
+        )
+    normalize_loss_by_tokens(trainer)
+
+    labels = {"loss": "loss", "listwise_loss": "listwise", "verdict_loss": "verdicts"}
+    train(run, trainer, progress=labels)
+    finish_run(run, trainer, counts={"rankings": len(rankings)}, metric="listwise_loss")
+
+
+def read_rankings(config: DistillStage) -> list[Ranking]:
+    """The rankings with a completion that orders all pages. Raises `InputError` if there are none."""
+    rankings = read_records(config.data, Ranking)
+    usable = [ranking for ranking in rankings if ranking.greedy.completion and is_complete(ranking.greedy)]
+    if not usable:
+        raise InputError(
+            f"{config.data}: none of {len(rankings)} answers has reasoning and a list of all pages; give the "
+            "rankings of a reasoning model, rankings/<system>.jsonl of evaluate"
+        )
+    check_images((page for ranking in usable for page in ranking.shown), config.data.parent)
+    return usable[: config.limit]
+
+
+@dataclass(frozen=True)
+class ScoreTokens:
+    """The tokens whose logits score pages."""
+
+    identifiers: Tensor  # (most pages,) the token of each page id at the start of the answer list
+    verdicts: Tensor  # (2,) the tokens in which "it helps" and "it does not help" first differ
+
+
+def score_tokens(processor: Any, most_pages: int, data: Path) -> ScoreTokens:
+    """Raises `InputError` if the first tokens of the ids 1..`most_pages` are not distinct."""
+    identifiers = identifier_ids(processor.tokenizer, most_pages)
+    if len(identifiers) < most_pages:
+        raise InputError(
+            f"{data}: prompts have up to {most_pages} pages, but only {len(identifiers)} page ids start with "
+            "distinct tokens in this tokenizer; use fewer candidates a question"
+        )
+    helps, helps_not = processor.tokenizer([format_note("", True), format_note("", False)])["input_ids"]
+    pair = next([a, b] for a, b in zip(helps, helps_not, strict=False) if a != b)
+    return ScoreTokens(torch.tensor(identifiers), torch.tensor(pair))
+
+
+def subset_dataset(rankings: Sequence[Ranking], config: DistillStage, processor: Any) -> Dataset:
+    """One row a subset: its pages, order, verdicts and hints, and the completion on all pages."""
+    subsets = sort_pairs_first(
+        [
+            (ranking, subset)
+            for ranking in rankings
+            for subset in sample_subsets(ranking, config.subsets, config.seed)
+        ],
+        config.seed,
+    )
+    rng = random.Random(config.seed)
+    hinted_rows = config.hint_share * len(subsets)
+    rows = []
+    for i, (ranking, subset) in enumerate(subsets):
+        kept_share = max(0, 1 - i / hinted_rows) if hinted_rows else 0
+        rows.append(
+            {
+                "query": ranking.query,
+                "completion": [{"role": "assistant", "content": ranking.greedy.completion}],
+                **asdict(subset),
+                "hints": sample_hint_tokens(subset.hints, kept_share, processor.tokenizer, rng),
+            }
+        )
+    queries, shown = [ranking.query for ranking, _ in subsets], [ranking.shown for ranking, _ in subsets]
+    return prompt_dataset(rows, queries, shown, config.data.parent, config.prompt, processor)
+
+
+def sample_hint_tokens(hints: Sequence[str], share: float, tokenizer: Any, rng: random.Random) -> list[list[int]]:
+    """The token ids of each hint. Each token is kept with probability `share`."""
+    tokens = [tokenizer(f" {hint}")["input_ids"] if hint and share else [] for hint in hints]
+    return [[token for token in ids if rng.random() < share] for ids in tokens]
 
 
 @dataclass
 class Collator:
-    """TRL's collator for the answers of some rows, and the parts of all as prompts with an answer begun behind.
+    """Batches the completions with TRL's collator and adds "scoring": inputs and labels of the one-pass scores.
 
-    `begun` holds these prompts' inputs, with the `targets` (B, N) of their page ids, the `verdicts` (P,) on all
-    pages, and where they are taught: `ends` (B, T), true at the last token of a page or of the hint behind it.
+    "scoring" holds the model inputs of B prompts on subsets of pages, each followed by the opening of the answer
+    list, and `targets` (B, N) of their page ids, `verdicts` (P,) on all P pages of the batch, and `page_ends` (B,
+    T), true at the last token of each page or of its hint.
     """
 
     processor: Any
     completions: DataCollatorForVisionLanguageModeling
     prompt: Prompt
     decay: float
-    kept: float
+    completion_share: float
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         pages = [[row["images"][position - 1] for position in row["positions"]] for row in rows]
-        begun = encode(self.processor, self.prompt, [row["query"] for row in rows], pages)
-        begun = with_hints(begun, [hint for row in rows for hint in row["hints"]], self.processor.tokenizer)
-        ends = begun.pop("ends")
-        begun = with_list_open(begun, self.processor.tokenizer)
-        ends = pad(ends, (0, begun["input_ids"].shape[1] - ends.shape[1]))
-        most = max(len(row["order"]) for row in rows)
-        wanted = torch.stack([targets(row["order"], self.decay, most) for row in rows])
-        said = torch.tensor([verdict for row in rows for verdict in row["verdicts"]])
-        batch = self.completions([dict(row) for row in rows[: math.ceil(self.kept * len(rows))]])
-        return batch | {"begun": {**begun, "targets": wanted, "verdicts": said, "ends": ends}}
+        inputs = encode(self.processor, self.prompt, [row["query"] for row in rows], pages)
+        inputs = append_hints(inputs, [hint for row in rows for hint in row["hints"]], self.processor.tokenizer)
+        page_ends = inputs.pop("page_ends")
+        inputs = with_list_open(inputs, self.processor.tokenizer)
+        most_pages = max(len(row["order"]) for row in rows)
+        labels = {
+            "targets": torch.stack([rank_targets(row["order"], self.decay, most_pages) for row in rows]),
+            "verdicts": torch.tensor([verdict for row in rows for verdict in row["verdicts"]]),
+            "page_ends": pad(page_ends, (0, inputs["input_ids"].shape[1] - page_ends.shape[1])),
+        }
+        count = math.ceil(self.completion_share * len(rows))
+        batch = self.completions([dict(row) for row in rows[:count]])
+        return batch | {"scoring": {**inputs, **labels}}
 
 
-@dataclass(frozen=True)
-class Readout:
-    """Which tokens speak for a page."""
+def append_hints(inputs: Any, hints: Sequence[Sequence[int]], tokenizer: Any) -> Any:
+    """Inserts a hint (token ids, may be empty) after each page of the left-padded prompts `inputs`.
 
-    identifiers: Tensor  # (most pages,) of each page id, where the list begins
-    verdicts: Tensor  # (2,) of "helps" and of "does not help"
+    `hints` lists the hints of all pages of all prompts. Adds `page_ends` (B, T): true at the last token of each
+    hint, or of the page itself where its hint is empty.
+    """
+    page_end = tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    names = ("input_ids", "mm_token_type_ids", "attention_mask", "page_ends")
+    remaining = iter(hints)
+    rows = []
+    for ids, types, mask in zip(*(inputs[name] for name in names[:3]), strict=True):
+        row: list[tuple[int, ...]] = []
+        for token, kind in zip(ids[mask == 1].tolist(), types[mask == 1].tolist(), strict=True):
+            is_end = token == page_end
+            tokens = [(token, kind), *((hint_token, 0) for hint_token in (next(remaining) if is_end else ()))]
+            row += [(*pair, 1, False) for pair in tokens[:-1]] + [(*tokens[-1], 1, is_end)]
+        rows.append(row)
+    padding = (tokenizer.pad_token_id, 0, 0, False)
+    longest = max(map(len, rows))
+    columns = torch.tensor([[padding] * (longest - len(row)) + row for row in rows]).unbind(-1)
+    return {**inputs, **dict(zip(names, columns, strict=True)), "page_ends": columns[-1].bool()}
 
 
 class DistillTrainer(FiniteSFTTrainer):
-    """SFT on completions, with the listwise loss and that of the verdicts beside it."""
+    """SFT on completions, plus the listwise loss and the verdict loss."""
 
-    readout: Readout
-    weights: tuple[float, float]  # of the listwise loss, of the verdicts
+    def __init__(
+        self, *args: Any, score_tokens: ScoreTokens, listwise_weight: float, verdict_weight: float, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.score_tokens, self.listwise_weight, self.verdict_weight = (
+            score_tokens,
+            listwise_weight,
+            verdict_weight,
+        )
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        begun = inputs.pop("begun")
-        targets_BN, verdicts_P, ends_BT = (begun.pop(name) for name in ("targets", "verdicts", "ends"))
+        scoring = inputs.pop("scoring")
+        targets_BN, verdicts_P, page_ends_BT = (scoring.pop(name) for name in ("targets", "verdicts", "page_ends"))
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        # The head is large: only where some prompt has a page's end, and where the lists begin.
-        kept_T = torch.cat([ends_BT.any(0).nonzero()[:, 0], torch.tensor([-1], device=ends_BT.device)])
-        logits_BTV = model(**begun, logits_to_keep=kept_T, use_cache=False).logits.float()
-        identifiers_N = self.readout.identifiers[: targets_BN.shape[1]].to(logits_BTV.device)
-        listwise = listwise_loss(logits_BTV[:, -1, identifiers_N], targets_BN)
-        logits_PV = logits_BTV[:, :-1][ends_BT[:, kept_T[:-1]]]
-        logits_P2 = logits_PV[:, self.readout.verdicts.to(logits_PV.device)]
-        said = verdict_loss(logits_P2, verdicts_P, ends_BT.nonzero()[:, 0])
-        for name, value in (("listwise_loss", listwise), ("verdict_loss", said)):
+        # The vocabulary is large, so compute logits only at the positions where a page or a prompt ends.
+        positions_K = torch.cat(
+            [page_ends_BT.any(0).nonzero()[:, 0], torch.tensor([-1], device=page_ends_BT.device)]
+        )
+        logits_BKV = model(**scoring, logits_to_keep=positions_K, use_cache=False).logits.float()
+        identifiers_N = self.score_tokens.identifiers[: targets_BN.shape[1]].to(logits_BKV.device)
+        listwise = listwise_loss(logits_BKV[:, -1, identifiers_N], targets_BN)
+        logits_PV = logits_BKV[:, :-1][page_ends_BT[:, positions_K[:-1]]]
+        logits_P2 = logits_PV[:, self.score_tokens.verdicts.to(logits_PV.device)]
+        verdict = verdict_loss(logits_P2, verdicts_P, page_ends_BT.nonzero()[:, 0])
+        for name, value in (("listwise_loss", listwise), ("verdict_loss", verdict)):
             self._metrics["train"][name].append(self.accelerator.gather(value.detach()).mean().item())
-        # Where the loss of the completions is a share of the whole step's, these are too.
+        # With num_items_in_batch, the completion loss is this micro-batch's share of the step. Scale these too.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        return loss + (self.weights[0] * listwise + self.weights[1] * said) / steps
+        return loss + (self.listwise_weight * listwise + self.verdict_weight * verdict) / steps
 
 
-def targets(order: Sequence[int], decay: float, most: int) -> Tensor:
-    """(most,) target of each page id from 1, in the shape decay^rank and of sum 1; 0 where there is no page."""
-    weights = torch.zeros(most)
+def rank_targets(order: Sequence[int], decay: float, size: int) -> Tensor:
+    """(size,) target probability of each page id from 1: proportional to decay^rank. 0 for ids without a page."""
+    weights = torch.zeros(size)
     weights[torch.tensor(order) - 1] = decay ** torch.arange(len(order), dtype=torch.float32)
     return weights / weights.sum()
 
 
 def listwise_loss(logits_BN: Tensor, targets_BN: Tensor) -> Tensor:
-    """Cross-entropy of the targets and the probabilities among the ids of each prompt's pages, mean over prompts.
+    """Cross-entropy between the targets and the softmax over each prompt's page ids, averaged over prompts.
 
-    Pages stand first in a row; those whose target is 0 are not there.
+    A target of 0 marks padding: the prompt has no page of that id.
     """
-    absent = targets_BN == 0
-    log_probs_BN = logits_BN.masked_fill(absent, -torch.inf).log_softmax(-1).masked_fill(absent, 0)
+    padding_BN = targets_BN == 0
+    log_probs_BN = logits_BN.masked_fill(padding_BN, -torch.inf).log_softmax(-1).masked_fill(padding_BN, 0)
     return -(targets_BN * log_probs_BN).sum(-1).mean()
 
 
 def verdict_loss(logits_P2: Tensor, verdicts_P: Tensor, prompts_P: Tensor) -> Tensor:
-    """Cross-entropy of the verdicts: mean over a prompt's pages of which something was said, then over prompts.
+    """Cross-entropy of the verdicts: averaged over the pages with a verdict of each prompt, then over prompts.
 
-    `prompts_P` is the row of the batch that each page stands in. 0 where nothing was said of any page.
+    `prompts_P` is each page's row in the batch. The loss is 0 if no page has a verdict.
     """
-    said_P = verdicts_P != NO_VERDICT
-    if not said_P.any():
+    labeled_P = verdicts_P != NO_VERDICT
+    if not labeled_P.any():
         return logits_P2.sum() * 0
-    pages_B = torch.bincount(prompts_P[said_P], minlength=int(prompts_P.max()) + 1)
-    losses_P = cross_entropy(logits_P2[said_P], verdicts_P[said_P], reduction="none")
-    return (losses_P / pages_B[prompts_P[said_P]]).sum() / len(pages_B)
-
-
-def main(config: DistillStage) -> None:
-    rankings = read_taught(config)
-    processor = load_processor(config.model)
-    readout = make_readout(processor, max(len(ranking.shown) for ranking in rankings), config.data)
-    arguments = trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=config.model)
-    watch = held_out(config.heldout, arguments, processor, config.prompt, True)
-    settings, inputs = run_settings(config), [config.data, Path(config.model.path)]
-    checkpoint = open_training_output(config.out, config.overwrite, inputs, "distill", settings)
-    completions = DataCollatorForVisionLanguageModeling(
-        processor, max_length=arguments.max_length, completion_only_loss=True
-    )
-    with settings_checked("distill"):
-        trainer = DistillTrainer(
-            model=load_model(config.model),
-            args=arguments,
-            train_dataset=taught_dataset(rankings, config, processor),
-            data_collator=Collator(processor, completions, config.prompt, config.decay, config.kept),
-            processing_class=processor,
-            peft_config=lora_config(config.model),
-        )
-    trainer.readout, trainer.weights = readout, (config.listwise, config.verdicts)
-    normalize_loss_by_tokens(trainer)
-    trained = trained_parameters(trainer)
-    shown = {"loss": "loss", "listwise_loss": "listwise", "verdict_loss": "verdicts"}
-    train(trainer, "distill", shown, settings, checkpoint, watch)
-    save_result(trainer, processor, config.model, config.prompt, True, config.out)
-    if trainer.accelerator.is_main_process:
-        steps = trainer.state.global_step
-        counts = {"rankings": len(rankings), "steps": steps, "trained_parameters": trained}
-        counts |= {"processes": trainer.accelerator.num_processes} | best_counts(trainer)
-        values = config.model_dump(mode="json")
-        write_manifest(config.out, stage="distill", config=values, inputs=[config.data], counts=counts)
-        losses = [entry["listwise_loss"] for entry in trainer.state.log_history if "listwise_loss" in entry]
-        learned = f"listwise loss {losses[0]:.3f} → {losses[-1]:.3f}, " if losses else ""
-        print(f"distill: {len(rankings)} rankings, {steps} steps, {learned}in {config.out / MODEL}")
-
-
-def read_taught(config: DistillStage) -> list[Ranking]:
-    """The rankings whose answers are whole. Raises `InputError` where none has any reasoning."""
-    read = read_records(config.data, Ranking)
-    whole = [ranking for ranking in read if ranking.greedy.completion and is_complete(ranking.greedy)]
-    if not whole:
-        raise InputError(
-            f"{config.data}: none of {len(read)} answers has reasoning and a list of all pages; give the rankings "
-            "of a reasoning model, rankings/<system>.jsonl of evaluate"
-        )
-    check_images((page for ranking in whole for page in ranking.shown), config.data.parent)
-    return whole[: config.limit]
-
-
-def make_readout(processor: Any, most: int, data: Path) -> Readout:
-    """The tokens of the processor's vocabulary that speak for pages, at most `most` in a prompt.
-
-    Raises `InputError` where prompts hold more pages than the ids' first tokens tell apart.
-    """
-    identifiers = identifier_ids(processor.tokenizer, most)
-    if len(identifiers) < most:
-        raise InputError(
-            f"{data}: prompts of up to {most} pages, and this tokenizer tells {len(identifiers)} apart by their "
-            "ids' first token; rank fewer candidates a question"
-        )
-    helps, helps_not = processor.tokenizer([format_note("", True), format_note("", False)])["input_ids"]
-    pair = next([a, b] for a, b in zip(helps, helps_not, strict=False) if a != b)
-    return Readout(torch.tensor(identifiers), torch.tensor(pair))
-
-
-def with_hints(inputs: Any, hints: Sequence[Sequence[int]], tokenizer: Any) -> Any:
-    """The inputs of left-padded prompts with a hint (token ids, or none) behind each page, all in one list.
-
-    `ends` (B, T) is true at the last token of each page's hint, or of the page itself where it has none.
-    """
-    page_end = tokenizer.convert_tokens_to_ids("<|vision_end|>")
-    names = ("input_ids", "mm_token_type_ids", "attention_mask", "ends")
-    left = iter(hints)
-    rows = []
-    for ids, types, there in zip(*(inputs[name] for name in names[:3]), strict=True):
-        row: list[tuple[int, ...]] = []
-        for token, kind in zip(ids[there == 1].tolist(), types[there == 1].tolist(), strict=True):
-            is_end = token == page_end
-            tokens = [(token, kind), *((said, 0) for said in (next(left) if is_end else ()))]
-            row += [(*one, 1, False) for one in tokens[:-1]] + [(*tokens[-1], 1, is_end)]
-        rows.append(row)
-    padding = (tokenizer.pad_token_id, 0, 0, False)
-    longest = max(map(len, rows))
-    columns = torch.tensor([[padding] * (longest - len(row)) + row for row in rows]).unbind(-1)
-    return {**inputs, **dict(zip(names, columns, strict=True)), "ends": columns[-1].bool()}
-
-
-def thinned(hints: Sequence[str], share: float, tokenizer: Any, rng: random.Random) -> list[list[int]]:
-    """Each hint's token ids, of which about `share` are kept."""
-    tokens = [tokenizer(f" {hint}")["input_ids"] if hint and share else [] for hint in hints]
-    return [[token for token in ids if rng.random() < share] for ids in tokens]
-
-
-def taught_dataset(rankings: Sequence[Ranking], config: DistillStage, processor: Any) -> Dataset:
-    """A row is a part of an answer, and the whole answer."""
-    parts = sort_pairs_first(
-        [(one, part) for one in rankings for part in sample_subsets(one, config.parts, config.seed)], config.seed
-    )
-    rng = random.Random(config.seed)
-    hinted = config.hinted * len(parts)
-    rows = [
-        {
-            "query": ranking.query,
-            "completion": [{"role": "assistant", "content": ranking.greedy.completion}],
-            **asdict(part),
-            "hints": thinned(part.hints, max(0, 1 - i / hinted) if hinted else 0, processor.tokenizer, rng),
-        }
-        for i, (ranking, part) in enumerate(parts)
-    ]
-    queries, shown = [ranking.query for ranking, _ in parts], [ranking.shown for ranking, _ in parts]
-    return prompt_dataset(rows, queries, shown, config.data.parent, config.prompt, processor)
+    pages_B = torch.bincount(prompts_P[labeled_P], minlength=int(prompts_P.max()) + 1)
+    losses_P = cross_entropy(logits_P2[labeled_P], verdicts_P[labeled_P], reduction="none")
+    return (losses_P / pages_B[prompts_P[labeled_P]]).sum() / len(pages_B)
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def measure(model: ModelConfig) -> Network:
     if model.lora is not None:
         from peft import get_peft_model
 
-        from mmr5_train.training.finetune import lora_config
+        from mmr5_train.training.adapters import lora_config
 
         adapted: Any = get_peft_model(network, lora_config(model))  # type: ignore[arg-type]
         trained = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)

@@ -3,8 +3,8 @@
     python -m mmr5_train.sft data=outputs/traces/traces.jsonl out=outputs/sft
     accelerate launch --config_file configs/accelerate/cpu.yaml -m mmr5_train.sft …
 
-Reads traces (data_construction.traces), writes `model/` (the merged checkpoint), `adapter/` with LoRA,
-`log_history.json` and a manifest. The loss is on the completion alone. MM-R5, section 3.2.
+Reads traces (data_construction.traces). Writes `model/` (the merged checkpoint), `adapter/` with LoRA,
+`log_history.json` and a manifest. Only completion tokens contribute to the loss. MM-R5, section 3.2.
 """
 
 from __future__ import annotations
@@ -15,38 +15,24 @@ from typing import Any
 from pydantic import Field
 from trl import SFTConfig
 
-from mmr5_train.common.config import StageConfig, run_stage
-from mmr5_train.common.files import read_records, write_manifest
+from mmr5_train.common.config import run_stage
+from mmr5_train.common.files import read_records
 from mmr5_train.models.inputs import check_images
-from mmr5_train.models.loading import ModelConfig, load_model, load_processor
-from mmr5_train.ranking.prompt import Prompt, render_completion
+from mmr5_train.models.loading import load_model, load_processor
+from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.ranking.records import Trace
-from mmr5_train.training.callbacks import FiniteSFTTrainer, HeldOutConfig, held_out
-from mmr5_train.training.checkpoints import open_training_output, run_settings
-from mmr5_train.training.finetune import (
-    MODEL,
-    best_counts,
-    lora_config,
-    normalize_loss_by_tokens,
-    prompt_dataset,
-    save_result,
-    settings_checked,
-    train,
-    trained_parameters,
-    trainer_arguments,
-    use_lora_plus,
-)
+from mmr5_train.training.adapters import lora_config, use_lora_plus
+from mmr5_train.training.arguments import rejected_settings_as_input_errors, trainer_arguments
+from mmr5_train.training.callbacks import FiniteSFTTrainer
+from mmr5_train.training.dataset import prompt_dataset
+from mmr5_train.training.run import TrainingStage, finish_run, normalize_loss_by_tokens, start_run, train
 
 
-class SftStage(StageConfig):
+class SftStage(TrainingStage):
     """`python -m mmr5_train.sft` (configs/sft.yaml)."""
 
     data: Path = Field(description="traces.jsonl")
-    limit: int | None = Field(default=None, gt=0, description="use the first so many traces")
-    think: bool = Field(default=True, description="teach the think block; false: the answer alone")
-    model: ModelConfig
-    prompt: Prompt
-    heldout: HeldOutConfig | None = None
+    think: bool = Field(default=True, description="train on the think block; false: on the answer only")
     trainer: dict[str, Any] = Field(description="fields of trl.SFTConfig")
 
 
@@ -55,11 +41,8 @@ def main(config: SftStage) -> None:
     check_images((page for trace in traces for page in trace.shown), config.data.parent)
     processor = load_processor(config.model)
     arguments = trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=config.model)
-    watch = held_out(config.heldout, arguments, processor, config.prompt, config.think)
-    # Only now: what the user got wrong must not cost an earlier result that is to be overwritten.
-    settings = run_settings(config)
-    inputs = [config.data, Path(config.model.path)]
-    checkpoint = open_training_output(config.out, config.overwrite, inputs, "sft", settings)
+    run = start_run("sft", config, arguments, processor, think=config.think)
+
     model = load_model(config.model)
     completions = [render_completion(trace.think if config.think else None, trace.answer) for trace in traces]
     dataset = prompt_dataset(
@@ -70,7 +53,7 @@ def main(config: SftStage) -> None:
         config.prompt,
         processor,
     )
-    with settings_checked("sft"):
+    with rejected_settings_as_input_errors("sft"):
         trainer = FiniteSFTTrainer(
             model=model,
             args=arguments,
@@ -80,22 +63,9 @@ def main(config: SftStage) -> None:
         )
     normalize_loss_by_tokens(trainer)
     use_lora_plus(trainer, config.model)
-    trained = trained_parameters(trainer)
-    shown = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
-    train(trainer, "sft", shown, settings, checkpoint, watch)
-    save_result(trainer, processor, config.model, config.prompt, config.think, config.out)
-    if trainer.accelerator.is_main_process:
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        learned = f"loss {losses[0]:.3f} → {losses[-1]:.3f}, " if losses else ""
-        counts = {"traces": len(traces), "steps": trainer.state.global_step, "trained_parameters": trained}
-        counts |= {"processes": trainer.accelerator.num_processes} | best_counts(trainer)
-        write_manifest(
-            config.out, stage="sft", config=config.model_dump(mode="json"), inputs=[config.data], counts=counts
-        )
-        print(
-            f"sft: {len(traces)} traces, {trainer.state.global_step} steps, {trained:,} parameters, "
-            f"{learned}in {config.out / MODEL}"
-        )
+
+    train(run, trainer, progress={"loss": "loss", "mean_token_accuracy": "token accuracy"})
+    finish_run(run, trainer, counts={"traces": len(traces)}, metric="loss")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training that is watched: NaNs stop it before they are kept, and held-out questions tell its best checkpoint."""
+"""Trainers that stop at non-finite values, and callbacks that rank held-out questions and raise alarms."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from mmr5_train.inference.local import LocalBackend
 from mmr5_train.models.inputs import check_images
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Mode, ModelAnswer, Order, PromptedTask, RankingTask
-from mmr5_train.training.checkpoints import KEPT, last_checkpoint
+from mmr5_train.training.checkpoints import MIN_CHECKPOINTS, last_checkpoint
 from mmr5_train.training.shared_grpo import SharedPrefixGRPOTrainer
 
 HELD_OUT = "heldout/recall@1"
 
 
 class FiniteTrainer(Trainer):
-    """Stops at a loss or gradients that are not finite: the checkpoints there are stay as they are."""
+    """Raises `InputError` at a non-finite loss or gradient norm. Existing checkpoints stay unchanged."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -37,27 +37,27 @@ class FiniteTrainer(Trainer):
         except RuntimeError as error:
             if "probability tensor contains" not in str(error):
                 raise
-            raise self._not_finite("probabilities of the next token are not finite") from error
+            raise self._not_finite("next-token probabilities are not finite") from error
         self._check_finite("loss", loss)
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
-        if norm is not None and not self.args.fp16:  # with float16 the scaler passes over such a step and goes on
-            self._check_finite("norm of the gradients", norm)
+        if norm is not None and not self.args.fp16:  # with float16 the gradient scaler skips such a step
+            self._check_finite("gradient norm", norm)
         return norm
 
-    def _check_finite(self, what: str, value: Any) -> None:
+    def _check_finite(self, quantity: str, value: Any) -> None:
         if not math.isfinite(value):
-            raise self._not_finite(f"{what} is {float(value)}")
+            raise self._not_finite(f"{quantity} is {float(value)}")
 
-    def _not_finite(self, what: str) -> InputError:
-        kept = last_checkpoint(Path(str(self.args.output_dir)))
+    def _not_finite(self, problem: str) -> InputError:
+        checkpoint = last_checkpoint(Path(str(self.args.output_dir)))
+        state = f"{checkpoint} is unchanged" if checkpoint else "no checkpoint was written yet"
         return InputError(
-            f"step {self.state.global_step + 1}: the {what}; "
-            f"{f'{kept} stays as it is' if kept else 'no checkpoint was written yet'}. Begin anew "
-            "(overwrite=true) with a smaller trainer.learning_rate or trainer.max_grad_norm, or with "
-            "model.dtype=bfloat16 in the place of float16"
+            f"step {self.state.global_step + 1}: the {problem}; {state}. Start over (overwrite=true) with a "
+            "smaller trainer.learning_rate or trainer.max_grad_norm, or with model.dtype=bfloat16 "
+            "instead of float16"
         )
 
 
@@ -74,22 +74,22 @@ class FiniteSharedGRPOTrainer(FiniteTrainer, SharedPrefixGRPOTrainer):
 
 
 class HeldOutConfig(BaseModel):
-    """Questions that a model in training ranks at each checkpoint, so that the best one can be kept."""
+    """Questions that the model ranks at each checkpoint during training, so that the best checkpoint is kept."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: Path = Field(description="ranking tasks that are neither trained on nor evaluated in the end")
-    limit: int | None = Field(default=200, gt=0, description="use the first so many")
-    batch_size: int = Field(default=8, gt=0, description="questions answered at a time on each process")
+    data: Path = Field(description="ranking tasks that are used neither in training nor in the final evaluation")
+    limit: int | None = Field(default=200, gt=0, description="use only the first questions")
+    batch_size: int = Field(default=8, gt=0, description="questions a batch on each process")
     max_new_tokens: int = Field(default=2048, gt=0)
     order: Order = "score"
 
 
-class HeldOut(TrainerCallback):
-    """Ranks the questions before the first step and at every checkpoint, greedily, dealt out to the processes.
+class HeldOutCallback(TrainerCallback):
+    """Ranks held-out questions greedily before the first step and at each checkpoint, split over the processes.
 
-    Logs recall@1 and the share of complete orders. The checkpoint with the highest recall@1 (the earliest of
-    several) becomes the trainer's best, which its rotation of checkpoints spares.
+    Logs recall@1 and the share of complete permutations. The earliest checkpoint with the highest recall@1 becomes
+    the trainer's best checkpoint, which checkpoint rotation does not delete.
     """
 
     def __init__(self, config: HeldOutConfig, processor: Any, prompt: Prompt, *, think: bool, seed: int) -> None:
@@ -98,7 +98,7 @@ class HeldOut(TrainerCallback):
         self.config, self.prompted = config, [task.in_prompt_order(config.order, seed) for task in tasks]
         mode: Mode = "reason" if think else "direct"
         self.backend = LocalBackend(None, processor, prompt, mode=mode, max_new_tokens=config.max_new_tokens)
-        self.trainer: Any = None  # set once there is one
+        self.trainer: Any = None  # set when the trainer exists
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 0:
@@ -108,25 +108,26 @@ class HeldOut(TrainerCallback):
         if control.should_save:
             should_log = control.should_log
             recall = self._rank()
-            control.should_log = should_log  # logging what was ranked has unset it
+            control.should_log = should_log  # `_rank` logs, which resets it
             if state.best_metric is None or recall > state.best_metric:
                 state.best_metric, state.best_global_step = recall, state.global_step
 
     def _rank(self) -> float:
+        """Ranks the questions and logs the metrics. Returns recall@1. Call on all ranks."""
         accelerator, trained = self.trainer.accelerator, self.trainer.model
-        trained.eval()  # a training step sets it back
+        trained.eval()  # the next training step switches back to training mode
         checkpointing = self.trainer.args.gradient_checkpointing_kwargs
         with unwrap_model_for_generation(
             self.trainer.model_wrapped, accelerator, gradient_checkpointing_kwargs=checkpointing
         ) as model:
             self.backend.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-            own = self.prompted[accelerator.process_index :: accelerator.num_processes]
-            answers = self.backend.answer(own, self.config.data.parent, batch_size=self.config.batch_size)
-            found = [_figures(asked, answer) for asked, [answer] in zip(own, answers, strict=True)]
-        recalls, complete = zip(*gather_object(found), strict=True)
-        # The trainer's own log: TRL's would write the step's sampled completions again.
-        figures = {HELD_OUT: mean(recalls), "heldout/complete_permutations": mean(complete)}
-        Trainer.log(self.trainer, {**figures, "heldout/questions": len(recalls)})
+            share = self.prompted[accelerator.process_index :: accelerator.num_processes]
+            answers = self.backend.answer(share, self.config.data.parent, batch_size=self.config.batch_size)
+            metrics = [_metrics(prompted, answer) for prompted, [answer] in zip(share, answers, strict=True)]
+        recalls, complete = zip(*gather_object(metrics), strict=True)
+        # transformers' log: TRL's would write the current step's completions a second time.
+        values = {HELD_OUT: mean(recalls), "heldout/complete_permutations": mean(complete)}
+        Trainer.log(self.trainer, {**values, "heldout/questions": len(recalls)})
         return mean(recalls)
 
 
@@ -138,13 +139,12 @@ class AlarmCallback(TrainerCallback):
         self.raised: dict[str, Alarm] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step:  # goes on: what was said is not said again
+        if state.global_step:  # a resumed run does not repeat earlier alarms
             self.raised = {alarm.name: alarm for alarm in read_alarms(self.out)}
 
     def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        new = [
-            alarm for alarm in raised_alarms(state.log_history, state.global_step) if alarm.name not in self.raised
-        ]
+        alarms = raised_alarms(state.log_history, state.global_step)
+        new = [alarm for alarm in alarms if alarm.name not in self.raised]
         self.raised |= {alarm.name: alarm for alarm in new}
         if state.is_world_process_zero:
             for alarm in new:
@@ -155,21 +155,25 @@ class AlarmCallback(TrainerCallback):
             control.should_training_stop = True
 
 
-def _figures(asked: PromptedTask, answer: ModelAnswer) -> tuple[float, float]:
-    order = [asked.shown[i - 1].id for i in answer.order]
-    return recall_at_k(order, asked.task.positives, 1), float(is_complete(answer))
+def _metrics(prompted: PromptedTask, answer: ModelAnswer) -> tuple[float, float]:
+    """Recall@1 and whether the answer is a complete permutation."""
+    order = [prompted.shown[i - 1].id for i in answer.order]
+    return recall_at_k(order, prompted.task.positives, 1), float(is_complete(answer))
 
 
-def held_out(
+def held_out_callback(
     config: HeldOutConfig | None, arguments: Any, processor: Any, prompt: Prompt, think: bool
-) -> HeldOut | None:
-    """The callback, None where no questions were given. Raises `InputError` where the best would not be kept."""
+) -> HeldOutCallback | None:
+    """The callback, or None without held-out questions.
+
+    Raises `InputError` if the save settings would not keep the best checkpoint.
+    """
     if config is None:
         return None
-    if arguments.save_strategy == "no" or (arguments.save_total_limit or KEPT + 1) <= KEPT:
+    if arguments.save_strategy == "no" or (arguments.save_total_limit or MIN_CHECKPOINTS + 1) <= MIN_CHECKPOINTS:
         raise InputError(
-            f"heldout: needs checkpoints, and room for the best beside the last {KEPT}: set "
-            f"trainer.save_strategy=steps and trainer.save_total_limit={KEPT + 1} or more, found "
+            f"heldout: the best checkpoint is kept in addition to the last {MIN_CHECKPOINTS}: set "
+            f"trainer.save_strategy=steps and trainer.save_total_limit={MIN_CHECKPOINTS + 1} or more, found "
             f"{arguments.save_strategy} and {arguments.save_total_limit}"
         )
-    return HeldOut(config, processor, prompt, think=think, seed=arguments.seed)
+    return HeldOutCallback(config, processor, prompt, think=think, seed=arguments.seed)

@@ -1,8 +1,8 @@
-"""Checkpoints of a training: whole or not counted, and gone on from exactly.
+"""Training checkpoints: marking them complete, and resuming a stopped run from the last complete one.
 
 A checkpoint is a folder `checkpoint-<step>` as transformers' Trainer writes it (adapter or model, optimizer,
-scheduler, random states), with `whole.json` in it: the stage's settings, written last. What a kill left without
-that file is thrown away.
+scheduler, random states). `complete.json` is written into it last and holds the stage's settings. A checkpoint
+without that file was interrupted; it is deleted when the run resumes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from trl.trainer.utils import RepeatSampler
 
 from mmr5_train.common.files import InputError, file_hash, is_unfinished, open_output, write_json
 
-WHOLE = "whole.json"
-KEPT = 2  # with one, the last whole checkpoint would be gone while its successor is not yet marked
+COMPLETE = "complete.json"
+MIN_CHECKPOINTS = 2  # with one, the last complete checkpoint would be deleted before the next one is complete
 
 
 def run_settings(config: Any) -> dict[str, Any]:
-    """What must be the same where a stopped run goes on: the stage's config, and the bytes of its data."""
+    """What a resumed run must share with the stopped one: the stage's config and the bytes of its data file."""
     settings = config.model_dump(mode="json", exclude={"out", "overwrite"})
     return settings | {"data": f"{config.data}, sha256 {file_hash(config.data)}"}
 
@@ -35,10 +35,10 @@ def run_settings(config: Any) -> dict[str, Any]:
 def open_training_output(
     out: Path, overwrite: bool, inputs: Sequence[Path], stage: str, settings: dict[str, Any]
 ) -> Path | None:
-    """The output folder, made or emptied by one process while the others wait.
+    """Creates or empties the output folder, or keeps that of a stopped run. Call on all ranks.
 
-    Returns the checkpoint from which a stopped run of the stage goes on, None where there is none. Raises
-    `InputError` where the run that was stopped had other settings.
+    The main process does the work while the others wait. Returns the checkpoint to resume from, or None. Raises
+    `InputError` if the stopped run had other settings.
     """
     processes = PartialState()
     if processes.is_main_process:
@@ -46,63 +46,64 @@ def open_training_output(
         if overwrite or last is None or not is_unfinished(out, stage):
             open_output(out, overwrite, inputs=inputs, stage=stage)
         else:
-            check_settings(out, json.loads((last / WHOLE).read_text(encoding="utf-8")), settings)
+            check_settings(out, json.loads((last / COMPLETE).read_text(encoding="utf-8")), settings)
             for folder in out.glob("checkpoint-*"):
-                if not (folder / WHOLE).is_file():
+                if not (folder / COMPLETE).is_file():
                     shutil.rmtree(folder)
     processes.wait_for_everyone()
     return last_checkpoint(out)
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The whole checkpoint with the most steps."""
-    whole = [path.parent for path in out.glob(f"checkpoint-*/{WHOLE}")]
-    return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    """The complete checkpoint with the most steps."""
+    complete = [path.parent for path in out.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
-def check_settings(out: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
+def check_settings(out: Path, stopped: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises `InputError` for the first setting in which the stopped run differs from the current one."""
+    for name in sorted(stopped.keys() | current.keys()):
+        if stopped.get(name) != current.get(name):
             raise InputError(
-                f"{out}: holds a run that was stopped and had another {name}: {theirs.get(name)}, now "
-                f"{ours.get(name)}; give the same settings to go on, or overwrite=true to begin anew"
+                f"{out}: holds a stopped run with another {name}: {stopped.get(name)}, now {current.get(name)}; "
+                "use the same settings to resume it, or overwrite=true to start over"
             )
 
 
 def check_saving(arguments: Any) -> None:
-    """Raises `InputError` for settings under which a stopped run could not go on exactly."""
+    """Raises `InputError` for save settings with which a stopped run could not resume exactly."""
     if arguments.save_strategy == "no":
         return
-    if arguments.save_total_limit is not None and arguments.save_total_limit < KEPT:
+    if arguments.save_total_limit is not None and arguments.save_total_limit < MIN_CHECKPOINTS:
         raise InputError(
-            f"trainer.save_total_limit: expected {KEPT} or more, found {arguments.save_total_limit}: the last "
-            "whole checkpoint must stay until the next one is whole"
+            f"trainer.save_total_limit: expected {MIN_CHECKPOINTS} or more, found {arguments.save_total_limit}: "
+            "the last complete checkpoint must stay until the next one is complete"
         )
     if isinstance(arguments, GRPOConfig) and arguments.save_strategy == "steps":
-        # Between two updates on one rollout, the completions would be lost.
-        slices = arguments.steps_per_generation or arguments.gradient_accumulation_steps
-        cycle = max(1, slices * arguments.num_iterations // arguments.gradient_accumulation_steps)
+        # A checkpoint between two updates on the same rollouts would lose these rollouts.
+        steps = arguments.steps_per_generation or arguments.gradient_accumulation_steps
+        cycle = max(1, steps * arguments.num_iterations // arguments.gradient_accumulation_steps)
         if arguments.save_steps % cycle:
             below = int(arguments.save_steps // cycle * cycle)
             raise InputError(
-                f"trainer.save_steps: expected a multiple of {cycle}, the steps on one rollout "
+                f"trainer.save_steps: expected a multiple of {cycle}, the optimizer steps per rollout batch "
                 f"(steps_per_generation × num_iterations / gradient_accumulation_steps), found "
                 f"{arguments.save_steps:g}; the nearest are {below or cycle} and {below + cycle}"
             )
 
 
-def keep_names(model: Any) -> None:
-    """Makes checkpoints of a whole model keep its parameters' names.
+def keep_parameter_names(model: Any) -> None:
+    """Makes checkpoints of a full model (without adapters) keep the parameters' current names.
 
-    A Qwen2.5-VL is saved under the names of its first release, and transformers' Trainer, which reads a checkpoint
-    back by name, passes over those it doesn't know: it would go on from the base model's weights.
+    transformers saves a Qwen2.5-VL under the names of its first release. Its Trainer reads a checkpoint back by
+    name and ignores unknown names, so a resumed run would start from the base model's weights.
     """
     if isinstance(model, PreTrainedModel):
         model.save_pretrained = partial(model.save_pretrained, save_original_format=False)  # type: ignore[method-assign]
 
 
 class MarkComplete(TrainerCallback):
-    """Writes `whole.json` into a checkpoint once every process has written its part."""
+    """Writes `complete.json` into a checkpoint after every process has written its part."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -110,21 +111,19 @@ class MarkComplete(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE, self.settings)
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, self.settings)
 
 
 class ResumeSampler(TrainerCallback):
-    """Gives each epoch the order of prompts that TRL's sampler gives it in a run that is never stopped.
+    """Gives each epoch of a resumed run the prompt order that an uninterrupted run would have.
 
-    That sampler draws an epoch's order from the generator that the epoch before left behind, so that a run that
-    goes on in the second epoch would see the order of the first.
+    TRL's sampler draws the order of an epoch from the generator state that the previous epoch left. Without this
+    callback a run that resumes in the second epoch would repeat the order of the first.
     """
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
         sampler = train_dataloader.batch_sampler
-        while not isinstance(
-            sampler, RepeatSampler
-        ):  # in the batch sampler, which may be one of a process's shard
+        while not isinstance(sampler, RepeatSampler):  # it may be wrapped in batch samplers and process shards
             sampler = getattr(sampler, "batch_sampler", None) or sampler.sampler
         sampler.generator.manual_seed(args.seed)
         for _epoch in range(int(state.epoch or 0)):

@@ -1,15 +1,19 @@
-"""TRL's GRPOTrainer with shared prompts: rollouts, log-probabilities and loss each read a prompt once a group.
+"""TRL's GRPOTrainer with shared prompts: each prompt is read once for its whole group of completions.
 
-`SharedPrefixGRPOTrainer` changes how four things are computed and no number: the prompt's tokens and images are
-prepared once a group; completions are sampled behind one prefill; old, reference and policy log-probabilities come
-from one packed row (`models.shared_prefix`); and with a frozen tower the page features are computed once an
-optimization step and used in every pass of it. They replace the pixels in the buffered batch, of which they are
-the smaller part (a visual token is 4 × 1,176 float32 of pixels, and `hidden` numbers of the model's own dtype).
+`SharedPrefixGRPOTrainer` computes the same numbers as TRL's trainer with less work:
+
+- A prompt is tokenized, and its images are processed, once a group.
+- The completions of a group are sampled after one prefill of their prompt.
+- Old, reference and policy log-probabilities come from one packed row (`models.shared_prefix`).
+- With a frozen vision tower, page features are computed once a rollout batch and used in every forward pass of it.
+  They replace the pixels in the buffered batch and are smaller: a visual token takes 4 × 1,176 float32 values as
+  pixels, and `hidden_size` values of the model's dtype as features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -29,25 +33,30 @@ from mmr5_train.models.shared_prefix import (
     unsupported_model,
 )
 
-PIXELS = ("pixel_values", "image_grid_thw")
+PIXEL_FIELDS = ("pixel_values", "image_grid_thw")
 
 
 def unsupported(model: Any, args: Any) -> str | None:
-    """Why a training with these settings (`args` is a GRPOConfig) can't share its prompts, None if it can."""
+    """The reason why a run with these settings (`args` is a GRPOConfig) can't share prompts, or None."""
     if args.per_device_train_batch_size % args.num_generations:
         return (
             f"trainer.per_device_train_batch_size ({args.per_device_train_batch_size}) is not a multiple of "
-            f"trainer.num_generations ({args.num_generations}), so groups are torn apart"
+            f"trainer.num_generations ({args.num_generations}), so a micro-batch would split a group"
         )
     if getattr(args, "use_transformers_continuous_batching", False):
-        return "continuous batching makes the rollouts"
+        return "transformers' continuous batching samples the rollouts"
     return unsupported_model(model)
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):
-    """See the module. Takes what GRPOTrainer takes, and refuses (`ValueError`) what `unsupported` names."""
+    """Takes the arguments of GRPOTrainer. Raises `ValueError` for what `unsupported` names.
 
-    args: Any  # GRPOConfig; the base classes declare less than they hold
+    A batch's prompts travel in the batch itself: in the multimodal fields from tokenization to sampling, and under
+    "shared_prompts" from the rollout to the loss. TRL's `_get_per_token_logps_and_entropies` receives token ids
+    and no batch, so its prompts are bound for the duration of the call that scores them (`_bind_prompts`).
+    """
+
+    args: Any  # GRPOConfig; the base class declares TrainingArguments
     model: Any
     num_generations: Any
     num_generations_eval: Any
@@ -55,7 +64,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        base = self._base_model()
+        base = _without_adapter(self.accelerator.unwrap_model(self.model))
         reason = unsupported(base, self.args)
         if reason is not None:
             raise ValueError(f"prompts can't be shared: {reason}")
@@ -64,17 +73,10 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
                 share_prefixes(self.accelerator.unwrap_model(model))
         tower = getattr(base.base_model, "visual", None)
         self._tower_is_frozen = tower is not None and not any(p.requires_grad for p in tower.parameters())
-        self._row_images: list[Any] = []
-        self._rollout_pixels: dict[str, Any] = {}
-        self._rollout_images: list[Any] | None = None
-        self._row_prompts: list[SharedPrompt] = []  # of each row of the batch at work
-
-    def _base_model(self) -> Any:
-        model: Any = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._bound_prompts: list[SharedPrompt] | None = None
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """As TRL's, but groups stay whole when rollouts are dealt out to micro-batches."""
+        """As TRL's, but groups stay together when a rollout batch is split into micro-batches."""
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)
         every = self.args.steps_per_generation * self.num_iterations
@@ -85,37 +87,64 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        # TRL would run the image processor on all G copies again; inside the messages, images are left to us.
-        self._row_images = [row.get("images") for row in inputs]
-        hidden = [_with_images_in_prompt(row) for row in inputs]
-        output: dict[str, Any] = super()._generate_and_score_completions(hidden)
-        output["shared_prompts"] = self._row_prompts
+        # TRL would run the image processor on every copy of a prompt that has an "images" column.
+        rows = [_move_images_into_prompt(row) for row in inputs]
+        with self._bind_prompts([]) as prompts:  # `_generate_single_turn` fills the list
+            output: dict[str, Any] = super()._generate_and_score_completions(rows)
+        output["shared_prompts"] = prompts
         return output
 
-    def _calculate_rewards(self, inputs: list[dict[str, Any]], *args: Any) -> Any:
-        rows = zip(inputs, self._row_images, strict=True)
-        return super()._calculate_rewards(
-            [row if images is None else {**row, "images": images} for row, images in rows], *args
-        )
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        with self._bind_prompts(inputs["shared_prompts"]):
+            return super()._compute_loss(model, inputs)
+
+    @contextmanager
+    def _bind_prompts(self, prompts: list[SharedPrompt]) -> Iterator[list[SharedPrompt]]:
+        """Binds the prompts, one per row of a batch, for the log-probability calls inside the block."""
+        if self._bound_prompts is not None:
+            raise RuntimeError("the prompts of another batch are bound")
+        self._bound_prompts = prompts
+        try:
+            yield prompts
+        finally:
+            self._bound_prompts = None
+
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], prompts: list[Any], *rest: Any) -> Any:
+        """As TRL's, with the "images" column back in its place for reward functions that read it."""
+        rows = [
+            row if (images := _images_of(messages)) is None else {**row, "images": images}
+            for row, messages in zip(inputs, prompts, strict=True)
+        ]
+        return super()._calculate_rewards(rows, prompts, *rest)
 
     def _group_size(self) -> int:
         return int(self.num_generations if self.model.training else self.num_generations_eval)
 
-    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        """Prompts come G times in a row; each is rendered, and its images processed, once."""
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """Tokenizes each prompt once. TRL passes the third value to `_generate_single_turn` unchanged.
+
+        `prompts` holds each prompt `_group_size()` times in a row. The second value, TRL's images, stays empty so
+        that TRL does not process the images of every copy.
+        """
         size = self._group_size()
-        ids, self._rollout_images, self._rollout_pixels = super()._tokenize_prompts(prompts[::size])
-        return [row for row in ids for _ in range(size)], None, {}
+        ids, images, fields = super()._tokenize_prompts(prompts[::size])
+        return [row for row in ids for _ in range(size)], None, {**fields, "images": images}
 
     def _generate_single_turn(
-        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, *rest: Any
+        self, prompt_ids: list[list[int]], images: None, multimodal_fields: Any, num_generations: int, *rest: Any
     ) -> Any:
+        """Samples the completions of each group after one prefill. Adds the batch's prompts to the bound list."""
         size = self._group_size()
-        unique = prompt_ids[::size]
-        if self.use_vllm:  # its prefix cache does there what `generate` does here
-            self._share(self._base_model(), unique, size)
-            rows = self._rollout_images and [row for row in self._rollout_images for _ in range(size)]
-            return super()._generate_single_turn(prompt_ids, rows, {}, num_generations, *rest)
+        fields = dict(multimodal_fields)
+        group_images = fields.pop("images")
+        assert self._bound_prompts is not None, "sampling happens inside _generate_and_score_completions"
+        if self.use_vllm:  # vLLM's prefix cache shares the prefill
+            base = _without_adapter(self.accelerator.unwrap_model(self.model))
+            self._bound_prompts += _repeat(
+                self._shared_prompts(base, prompt_ids[::size], group_images, fields), size
+            )
+            row_images = group_images and _repeat(group_images, size)
+            return super()._generate_single_turn(prompt_ids, row_images, {}, num_generations, *rest)
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -126,32 +155,27 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             ) as model,
             torch.no_grad(),
         ):
-            base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            prompts = self._share(base, unique, size)
+            base = _without_adapter(model)
+            prompts = self._shared_prompts(base, prompt_ids[::size], group_images, fields)
+            self._bound_prompts += _repeat(prompts, size)
             tokens = generate(base, prompts, size, self.generation_config)
         return [_until_end(row, self.eos_token_ids) for row in tokens.tolist()], None
 
-    def _share(self, base: Any, prompt_ids: list[list[int]], size: int) -> list[SharedPrompt]:
-        """The batch's prompts, with page features where the tower is frozen; sets them as the rows' prompts."""
+    def _shared_prompts(
+        self, base: Any, prompt_ids: list[list[int]], images: list[Any] | None, fields: dict[str, Any]
+    ) -> list[SharedPrompt]:
+        """The distinct prompts of a batch, with page features instead of pixels if the tower is frozen."""
         device = self.accelerator.device
-        fields = {
-            key: torch.as_tensor(self._rollout_pixels[key]).to(device) for key in PIXELS if self._rollout_images
-        }
-        types = self._rollout_pixels.get("mm_token_type_ids")
-        prompts = shared_prompts(
+        pixels = {key: torch.as_tensor(fields[key]).to(device) for key in PIXEL_FIELDS if images}
+        types = fields.get("mm_token_type_ids")
+        return shared_prompts(
             base,
             [torch.tensor(row, device=device) for row in prompt_ids],
             None if types is None else [torch.tensor(row, device=device) for row in types],
-            fields or None,
-            [len(row or []) for row in self._rollout_images or []],
+            pixels or None,
+            [len(row or []) for row in images or []],
             keep_features=self._tower_is_frozen,
         )
-        self._row_prompts = [prompt for prompt in prompts for _ in range(size)]
-        return prompts
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        self._row_prompts = inputs["shared_prompts"]
-        return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -163,52 +187,83 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         compute_entropy: bool = False,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """(N, C) log-probabilities and entropies of the completions, `batch_size` of them in one packed row."""
+        """(N, C) log-probabilities and entropies of the completions, `batch_size` of them in one packed row.
+
+        Raises `RuntimeError` if the bound prompts are not those of `input_ids`.
+        """
+        row_prompts = self._bound_prompts
+        _check_prompts(row_prompts, input_ids[:, :-logits_to_keep], attention_mask[:, :-logits_to_keep])
         completions = input_ids[:, -logits_to_keep:]
         mask = attention_mask[:, -logits_to_keep:]
         batch_size = batch_size or len(input_ids)
-        parts = []
+        log_probs, entropies = [], []
         for start in range(0, len(input_ids), batch_size):
             rows = slice(start, start + batch_size)
-            prompts, counts = _runs(self._row_prompts[rows])
+            prompts, counts = _runs(row_prompts[rows])  # type: ignore[index]
             packed = pack(prompts, completions[rows].split(counts), mask[rows])
             with self.accelerator.autocast():
                 outputs = model(**packed.inputs, labels=packed.labels, fused_lm_head=True)
-            entropy = packed.unpack(outputs.entropy) if compute_entropy else None
-            parts.append((packed.unpack(outputs.log_probs), entropy))
-        log_probs = torch.cat([part[0] for part in parts])
-        entropies = torch.cat([part[1] for part in parts]) if compute_entropy else None  # type: ignore[misc]
-        return log_probs, entropies, None
+            log_probs.append(packed.unpack(outputs.log_probs))
+            if compute_entropy:
+                entropies.append(packed.unpack(outputs.entropy))
+        return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
+
+
+def _without_adapter(model: Any) -> Any:
+    """The base model in which PEFT has placed its adapter layers, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _check_prompts(row_prompts: Sequence[SharedPrompt] | None, ids: Tensor, mask: Tensor) -> None:
+    """Raises `RuntimeError` unless row i of the left-padded (N, P) `ids` is `row_prompts[i]`."""
+    if row_prompts is None or len(row_prompts) != len(ids):
+        raise RuntimeError(f"{len(ids)} rows need as many bound prompts, found {len(row_prompts or [])}")
+    lengths = mask.sum(1).tolist()
+    for i, prompt in enumerate(row_prompts):
+        if not torch.equal(ids[i, ids.shape[1] - int(lengths[i]) :], prompt.ids):
+            raise RuntimeError(f"row {i}: its prompt is not the bound one")
+
+
+def _repeat(values: Sequence[Any], times: int) -> list[Any]:
+    """Each value `times` times in a row."""
+    return [value for value in values for _ in range(times)]
 
 
 def _runs(prompts: Sequence[SharedPrompt]) -> tuple[list[SharedPrompt], list[int]]:
-    """Each prompt once, and how many rows in a row have it."""
+    """Each prompt once, and its number of consecutive rows."""
     groups = [list(group) for _, group in groupby(prompts, key=id)]
     return [group[0] for group in groups], [len(group) for group in groups]
 
 
-def _with_images_in_prompt(row: dict[str, Any]) -> dict[str, Any]:
+def _move_images_into_prompt(row: dict[str, Any]) -> dict[str, Any]:
     if row.get("images") is None:
         return row
     prompt = prepare_multimodal_messages(row["prompt"], images=row["images"])
     return {**{key: value for key, value in row.items() if key != "images"}, "prompt": prompt}
 
 
+def _images_of(messages: Any) -> list[Any] | None:
+    """The images in a prompt's messages, in order. None if there are none."""
+    contents = [message["content"] for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return [part["image"] for part in parts if part["type"] == "image"] or None
+
+
 def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
-    """The tokens of a completion up to and with its first end token."""
+    """The tokens of a completion up to its first end token, which is included."""
     end = next((i for i, token in enumerate(ids) if token in end_ids), len(ids) - 1)
     return ids[: end + 1]
 
 
 def _shuffle_groups(batch: dict[str, Any], size: int) -> dict[str, Any]:
-    """TRL's shuffle of a rollout batch with groups kept whole; it draws as many random numbers as TRL's does."""
+    """Shuffles a rollout batch and keeps groups together. Draws as many random numbers as TRL's shuffle."""
     rows = len(batch["shared_prompts"])
-    groups = dict.fromkeys((torch.randperm(rows) // size).tolist())  # in the order in which they first appear
+    groups = dict.fromkeys((torch.randperm(rows) // size).tolist())  # in order of first appearance
     order = torch.tensor([group * size + i for group in groups for i in range(size)])
 
-    def ordered(value: Any) -> Any:
+    def reorder(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value[order.to(value.device)] if value.ndim else value
         return None if value is None else [value[i] for i in order.tolist()]
 
-    return {key: ordered(value) for key, value in batch.items()}
+    return {key: reorder(value) for key, value in batch.items()}

@@ -86,7 +86,7 @@ def make_trainer(kind: str, shape: str, P: int, G: int, C: int) -> tuple[Any, li
     from mmr5_train.grpo import GrpoStage
     from mmr5_train.models.loading import load_processor, vision_token_ids
     from mmr5_train.ranking.records import Candidate
-    from mmr5_train.training.finetune import prompt_dataset
+    from mmr5_train.training.dataset import prompt_dataset
     from mmr5_train.training.shared_grpo import SharedPrefixGRPOTrainer
 
     config = compose_stage(GrpoStage, "grpo", [])

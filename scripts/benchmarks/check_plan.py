@@ -28,6 +28,7 @@ from mmr5_train.models.shapes import shape_config
 from mmr5_train.ranking.notes import format_note, join_notes
 from mmr5_train.ranking.records import Candidate, LocalId, PageId, RankingTask, Trace
 from mmr5_train.recipe import LAUNCHED, STAGES, stage_commands
+from mmr5_train.training import run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES, QUESTIONS = 5, 4
@@ -107,7 +108,7 @@ def run_one(stage: str, model: str, tokens: int, experiment: str, folder: Path) 
         work = plan.grpo_work(config, {}, [prompt], whole)
     planned = sum(plan.memory(network, work, "ddp", 1).values()) / plan.GIB
     module.load_model = random_model
-    module.save_result = lambda *_, **__: None
+    run.save_result = lambda *_, **__: None
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     module.main(config)

@@ -18,7 +18,7 @@ from mmr5_train.common.files import read_records
 from mmr5_train.models.loading import ModelConfig, load_model, load_processor, vision_token_ids
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import RankingTask
-from mmr5_train.training.finetune import prompt_dataset
+from mmr5_train.training.dataset import prompt_dataset
 from mmr5_train.training.shared_grpo import SharedPrefixGRPOTrainer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from mmr5_train.models.inputs import encode, load_pages, openai_messages
 from mmr5_train.models.loading import TINY, load_model
 from mmr5_train.ranking.prompt import render_completion
-from mmr5_train.training.finetune import prompt_dataset
+from mmr5_train.training.dataset import prompt_dataset
 
 
 def test_every_stage_sees_the_same_prompt(page_folder, tasks, tiny, prompt, processor, tmp_path):

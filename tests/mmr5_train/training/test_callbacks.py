@@ -1,4 +1,4 @@
-"""A training that is watched: the best checkpoint is kept, alarms are kept, and NaNs stop it."""
+"""Held-out ranking, alarms, and stopping at non-finite values during training."""
 
 import json
 
@@ -12,8 +12,8 @@ from mmr5_train.common.files import InputError, read_manifest
 from mmr5_train.evaluation import alarms
 from mmr5_train.inference.reranker import Reranker
 from mmr5_train.ranking.rewards import REWARDS
-from mmr5_train.training import callbacks as watching
-from mmr5_train.training.checkpoints import WHOLE
+from mmr5_train.training import callbacks
+from mmr5_train.training.checkpoints import COMPLETE
 
 GRPO = [
     "trainer={per_device_train_batch_size:8,num_generations:4,max_steps:6,save_steps:2,max_completion_length:16}",
@@ -29,7 +29,7 @@ def data(traces, questions):
 
 
 @pytest.fixture(autouse=True)
-def answers_differ_in_what_they_earn(monkeypatch):
+def rewards_differ_within_groups(monkeypatch):
     monkeypatch.setitem(REWARDS, "reranking", lambda text, *_, **__: len(text) % 7 / 6)
 
 
@@ -41,9 +41,9 @@ def run(stage, data, out, *overrides):
 
 @pytest.mark.parametrize("lora", ["null", "{r:4,alpha:8}"], ids=["full", "lora"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_best_checkpoint_is_kept_beside_the_last(stage, lora, data, tmp_path, monkeypatch):
-    recalls = iter([0.5, 0.2, 0.9, 0.9])  # at the start, and at steps 2, 4, 6: step 4 is the first of the best
-    monkeypatch.setattr(watching, "_figures", lambda asked, answer: (next(recalls), 1.0))
+def test_the_best_checkpoint_is_saved_in_addition_to_the_last(stage, lora, data, tmp_path, monkeypatch):
+    recalls = iter([0.5, 0.2, 0.9, 0.9])  # at the start, and at steps 2, 4 and 6: step 4 is the earliest best
+    monkeypatch.setattr(callbacks, "_metrics", lambda prompted, answer: (next(recalls), 1.0))
     heldout = f"heldout={{data:{data['grpo']},limit:1,max_new_tokens:4}}"
     same = ("trainer.lr_scheduler_type=constant", f"model.lora={lora}")
     history = run(stage, data, tmp_path / "out", heldout, *same)
@@ -56,8 +56,8 @@ def test_the_best_checkpoint_is_kept_beside_the_last(stage, lora, data, tmp_path
 
     run(stage, data, tmp_path / "four", "trainer.max_steps=4", *same)
     best, last, four = (
-        AutoModelForImageTextToText.from_pretrained(tmp_path / made).state_dict()
-        for made in ("out/best", "out/model", "four/model")
+        AutoModelForImageTextToText.from_pretrained(tmp_path / folder).state_dict()
+        for folder in ("out/best", "out/model", "four/model")
     )
     assert best.keys() == four.keys()
     assert all(torch.equal(best[name], four[name]) for name in best)
@@ -66,7 +66,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(stage, lora, data, tmp_path
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_ranking_held_out_questions_changes_no_loss(stage, data, tmp_path):
+def test_held_out_ranking_does_not_change_the_losses(stage, data, tmp_path):
     plain = run(stage, data, tmp_path / "plain")
     watched = run(
         stage, data, tmp_path / "watched", f"heldout={{data:{data['grpo']},batch_size:3,max_new_tokens:8}}"
@@ -77,9 +77,9 @@ def test_ranking_held_out_questions_changes_no_loss(stage, data, tmp_path):
     assert all(0 <= entry["heldout/recall@1"] <= 1 for entry in ranked)
 
 
-def test_room_for_the_best_is_needed(data, tmp_path):
+def test_save_settings_must_keep_the_best_checkpoint(data, tmp_path):
     for settings in ("trainer.save_total_limit=2", "trainer.save_strategy=no"):
-        with pytest.raises(InputError, match="heldout: needs checkpoints, and room for the best"):
+        with pytest.raises(InputError, match="heldout: the best checkpoint is kept in addition to the last 2"):
             run("grpo", data, tmp_path / "out", f"heldout={{data:{data['grpo']}}}", settings)
     assert not (tmp_path / "out").exists()
 
@@ -89,8 +89,8 @@ def alarm_from(step):
     return lambda history, now: [alarm] if now >= step else []
 
 
-def test_an_alarm_is_said_once_and_kept(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(watching, "raised_alarms", alarm_from(2))
+def test_an_alarm_is_printed_once_and_saved(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(callbacks, "raised_alarms", alarm_from(2))
     run("grpo", data, tmp_path / "out")
     assert capsys.readouterr().out.count("grpo: alarm at step 2: ranking falls: it fell. turn the knob") == 1
     assert [alarm.step for alarm in alarms.read_alarms(tmp_path / "out")] == [2]
@@ -98,8 +98,8 @@ def test_an_alarm_is_said_once_and_kept(data, tmp_path, monkeypatch, capsys):
     assert read_manifest(tmp_path / "out")["counts"]["steps"] == 6
 
 
-def test_an_alarm_can_stop_the_training(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(watching, "raised_alarms", alarm_from(3))
+def test_an_alarm_can_stop_training(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(callbacks, "raised_alarms", alarm_from(3))
     run("grpo", data, tmp_path / "out", "alarms=stop")
     assert read_manifest(tmp_path / "out")["counts"]["steps"] == 3
     assert (tmp_path / "out/model/model.safetensors").is_file()
@@ -108,11 +108,11 @@ def test_an_alarm_can_stop_the_training(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_loss_that_is_none_stops_and_keeps_what_is_there(stage, data, tmp_path):
+def test_a_non_finite_value_stops_training_and_keeps_checkpoints(stage, data, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(InputError, match=r"step \d: the (loss|norm of|probabilities) ") as raised:
+    with pytest.raises(InputError, match=r"step \d: the (loss|gradient norm|next-token probabilities) ") as raised:
         run(stage, data, out, "trainer.learning_rate=1e30", "trainer.save_steps=1", "trainer.warmup_steps=0")
     assert f"{out}/checkpoint-" in str(raised.value)
-    assert "stays as it is" in str(raised.value)
-    assert list(out.glob(f"checkpoint-*/{WHOLE}"))
+    assert "is unchanged" in str(raised.value)
+    assert list(out.glob(f"checkpoint-*/{COMPLETE}"))
     assert not (out / "model").exists()

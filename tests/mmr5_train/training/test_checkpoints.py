@@ -1,4 +1,4 @@
-"""A training that was killed goes on from its last whole checkpoint, and ends as if nothing had happened."""
+"""A killed run resumes from its last complete checkpoint and ends with the same losses and weights."""
 
 import json
 import signal
@@ -12,10 +12,10 @@ from mmr5_train import grpo, sft
 from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import InputError
 from mmr5_train.ranking.rewards import REWARDS
-from mmr5_train.training.checkpoints import WHOLE, last_checkpoint
+from mmr5_train.training.checkpoints import COMPLETE, last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
-# Eight steps, four an epoch; a checkpoint every two.
+# Eight steps, four per epoch, and a checkpoint every two steps.
 SETTINGS = {
     "sft": [
         "model.lora={r:4,alpha:8,dropout:0.2,plus_ratio:4}",
@@ -29,9 +29,9 @@ SETTINGS = {
     ],
 }
 STAGES = {"sft": (sft.main, sft.SftStage), "grpo": (grpo.main, grpo.GrpoStage)}
-# As the stage's command, but answers differ in what they earn, and it dies at step 8, when that checkpoint is
-# written and not yet marked.
-DIES = """
+# The stage's command with other rewards. It kills itself at step 8, after that checkpoint is written and before it
+# is marked complete.
+KILLED_RUN = """
 import os, signal, sys
 from mmr5_train import grpo, sft
 from mmr5_train.common.config import run_stage
@@ -59,47 +59,49 @@ def run(stage, data, out, *overrides):
     main, model = STAGES[stage]
     main(compose_stage(model, stage, [f"data={data}", f"out={out}", *SETTINGS[stage], *overrides]))
     entries = json.loads((out / "log_history.json").read_text())
-    passing = ("step_time", "num_tokens")  # seconds, and a count that TRL begins anew
-    return [{key: entry[key] for key in entry if key not in passing} for entry in entries if "loss" in entry]
+    varying = ("step_time", "num_tokens")  # seconds, and a count that TRL restarts
+    return [{key: entry[key] for key in entry if key not in varying} for entry in entries if "loss" in entry]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_after_a_kill_the_losses_are_the_same(stage, data, tmp_path, capfd, monkeypatch):
+def test_a_killed_run_resumes_with_the_same_losses(stage, data, tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(REWARDS, "reranking", lambda text, *_, **__: len(text) % 7 / 6)
-    whole = run(stage, data[stage], tmp_path / "whole")
-    assert len(whole) == 8
-    assert len({entry["loss"] for entry in whole}) > 4
+    uninterrupted = run(stage, data[stage], tmp_path / "uninterrupted")
+    assert len(uninterrupted) == 8
+    assert len({entry["loss"] for entry in uninterrupted}) > 4
 
     out = tmp_path / "killed"
-    command = [sys.executable, "-c", DIES, stage, f"data={data[stage]}", f"out={out}", *SETTINGS[stage]]
+    command = [sys.executable, "-c", KILLED_RUN, stage, f"data={data[stage]}", f"out={out}", *SETTINGS[stage]]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert ended.returncode == -signal.SIGKILL, ended.stderr[-3000:]
     assert (out / "checkpoint-8/optimizer.pt").is_file()
     assert last_checkpoint(out) == out / "checkpoint-6"
 
-    assert run(stage, data[stage], out) == whole
-    assert f"{stage}: goes on from {out / 'checkpoint-6'}" in capfd.readouterr().out
-    for made in ("whole", "killed"):
-        assert (tmp_path / made / "model/model.safetensors").is_file()
+    assert run(stage, data[stage], out) == uninterrupted
+    assert f"{stage}: resumes from {out / 'checkpoint-6'}" in capfd.readouterr().out
+    for folder in ("uninterrupted", "killed"):
+        assert (tmp_path / folder / "model/model.safetensors").is_file()
     assert (out / "model/model.safetensors").read_bytes() == (
-        tmp_path / "whole/model/model.safetensors"
+        tmp_path / "uninterrupted/model/model.safetensors"
     ).read_bytes()
 
 
-def test_other_settings_do_not_go_on(data, tmp_path):
+def test_resuming_needs_the_same_settings(data, tmp_path):
     out = tmp_path / "out"
     run("sft", data["sft"], out, "trainer.max_steps=2")
     (out / "manifest.json").write_text('{"finished": false, "stage": "sft"}')
-    with pytest.raises(InputError, match="had another seed: 42, now 7; give the same settings to go on, or"):
+    with pytest.raises(
+        InputError, match="stopped run with another seed: 42, now 7; use the same settings to resume it"
+    ):
         run("sft", data["sft"], out, "trainer.max_steps=2", "seed=7")
-    assert (out / "checkpoint-2" / WHOLE).is_file()
+    assert (out / "checkpoint-2" / COMPLETE).is_file()
     data["sft"].write_text(data["sft"].read_text().replace("a page", "a picture"))
-    with pytest.raises(InputError, match="had another data"):
+    with pytest.raises(InputError, match="with another data"):
         run("sft", data["sft"], out, "trainer.max_steps=2")
     assert run("sft", data["sft"], out, "trainer.max_steps=2", "seed=7", "overwrite=true")
 
 
-def test_a_run_without_a_checkpoint_begins_anew(data, tmp_path):
+def test_a_run_without_a_complete_checkpoint_starts_over(data, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "manifest.json").write_text('{"finished": false, "stage": "sft"}')
@@ -107,7 +109,7 @@ def test_a_run_without_a_checkpoint_begins_anew(data, tmp_path):
     assert len(run("sft", data["sft"], out, "trainer.max_steps=1")) == 1
 
 
-def test_settings_that_would_lose_a_checkpoint_are_refused(data, tmp_path):
+def test_save_settings_that_prevent_a_resume_are_rejected(data, tmp_path):
     with pytest.raises(InputError, match="save_total_limit: expected 2 or more, found 1"):
         run("sft", data["sft"], tmp_path / "out", "trainer.save_total_limit=1")
     with pytest.raises(InputError, match=r"expected a multiple of 2, .* found 5; the nearest are 4 and 6"):

@@ -1,4 +1,4 @@
-"""The launch files for GPUs, on CPUs: a real DeepSpeed engine with two processes, checkpoints and all."""
+"""The launch files for GPUs, run on CPUs: a real DeepSpeed engine with two processes and checkpoints."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForImageTextToText
 
 from mmr5_train.common.files import read_manifest
-from mmr5_train.training.checkpoints import WHOLE
+from mmr5_train.training.checkpoints import COMPLETE
 
 ROOT = Path(__file__).resolve().parents[3]
 SFT = ["trainer={per_device_train_batch_size:1,max_steps:2,logging_steps:1,warmup_steps:0}"]
@@ -34,16 +34,16 @@ def launch(stage, launch_file, processes, out, *overrides):
     ("stage", "launch_file", "lora"),
     [("sft", "zero2", "{r:4,alpha:8}"), ("grpo", "zero3", "{r:4,alpha:8}"), ("grpo", "zero3_offload", "null")],
 )
-def test_two_processes_of_a_deepspeed_engine(stage, launch_file, lora, traces, questions, tmp_path):
+def test_two_deepspeed_processes(stage, launch_file, lora, traces, questions, tmp_path):
     data = {"sft": [f"data={traces}", *SFT], "grpo": [f"data={questions}", *GRPO]}[stage]
     heldout = f"heldout={{data:{questions},limit:3,max_new_tokens:4}}"
-    ended = launch(stage, launch_file, 2, tmp_path / "out", *data, f"model.lora={lora}", heldout)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert f"{stage}: 2 processes (deepspeed)" in ended.stdout
+    result = launch(stage, launch_file, 2, tmp_path / "out", *data, f"model.lora={lora}", heldout)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"{stage}: 2 processes (deepspeed)" in result.stdout
     counts = read_manifest(tmp_path / "out")["counts"]
     assert (counts["processes"], counts["steps"]) == (2, 2)
-    assert (tmp_path / f"out/checkpoint-2/{WHOLE}").is_file()
+    assert (tmp_path / f"out/checkpoint-2/{COMPLETE}").is_file()
     history = json.loads((tmp_path / "out/log_history.json").read_text())
     assert [entry["step"] for entry in history if "heldout/recall@1" in entry] == [0, 2]
-    for made in ("model", "best"):
-        AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / made)
+    for folder in ("model", "best"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / folder)

@@ -1,4 +1,4 @@
-"""SharedPrefixGRPOTrainer beside TRL's own trainer: same seed, same data, same losses, step by step."""
+"""SharedPrefixGRPOTrainer and TRL's GRPOTrainer give the same losses at every step, for the same seed and data."""
 
 import json
 import os
@@ -37,22 +37,24 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_twenty_steps_are_those_of_trl(name, tiny, prompt, processor, tasks, page_folder, tmp_path):
+def test_twenty_steps_equal_those_of_trl(name, tiny, prompt, processor, tasks, page_folder, tmp_path):
     histories = []
-    for kind in (GRPOTrainer, SharedPrefixGRPOTrainer):
-        trainer = make_trainer(kind, tiny, prompt, processor, tasks, page_folder, tmp_path, SETTINGS[name])
+    for trainer_class in (GRPOTrainer, SharedPrefixGRPOTrainer):
+        trainer = make_trainer(
+            trainer_class, tiny, prompt, processor, tasks, page_folder, tmp_path, SETTINGS[name]
+        )
         trainer.train()
         histories.append([entry for entry in trainer.state.log_history if "loss" in entry])
     stock, shared = histories
     assert len(stock) == len(shared) == STEPS
     compared = {"loss", "grad_norm", "reward", "completions/mean_length"}
     if SETTINGS[name].get("gradient_accumulation_steps", 1) == 1:
-        compared |= {"entropy", "kl"}  # else logged as a mean over micro-batches, which are dealt out otherwise
-    for step, (theirs, ours) in enumerate(zip(stock, shared, strict=True), start=1):
-        assert ours.keys() == theirs.keys()
-        for key in compared & theirs.keys():
-            assert ours[key] == pytest.approx(theirs[key], abs=1e-3), f"{key} at step {step}"
-    # The training moved: else twenty equal steps would prove nothing.
+        compared |= {"entropy", "kl"}  # otherwise a mean over micro-batches, which hold other rows
+    for step, (trl, shared_entry) in enumerate(zip(stock, shared, strict=True), start=1):
+        assert shared_entry.keys() == trl.keys()
+        for key in compared & trl.keys():
+            assert shared_entry[key] == pytest.approx(trl[key], abs=1e-3), f"{key} at step {step}"
+    # The weights changed. Otherwise equal steps would prove nothing.
     assert max(entry["grad_norm"] for entry in stock) > 1e-3
     assert len({round(entry["entropy"], 4) for entry in stock}) > STEPS // 2
 
@@ -64,65 +66,65 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launched", LAUNCHERS)
-def test_the_same_under_a_launcher(launched, tasks, page_folder, tmp_path):
-    """Two processes of DDP; one of DeepSpeed at ZeRO-3, as CPUs have no more of it."""
+@pytest.mark.parametrize("launch", LAUNCHERS)
+def test_the_same_losses_under_a_launcher(launch, tasks, page_folder, tmp_path):
+    """Two processes with DDP, and one process with DeepSpeed ZeRO-3."""
     write_records(page_folder / "questions.jsonl", tasks)
-    launcher, environment = LAUNCHERS[launched]
+    launcher, environment = LAUNCHERS[launch]
     environment = os.environ | environment | {"OMP_NUM_THREADS": "1"}
     settings = {
         "beta": 0.04,
         "num_iterations": 2,
         "max_steps": 4,
-        "use_cpu": "DEEPSPEED" not in launched,
+        "use_cpu": "DEEPSPEED" not in launch,
     }
     command = [sys.executable, "-m", *launcher, "tests/mmr5_train/side_by_side.py"]
     command += [str(page_folder), str(tmp_path), json.dumps(settings)]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
     history = json.loads((tmp_path / "history.json").read_text())
-    assert history["launched"] == launched
+    assert history["launched"] == launch
     assert len(history["stock"]) == len(history["shared"]) == 4
-    for step, (theirs, ours) in enumerate(zip(history["stock"], history["shared"], strict=True), start=1):
-        for key in theirs.keys() & {"loss", "grad_norm", "reward", "kl", "entropy"}:
-            assert ours[key] == pytest.approx(theirs[key], abs=1e-3), f"{key} at step {step}"
+    for step, (trl, shared_entry) in enumerate(zip(history["stock"], history["shared"], strict=True), start=1):
+        for key in trl.keys() & {"loss", "grad_norm", "reward", "kl", "entropy"}:
+            assert shared_entry[key] == pytest.approx(trl[key], abs=1e-3), f"{key} at step {step}"
     assert max(entry["grad_norm"] for entry in history["stock"]) > 1e-3
 
 
-def test_pages_go_through_the_tower_once_a_step(tiny, prompt, processor, tasks, page_folder, tmp_path):
-    """Old, reference and policy passes of two iterations, and the rollout: one call for all of them.
+def test_each_page_passes_the_vision_tower_once_a_rollout(tiny, prompt, processor, tasks, page_folder, tmp_path):
+    """The rollout and the old, reference and policy passes of two iterations share one call of the tower.
 
-    Where this transformers' forward takes no features, every pass has a call, of each page once.
+    If the model's forward does not accept image features, each pass calls the tower, with each page once.
     """
     images = {}
-    for kind in (GRPOTrainer, SharedPrefixGRPOTrainer):
+    for trainer_class in (GRPOTrainer, SharedPrefixGRPOTrainer):
         settings = {"beta": 0.04, "num_iterations": 2, "max_steps": 4}
-        trainer = make_trainer(kind, tiny, prompt, processor, tasks, page_folder, tmp_path, settings)
+        trainer = make_trainer(trainer_class, tiny, prompt, processor, tasks, page_folder, tmp_path, settings)
         seen = []
         tower = trainer.model.get_base_model().model.visual
         tower.register_forward_pre_hook(
             lambda _, args, kwargs, seen=seen: seen.append(len(kwargs["grid_thw"])), with_kwargs=True
         )
         trainer.train()
-        images[kind] = seen
+        images[trainer_class] = seen
     # 2 prompts of 3 pages, 4 completions each, 2 rollouts; TRL: rollout, old, reference and 2 policy passes.
     calls = 1 if takes_image_features(trainer.model.get_base_model()) else 5
     assert images[SharedPrefixGRPOTrainer] == [6] * 2 * calls
     assert images[GRPOTrainer] == [24] * 10
 
 
-def test_evaluation_shares_prompts_too(tiny, prompt, processor, tasks, page_folder, tmp_path):
+def test_evaluation_shares_prompts(tiny, prompt, processor, tasks, page_folder, tmp_path):
     results = []
-    for kind in (GRPOTrainer, SharedPrefixGRPOTrainer):
+    for trainer_class in (GRPOTrainer, SharedPrefixGRPOTrainer):
         settings = {"max_steps": 1, "per_device_eval_batch_size": 8, "num_generations_eval": 2}
-        trainer = make_trainer(kind, tiny, prompt, processor, tasks, page_folder, tmp_path, settings)
+        trainer = make_trainer(trainer_class, tiny, prompt, processor, tasks, page_folder, tmp_path, settings)
         torch.manual_seed(5)
         results.append(trainer.evaluate(trainer.train_dataset))
     assert results[1]["eval_reward"] == pytest.approx(results[0]["eval_reward"], abs=1e-4)
     assert results[1]["eval_loss"] == pytest.approx(results[0]["eval_loss"], abs=1e-4)
 
 
-def test_torn_groups_are_refused_with_the_reason(tiny, prompt, processor, tasks, page_folder, tmp_path):
+def test_split_groups_are_rejected_with_the_reason(tiny, prompt, processor, tasks, page_folder, tmp_path):
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
     with pytest.raises(ValueError, match=r"per_device_train_batch_size \(2\) is not a multiple of .*\(4\)"):
         make_trainer(SharedPrefixGRPOTrainer, tiny, prompt, processor, tasks, page_folder, tmp_path, settings)
@@ -130,3 +132,27 @@ def test_torn_groups_are_refused_with_the_reason(tiny, prompt, processor, tasks,
         output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, use_cpu=True, bf16=False
     )
     assert unsupported(load_model(tiny), args) is None
+
+
+def test_prompts_are_bound_only_while_their_batch_is_scored(tiny, prompt, processor, tasks, page_folder, tmp_path):
+    trainer = make_trainer(
+        SharedPrefixGRPOTrainer, tiny, prompt, processor, tasks, page_folder, tmp_path, {"max_steps": 1}
+    )
+    trainer.train()
+    batch = trainer._buffered_inputs[0]
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    width = batch["completion_ids"].shape[1]
+    with pytest.raises(RuntimeError, match="8 rows need as many bound prompts, found 0"):
+        trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)
+    with (
+        trainer._bind_prompts(batch["shared_prompts"][::-1]),
+        pytest.raises(RuntimeError, match="row 0: its prompt is not the bound one"),
+    ):
+        trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)
+    with (
+        trainer._bind_prompts(batch["shared_prompts"]),
+        pytest.raises(RuntimeError, match="the prompts of another batch are bound"),
+    ):
+        trainer._compute_loss(trainer.model, batch)
+    assert trainer._compute_loss(trainer.model, batch).isfinite()

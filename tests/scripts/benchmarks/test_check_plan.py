@@ -4,13 +4,16 @@ import check_plan
 import pytest
 import torch
 
+from mmr5_train.training import run
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("stage", check_plan.LAUNCHED)
 def test_a_stage_runs_with_the_settings_of_a_recipe(stage, tmp_path, monkeypatch, capsys):
     module, _, _ = check_plan.STAGES[stage]
-    for name in ("load_model", "save_result"):  # the script exchanges them; they come back after the test
-        monkeypatch.setattr(module, name, getattr(module, name))
+    # The script replaces these functions. monkeypatch restores them after the test.
+    monkeypatch.setattr(module, "load_model", module.load_model)
+    monkeypatch.setattr(run, "save_result", run.save_result)
     found = check_plan.run_one(stage, "tiny", 12, "recommended", tmp_path)
     assert found["measured_gib"] is None
     assert 1 < found["planned_gib"] < 4

@@ -1,0 +1,55 @@
+"""LoRA adapters and LoRA+, with PEFT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig
+from peft.optimizers import create_loraplus_optimizer
+from transformers import Trainer
+
+from mmr5_train.common.files import InputError
+from mmr5_train.models.loading import ModelConfig
+
+
+def lora_config(model: ModelConfig) -> LoraConfig | None:
+    """PEFT's config for the model's adapters, or None for full fine-tuning.
+
+    Raises `InputError` for a 4-bit base without adapters: quantized weights cannot be trained.
+    """
+    if model.lora is None and model.load_in_4bit:
+        raise InputError("model.load_in_4bit: 4-bit weights can't be trained; add adapters with model.lora")
+    if model.lora is None:
+        return None
+    return LoraConfig(
+        r=model.lora.r,
+        lora_alpha=model.lora.alpha,
+        lora_dropout=model.lora.dropout,
+        target_modules=model.lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def use_lora_plus(trainer: Trainer, model: ModelConfig) -> None:
+    """Replaces the trainer's optimizer by PEFT's LoRA+ version of it, if the model config sets a ratio.
+
+    LoRA+ (arXiv 2402.12354) gives the B matrices a higher learning rate than the A matrices.
+    """
+    if model.lora is None or model.lora.plus_ratio is None:
+        return
+    network: Any = trainer.model
+    optimizer_class, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, network)
+    learning_rate = settings.pop("lr")
+    optimizer = create_loraplus_optimizer(
+        network, optimizer_class, lr=learning_rate, loraplus_lr_ratio=model.lora.plus_ratio, **settings
+    )
+    # PEFT adds a parameter group for embeddings that is usually empty. DeepSpeed rejects empty groups.
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    trainer.optimizer = optimizer
+
+
+def count_trainable_parameters(trainer: Trainer) -> int:
+    """The number of trainable parameters, over all ranks."""
+    model: Any = trainer.model
+    # Under ZeRO-3 a partitioned parameter is empty on this rank and has its full size in `ds_numel`.
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,37 @@
+"""The data set that TRL's trainers read: one prompt with its page images a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from mmr5_train.models.inputs import keep_small_pages, load_pages
+from mmr5_train.ranking.prompt import Prompt, build_messages
+from mmr5_train.ranking.records import Candidate
+
+
+def prompt_dataset(
+    columns: Sequence[dict[str, Any]],
+    queries: Sequence[str],
+    shown: Sequence[Sequence[Candidate]],
+    folder: Path,
+    prompt: Prompt,
+    processor: Any,
+) -> Dataset:
+    """Adds the columns "prompt" (messages) and "images" (prepared pages) to `columns`, one dict a row.
+
+    Row i asks `queries[i]` about the pages `shown[i]`, whose image paths are relative to `folder`. Images are
+    opened when a row is read, so the corpus may be larger than memory. Small images are opened here and cached.
+    """
+
+    def read_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        indices = batch.pop("index")
+        batch["prompt"] = [build_messages(prompt, queries[i], len(shown[i])) for i in indices]
+        batch["images"] = [load_pages(shown[i], folder, processor) for i in indices]
+        return batch
+
+    keep_small_pages((page for pages in shown for page in pages), folder, processor)
+    return Dataset.from_list([{**row, "index": i} for i, row in enumerate(columns)]).with_transform(read_rows)

@@ -1,0 +1,167 @@
+"""The steps that SFT, GRPO and distillation share, in the order in which each stage calls them.
+
+run = start_run("sft", config, arguments, think=config.think)   # settings, output folder, checkpoint to resume
+trainer = …                                                     # the stage's own part
+train(run, trainer, progress={"loss": "loss"})
+finish_run(run, trainer, counts={"traces": 100}, metric="loss")  # checkpoint, manifest, one line on stdout
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from transformers import PrinterCallback, ProgressCallback, Trainer
+from trl import GRPOTrainer
+from trl.trainer import utils as trl_utils
+
+from mmr5_train.common.config import StageConfig
+from mmr5_train.common.files import InputError, write_manifest
+from mmr5_train.models.loading import ModelConfig
+from mmr5_train.ranking.prompt import Prompt
+from mmr5_train.training.adapters import count_trainable_parameters
+from mmr5_train.training.callbacks import HeldOutCallback, HeldOutConfig, held_out_callback
+from mmr5_train.training.checkpoints import (
+    MarkComplete,
+    ResumeSampler,
+    keep_parameter_names,
+    open_training_output,
+    run_settings,
+)
+from mmr5_train.training.progress import ProgressLine
+from mmr5_train.training.saving import MODEL, best_checkpoint_counts, full_disk_as_input_error, save_result
+
+# TRL's rule for which devices compute logits of labeled positions only. Later TRL versions may not have it.
+_trl_rule: Any = getattr(trl_utils, "_use_triton", None)
+
+
+class TrainingStage(StageConfig):
+    """Fields that sft, grpo and distill share."""
+
+    data: Path
+    limit: int | None = Field(default=None, gt=0, description="use only the first records")
+    model: ModelConfig
+    prompt: Prompt
+    heldout: HeldOutConfig | None = None
+    trainer: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A stage whose settings are valid and whose output folder is open."""
+
+    stage: str
+    config: TrainingStage
+    think: bool  # whether the model is trained to write a think block
+    processor: Any
+    settings: dict[str, Any]  # what a resumed run must share with the stopped one
+    checkpoint: Path | None  # the checkpoint to resume from
+    held_out: HeldOutCallback | None
+
+
+def start_run(
+    stage: str, config: TrainingStage, arguments: Any, processor: Any, *, think: bool = True
+) -> TrainingRun:
+    """Opens the output folder, or finds the checkpoint to resume from in the folder of a stopped run.
+
+    Call it after everything the user configured has been checked: with overwrite=true it deletes an earlier
+    result.
+    """
+    held_out = held_out_callback(config.heldout, arguments, processor, config.prompt, think)
+    settings = run_settings(config)
+    inputs = [config.data, Path(config.model.path)]
+    checkpoint = open_training_output(config.out, config.overwrite, inputs, stage, settings)
+    return TrainingRun(stage, config, think, processor, settings, checkpoint, held_out)
+
+
+def normalize_loss_by_tokens(trainer: Trainer) -> None:
+    """Divides an SFT step's loss by the number of tokens in the whole step, over all ranks and micro-batches.
+
+    The Qwen-VL model classes declare that they do not accept this count. TRL computes the loss itself and does.
+    """
+    if trainer.args.world_size * trainer.args.gradient_accumulation_steps > 1:
+        trainer.model_accepts_loss_kwargs = True
+
+
+def labeled_positions_only(device: torch.device) -> bool:
+    """Whether TRL's language-model head computes logits of labeled positions only: on CPUs as well.
+
+    TRL computes logits of all positions where Triton is missing, because some devices compile each new shape. On a
+    CPU that takes two fifths of an SFT step, mostly for prompt tokens, whose loss is multiplied by 0.
+    """
+    return device.type == "cpu" or bool(_trl_rule(device))
+
+
+def train(run: TrainingRun, trainer: Trainer, progress: dict[str, str]) -> None:
+    """Trains from `run.checkpoint` or from the start. `progress` maps log keys to labels of the progress line.
+
+    Raises `InputError` if the data set does not fill one batch: TRL would train nothing, without a message.
+    """
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressLine(run.stage, progress))
+    trainer.add_callback(MarkComplete(run.settings))
+    if run.held_out is not None:
+        run.held_out.trainer = trainer
+        trainer.add_callback(run.held_out)
+    if isinstance(trainer, GRPOTrainer):
+        trainer.add_callback(ResumeSampler())
+    keep_parameter_names(trainer.model)
+    if _trl_rule is not None:
+        trl_utils._use_triton = labeled_positions_only  # TRL has no setting for it
+    if trainer.accelerator.is_main_process:
+        if run.checkpoint is not None:
+            print(f"{run.stage}: resumes from {run.checkpoint}", flush=True)
+        print(f"{run.stage}: {_describe(trainer)}", flush=True)
+    with full_disk_as_input_error(run.config.out):
+        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    if trainer.state.global_step == 0:
+        size = len(trainer.train_dataset)  # type: ignore[arg-type]
+        raise InputError(
+            f"{run.stage}: {size} examples do not fill one batch, so no step was taken; use more data, or a "
+            "smaller trainer.per_device_train_batch_size or trainer.gradient_accumulation_steps"
+        )
+
+
+def finish_run(run: TrainingRun, trainer: Trainer, counts: dict[str, Any], metric: str) -> None:
+    """Saves the result, writes the manifest and prints one line. Call on all ranks.
+
+    `counts` starts with the size of the data ("traces", "questions", …), which the line names; `metric` is the log
+    key whose first and last value the line shows.
+    """
+    config, state = run.config, trainer.state
+    parameters = count_trainable_parameters(trainer)
+    save_result(trainer, run.processor, config.model, config.prompt, run.think, config.out)
+    if not trainer.accelerator.is_main_process:
+        return
+    facts = {"steps": state.global_step, "trained_parameters": parameters}
+    facts |= {"processes": trainer.accelerator.num_processes}
+    write_manifest(
+        config.out,
+        stage=run.stage,
+        config=config.model_dump(mode="json"),
+        inputs=[config.data],
+        counts=counts | facts | best_checkpoint_counts(trainer),
+    )
+    values = [entry[metric] for entry in state.log_history if metric in entry]
+    change = f"{metric.replace('_', ' ')} {values[0]:.3f} → {values[-1]:.3f}, " if values else ""
+    name, size = next(iter(counts.items()))
+    print(
+        f"{run.stage}: {size} {name}, {state.global_step} steps, {parameters:,} parameters, "
+        f"{change}in {config.out / MODEL}"
+    )
+
+
+def _describe(trainer: Trainer) -> str:
+    args, model = trainer.args, trainer.model
+    config: Any = model.config  # type: ignore[union-attr]
+    processes = trainer.accelerator.num_processes
+    launch = trainer.accelerator.distributed_type.value.lower()
+    return (
+        f"{processes} process{'es' * (processes > 1)} ({launch}) × batch {args.per_device_train_batch_size} × "
+        f"accumulation {args.gradient_accumulation_steps} on {args.device.type}; attention: "
+        f"{config.text_config._attn_implementation}"
+    )

@@ -1,4 +1,4 @@
-"""Hydra for every stage: compose, check against the stage's model, run, and speak plainly about errors.
+"""Configs of the stages: compose them with Hydra, validate them with pydantic, and explain errors in them.
 
 A stage is a function of one validated config:
 
@@ -20,110 +20,118 @@ from typing import Any, NoReturn, TypeVar, get_args
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmr5_train.common.files import InputError
 
-# A wheel carries configs/ inside the package. A checkout, and so an editable install, has it beside the package.
+# A wheel has configs/ inside the package. A checkout, and so an editable install, has it next to the package.
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONFIGS = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
-OWN_CONFIGS = "MMR5_CONFIGS"  # environment variable: a folder with the user's own options, laid out as configs/
+USER_CONFIGS = "MMR5_CONFIGS"
+"""Environment variable with a folder of the user's own options, with the same structure as configs/."""
 
 
 class StageConfig(BaseModel):
-    """What every stage has. A field that is not declared is an error."""
+    """The fields that all stages have. Undeclared fields are an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     out: Path = Field(description="output folder")
     overwrite: bool = Field(default=False, description="empty the output folder first, if a stage wrote it")
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, description="seed of all random draws")
 
 
 StageT = TypeVar("StageT", bound=BaseModel)
 
 
 def run_stage(main: Callable[[StageT], None], model: type[StageT], config_name: str) -> None:
-    """Runs a stage from the command line. Exits with 2 and a message, not a traceback, on the user's errors."""
-    # Hydra prints its own reading of an error and exits unless told to raise; the reading here names choices.
+    """Runs a stage with the overrides of the command line.
+
+    A user error ends the process with exit code 2 and a message on stderr, without a traceback.
+    """
+    # By default Hydra prints an error and exits. With this variable it raises, and `_explain` can add the choices.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    warnings.simplefilter("ignore", FutureWarning)  # what libraries tell their developers, not their users
+    warnings.simplefilter("ignore", FutureWarning)  # these address the developers of libraries, not their users
 
     def task(config: DictConfig) -> None:
         try:
-            main(validate(model, _resolved(config)))
+            main(validate(model, _resolve(config)))
         except InputError as error:
-            _stop(f"error: {error}")  # here already: Hydra would put a line of its own in front
+            _exit(f"error: {error}")  # exits here, because Hydra would print a line of its own first
 
-    task.__module__ = f"mmr5.{config_name}"  # Hydra takes the name in its --help from here
+    task.__module__ = f"mmr5.{config_name}"  # Hydra's --help shows this name
     try:
-        _use_own_configs()
+        _use_user_configs()
         _check_groups(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
     except InputError as error:
-        _stop(f"error: {error}")
+        _exit(f"error: {error}")
     except (HydraException, OmegaConfBaseException) as error:
-        _stop(f"error: {_explain(error, config_name, sys.argv[1:])}")
+        _exit(f"error: {_explain(error, config_name, sys.argv[1:])}")
     except KeyboardInterrupt:
-        _stop("stopped")
+        _exit("stopped")
 
 
-def _stop(message: str) -> NoReturn:
+def _exit(message: str) -> NoReturn:
     print(message, file=sys.stderr)
     sys.exit(2)
 
 
-def _resolved(config: DictConfig) -> Any:
-    """The config as plain values. A field that is still "???" has no value yet, and is an error."""
+def _resolve(config: DictConfig) -> Any:
+    """The config as plain values. Raises `InputError` for a missing value ("???") or a bad interpolation."""
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         values = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise InputError(f"{error.full_key}: {str(error).partition(chr(10))[0]}") from None
+        raise InputError(f"{error.full_key}: {_first_line(error)}") from None
     if missing:
         raise InputError(f"no value for {', '.join(missing)}; add {' '.join(f'{key}=…' for key in missing)}")
     return values
 
 
 def validate(model: type[StageT], values: Any) -> StageT:
-    """The config as the stage's model. Raises `InputError` naming each wrong field and the choices."""
+    """The validated config of a stage. Raises `InputError` that names each invalid field and its choices."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for problem in error.errors():
-            lines.append("  " + _problem(model, values, problem))
-        raise InputError("the config does not fit:\n" + "\n".join(lines)) from None
+        lines = [f"  {_explain_field(model, problem)}" for problem in error.errors()]
+        raise InputError("the config is not valid:\n" + "\n".join(lines)) from None
 
 
 def compose_stage(model: type[StageT], config_name: str, overrides: Sequence[str]) -> StageT:
-    """The config that the command line `config_name` with these overrides gives."""
+    """The config that a stage gets from the command line `config_name` with these overrides.
+
+    Raises:
+        InputError: for an invalid override or field, or a field without a value.
+    """
     _check_groups(overrides)
     try:
-        return validate(model, _resolved(_compose(config_name, overrides)))
+        return validate(model, _resolve(_compose(config_name, overrides)))
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(_explain(error, config_name, overrides)) from None
 
 
 def config_folders() -> list[Path]:
-    """The folders in which configs are looked up: the project's, then the user's own (MMR5_CONFIGS) if it is set.
+    """The folders that contain configs: the project's, then the user's (MMR5_CONFIGS) if it is set.
 
-    Raises `InputError` if the user's folder does not exist, or has a file that the project's folder has too: Hydra
-    would silently read the project's.
+    Raises:
+        InputError: if the user's folder does not exist, or has a file that the project's folder also has. Hydra
+        would
+            silently read the project's file.
     """
-    own = os.environ.get(OWN_CONFIGS)
-    if not own or Path(own).resolve() == CONFIGS:
+    user_folder = os.environ.get(USER_CONFIGS)
+    if not user_folder or Path(user_folder).resolve() == CONFIGS:
         return [CONFIGS]
-    folder = Path(own).resolve()
+    folder = Path(user_folder).resolve()
     if not folder.is_dir():
-        raise InputError(f"{own}: no such folder; --config-dir and {OWN_CONFIGS} name a folder of configs")
+        raise InputError(f"{user_folder}: no such folder; give --config-dir or {USER_CONFIGS} a folder of configs")
     for path in sorted(folder.rglob("*.yaml")):
         name = path.relative_to(folder)
         if (CONFIGS / name).is_file():
-            raise InputError(f"{path}: the project has an option {name.with_suffix('')} too; rename this file")
+            raise InputError(f"{path}: the project also has an option {name.with_suffix('')}; rename this file")
     return [CONFIGS, folder]
 
 
@@ -142,84 +150,108 @@ def _is_group(name: str) -> bool:
     return any((folder / name).is_dir() for folder in config_folders())
 
 
-def _use_own_configs() -> None:
-    """Makes `--config-dir DIR` and MMR5_CONFIGS=DIR the same: each sets the other.
+def _use_user_configs() -> None:
+    """Gives `--config-dir DIR` and MMR5_CONFIGS=DIR the same effect: each sets the other.
 
-    Hydra reads the flag. The variable reaches the processes that this one starts, such as a recipe's stages.
+    Hydra reads the flag. The processes that this one starts, such as the stages of a recipe, read the variable.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd")
     flag = parser.parse_known_args(sys.argv[1:])[0].config_dir
     if flag is not None:
-        os.environ[OWN_CONFIGS] = str(Path(flag).resolve())
+        os.environ[USER_CONFIGS] = str(Path(flag).resolve())
         config_folders()
     elif len(folders := config_folders()) > 1:
         sys.argv[1:1] = ["--config-dir", str(folders[1])]
 
 
 def _check_groups(overrides: Sequence[str]) -> None:
-    """Raises `InputError` for a group without an option, such as prompt=null: Hydra would show a traceback."""
+    """Raises `InputError` for a group that is set to a plain value, as in prompt=null. Hydra shows a traceback."""
     for override in overrides:
         group, _, option = override.lstrip("+").partition("=")
         if re.fullmatch(r"null|true|false|[+-]?[\d.]+", option, re.IGNORECASE) and _is_group(group):
             raise InputError(
-                f"{group}: needs one of its options, found {option} (choices: {group_choices(group)})"
+                f"{group}: expected one of its options, found {option} (choices: {group_choices(group)})"
             )
 
 
 def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    if GlobalHydra.instance().is_initialized():  # inside another stage
+    if GlobalHydra.instance().is_initialized():  # a running stage composes the config of another one
         return hydra.compose(config_name, list(overrides))
-    own = [f'hydra.searchpath=["file://{folder}"]' for folder in config_folders()[1:]]
+    search_path = [f'hydra.searchpath=["file://{folder}"]' for folder in config_folders()[1:]]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
-        return hydra.compose(config_name, [*overrides, *own])
+        return hydra.compose(config_name, [*overrides, *search_path])
 
 
-def _problem(model: type[BaseModel], values: Any, problem: Any) -> str:
+def _explain_field(model: type[BaseModel], problem: Any) -> str:
+    """One problem of a pydantic error: the field, what is wrong, and the value or the choices."""
     path = [str(part) for part in problem["loc"]]
     name = ".".join(path)
-    found = f", found {problem['input']!r}" if problem["type"] != "missing" else ""
     if problem["type"] == "extra_forbidden":
-        return f"{name}: no such field{_nearest(path[-1], _fields_at(model, path[:-1]))}"
-    return f"{name}: {problem['msg']}{found}"
+        return f"{name}: no such field{_suggestion(path[-1], _fields_at(model, path[:-1]))}"
+    if problem["type"] == "missing":
+        return f"{name}: {problem['msg']}"
+    value = "null" if problem["input"] is None else repr(problem["input"])
+    if problem["type"] in ("tuple_type", "list_type"):
+        return f"{name}: Input should be a list, such as {name}=[a,b], found {value}"
+    return f"{name}: {problem['msg']}, found {value}"
 
 
-def _fields_at(model: Any, path: list[str]) -> list[str]:
-    """Names of the fields of the model at a dotted path, empty where that is not a model."""
+def _fields_at(model: Any, path: Sequence[str]) -> list[str]:
+    """The field names of the model at a dotted path, or an empty list if there is no model at that path."""
     for part in path:
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
             return []
-        kinds = [field.annotation, *get_args(field.annotation)]
-        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        types = [field.annotation, *get_args(field.annotation)]
+        model = next((kind for kind in types if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
     return list(getattr(model, "model_fields", {}))
 
 
-def _nearest(name: str, choices: list[str]) -> str:
+def _suggestion(name: str, choices: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the most similar choice, if there is one, and all choices."""
     if not choices:
         return ""
-    near = difflib.get_close_matches(name, choices, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    similar = difflib.get_close_matches(name, choices, n=1)
+    hint = f"; did you mean {similar[0]}?" if similar else ""
     return f"{hint} (choices: {', '.join(sorted(choices))})"
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 def _explain(error: Exception, config_name: str, overrides: Sequence[str]) -> str:
-    """One message for an override that Hydra can't apply: its reason, and the fields there are."""
+    """The message for an error that Hydra raised: the override, what is wrong with it, and the choices."""
     causes: list[BaseException] = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
-    text = str(causes[-1] if str(causes[-1]) else error).strip()
-    key = next((str(k) for k in (getattr(cause, "full_key", None) for cause in causes) if k), None)
-    said = str(error).partition("Config search path:")[0]  # Hydra's folders say nothing to a user
-    first = "\n".join(line for line in said.splitlines() if line and "full_key" not in line)
-    if key is None or "not in struct" not in text:
-        return first
-    # The same choices of groups, so that the fields are those of the option the user chose.
-    chosen = [o for o in overrides if "=" in o and _is_group(o.lstrip("+").partition("=")[0])]
-    here = _compose(config_name, chosen)
-    parent, _, last = key.rpartition(".")
-    node = OmegaConf.select(here, parent) if parent else here
+    for cause in causes:
+        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file and cause.options:
+            group, _, option = cause.missing_cfg_file.rpartition("/")
+            return f"{group}={option}: no such option{_suggestion(option, cause.options)}"
+        if isinstance(cause, OverrideParseException):
+            lines = [line for line in str(cause).splitlines() if not line.startswith("Error parsing override")]
+            return (
+                f"{cause.override}: can't be read as an override ({lines[0]}); write field=value or group=option, "
+                "and put quotes around a value with special characters: 'field=\"value\"'"
+            )
+    key = next((str(key) for key in (getattr(cause, "full_key", None) for cause in causes) if key), None)
+    if key is None or "not in struct" not in (str(causes[-1]) or str(error)):
+        message = str(error).partition("Config search path:")[0]  # the search path does not help a user
+        return "\n".join(line for line in message.splitlines() if line and "full_key" not in line)
+    return _explain_key(key, config_name, overrides)
+
+
+def _explain_key(key: str, config_name: str, overrides: Sequence[str]) -> str:
+    """The message for an override of a field that does not exist."""
+    # Compose with the group options that the user chose: their fields are the choices.
+    group_overrides = [o for o in overrides if "=" in o and _is_group(o.lstrip("+").partition("=")[0])]
+    config = _compose(config_name, group_overrides)
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
     if node is None:
-        return f"{key}: {parent} is null; give its fields together: '{parent}={{{last}:…}}'"
-    names = [str(k) for k in node] if isinstance(node, DictConfig) else []
-    return f"{key}: no such field{_nearest(last, names)}"
+        return f"{key}: {parent} is null; set all its fields together: '{parent}={{{name}:…}}'"
+    if not isinstance(node, DictConfig):
+        return f"{key}: no such field; {parent} is a single value"
+    return f"{key}: no such field{_suggestion(name, [str(field) for field in node])}"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mmr5_train import sft
-from mmr5_train.common.config import CONFIGS, OWN_CONFIGS, compose_stage
+from mmr5_train.common.config import CONFIGS, USER_CONFIGS, compose_stage
 from mmr5_train.common.files import InputError, write_json
 from mmr5_train.ranking.prompt import read_prompt
 from mmr5_train.recipe import (
@@ -136,7 +136,7 @@ def test_recipe_of_own_options(tmp_path, monkeypatch):
     (tmp_path / "prompt" / "mine.yaml").write_text(
         "name: mine\nsystem: Rank.\nquestion: '{query}'\nimage_label: ''\n", encoding="utf-8"
     )
-    monkeypatch.setenv(OWN_CONFIGS, str(tmp_path))
+    monkeypatch.setenv(USER_CONFIGS, str(tmp_path))
     config = compose_stage(RecipeStage, "recipe", ["experiment=mine", "size=tiny", "stages.sft.model=mine"])
     stage = compose_stage(sft.SftStage, "sft", stage_commands(config)["sft"])
     assert (stage.model.path, stage.model.max_pixels, stage.prompt.name) == ("tiny", 8000, "mine")

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and read with errors that name the file and the line."""
+"""Reading and writing files: atomic writes, records with errors that name the line, output folders, manifests."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from typing import IO, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 MANIFEST = "manifest.json"
-RECIPE = "recipe.json"  # in a recipe's folder: where each stage wrote, and the seconds it took
+RECIPE = "recipe.json"  # in the folder of a recipe: the output folder and the seconds of each stage
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bm25s", "pypdfium2", "pillow")
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
 
 
 class InputError(Exception):
-    """Something the user gave can't be used. The message says what, where, and what to do."""
+    """An error in the user's input. The message names the file, line or field, the problem, and what to do."""
 
 
 def validation_message(error: ValidationError) -> str:
-    """The problems of a pydantic error on one line, each with its field."""
+    """All problems of a pydantic error on one line, each with its field."""
     problems = []
     for problem in error.errors():
         field = ".".join(str(part) for part in problem["loc"]) or "record"
@@ -38,9 +38,10 @@ def validation_message(error: ValidationError) -> str:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of a JSON Lines file; blank lines are passed over.
+    """Yields (line number from 1, object) for each line of a JSON Lines file. Blank lines are skipped.
 
-    Raises `InputError` for an absent or unreadable file and for a line that is not a JSON object.
+    Raises:
+        InputError: for a missing or unreadable file, and for a line that is not a JSON object.
     """
     try:
         with path.open(encoding="utf-8") as lines:
@@ -50,12 +51,12 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 try:
                     value = json.loads(line)
                 except json.JSONDecodeError as error:
-                    where = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+                    problem = f"{error.msg.removesuffix(' at')} at column {error.colno}"
                     raise InputError(
-                        f"{path}, line {number}: not valid JSON ({where}); "
-                        "the file may have been cut off: write it again or remove the line"
+                        f"{path}, line {number}: not valid JSON ({problem}); "
+                        "the file may be cut off: write it again or remove the line"
                     ) from None
-                except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+                except (ValueError, RecursionError) as error:  # a number or nesting beyond Python's limits
                     raise InputError(f"{path}, line {number}: not readable as JSON ({error})") from None
                 if not isinstance(value, dict):
                     raise InputError(
@@ -73,8 +74,14 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def read_records(path: Path, kind: type[RecordT], unique: str | None = "query_id") -> list[RecordT]:
     """All records of a JSON Lines file.
 
-    Raises `InputError` naming the line and field of a broken record, a second record with the same
-    value of the field `unique`, and a file without records.
+    Args:
+        path: the file.
+        kind: the class of the records.
+        unique: a field whose values must be distinct, or None.
+
+    Raises:
+        InputError: for an invalid record (with its line and field), for a repeated value of `unique`, and for a
+            file without records.
     """
     records: list[RecordT] = []
     seen: dict[Any, int] = {}
@@ -86,20 +93,26 @@ def read_records(path: Path, kind: type[RecordT], unique: str | None = "query_id
         if unique is not None:
             key = getattr(record, unique)
             if key in seen:
-                raise InputError(f"{path}, line {number}: {unique} {key!r} already stands in line {seen[key]}")
+                raise InputError(f"{path}, line {number}: {unique} {key!r} is already in line {seen[key]}")
             seen[key] = number
         records.append(record)
     if not records:
-        raise InputError(f"{path}: holds no {kind.__name__} record; run the stage that writes it again")
+        raise InputError(f"{path}: contains no {kind.__name__} record; run the stage that writes it again")
     return records
 
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO[Any]]:
-    """A file that appears under its name only when the block ends without an error.
+    """Opens a file for writing that gets its name only when the block ends without an error.
 
-    Without `sync` it may be lost or cut off if the machine stops within seconds: for the many small files of a
-    cache, where waiting for the disk takes longer than making them. Raises `InputError` where the disk is full.
+    Args:
+        path: the file to write.
+        mode: "w" for UTF-8 text, "wb" for bytes.
+        sync: whether to wait until the data is on disk. Without it, the file can be lost or cut off if the machine
+            stops within seconds. Caches of many small files do not wait, because that would take most of the time.
+
+    Raises:
+        InputError: if the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -112,7 +125,7 @@ def atomic_write(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO[
         temporary.replace(path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"{path}: the disk is full; free some space, or write elsewhere") from None
+            raise InputError(f"{path}: the disk is full; free some space or write to another disk") from None
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -120,7 +133,7 @@ def atomic_write(path: Path, mode: str = "w", sync: bool = True) -> Iterator[IO[
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder that appears under its name only when the block, which fills it, ends without an error."""
+    """Yields a temporary folder to fill. It gets the name `path` only when the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
@@ -131,7 +144,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_records(path: Path, records: Iterable[BaseModel]) -> int:
-    """Writes one record a line, whole or not at all. Returns how many."""
+    """Writes one record per line, atomically. Returns the number of records."""
     count = 0
     with atomic_write(path) as stream:
         for record in records:
@@ -141,13 +154,14 @@ def write_records(path: Path, records: Iterable[BaseModel]) -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, atomically. Keys keep their order."""
     with atomic_write(path) as stream:
         json.dump(value, stream, indent=2, ensure_ascii=False, sort_keys=False)
         stream.write("\n")
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 of the bytes of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -155,33 +169,39 @@ def file_hash(path: Path) -> str:
 def open_output(
     path: Path, overwrite: bool = False, inputs: Iterable[Path] = (), stage: str | None = None
 ) -> Path:
-    """Makes the output folder of a stage.
+    """Creates the output folder of a stage, or empties it, and writes an unfinished manifest to it.
 
-    A folder that already holds something is refused unless `overwrite` is set, and even then only a
-    folder which carries this project's manifest, and none of the stage's `inputs`, is emptied. A `stage` that goes
-    on where it was stopped gives its name: then a folder in which it did not end is emptied without `overwrite`.
+    A folder that is not empty is emptied only if `overwrite` is set, the folder has a manifest of this project,
+    and none of `inputs` is inside it.
 
-    Raises `InputError` for a folder that can't be made, written or emptied.
+    Args:
+        path: the output folder.
+        overwrite: whether a folder that is not empty may be emptied.
+        inputs: files that the stage reads.
+        stage: name of a stage that resumes interrupted runs. Its unfinished folder is emptied without `overwrite`.
+
+    Raises:
+        InputError: if the folder can't be created, written or emptied, or may not be emptied.
     """
-    # Marks the folder as ours from the start: a run that was stopped can be overwritten.
-    opened = {"finished": False} if stage is None else {"finished": False, "stage": stage}
+    unfinished = {"finished": False} if stage is None else {"finished": False, "stage": stage}
     try:
-        if path.exists() and any(not _is_beginning(child) for child in path.iterdir()):
+        if path.exists() and any(not _is_partial_manifest(child) for child in path.iterdir()):
             if not overwrite and (stage is None or not is_unfinished(path, stage)):
                 raise InputError(f"{path}: is not empty; choose another folder with out=…, or set overwrite=true")
-            if not _is_ours(path):
+            if not _has_project_manifest(path):
                 raise InputError(
-                    f"{path}: holds files but no {MANIFEST} of this project, so it was not written by it and is "
+                    f"{path}: contains files but no {MANIFEST} of this project, so no stage wrote it and it is "
                     "not emptied; choose another folder with out=…"
                 )
             for source in inputs:
                 if source.resolve().is_relative_to(path.resolve()):
-                    raise InputError(f"{path}: holds {source}, which this stage reads; choose another out=…")
+                    raise InputError(f"{path}: contains {source}, which this stage reads; choose another out=…")
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(13, "Permission denied")
-        write_json(path / MANIFEST, opened)
-        for child in path.iterdir():  # after the manifest: stopped in here, the folder is still ours
+        # The manifest comes first: if the run stops while it empties the folder, the next run can overwrite it.
+        write_json(path / MANIFEST, unfinished)
+        for child in path.iterdir():
             if child.is_dir() and not child.is_symlink():
                 shutil.rmtree(child)
             elif child.name != MANIFEST:
@@ -192,17 +212,17 @@ def open_output(
 
 
 def is_unfinished(folder: Path, stage: str) -> bool:
-    """Whether `open_output` made the folder for this stage, and the stage did not end."""
+    """Whether `open_output` created the folder for this stage, and the stage has not finished."""
     return _manifest(folder) == {"finished": False, "stage": stage}
 
 
-def _is_beginning(child: Path) -> bool:
-    """Whether a file is all that is left of a run that was killed while it wrote its first manifest."""
+def _is_partial_manifest(child: Path) -> bool:
+    """Whether a file is the temporary manifest of a run that was killed while it wrote the manifest."""
     return child.name.startswith(f".{MANIFEST}.") and child.suffix == ".tmp"
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a stage wrote the folder. The file name alone says little: web projects have such a file too."""
+def _has_project_manifest(folder: Path) -> bool:
+    """Whether a stage wrote the folder. The content decides, because web projects also have a manifest.json."""
     manifest = _manifest(folder)
     return isinstance(manifest, dict) and isinstance(manifest.get("finished"), bool)
 
@@ -222,9 +242,9 @@ def write_manifest(
     inputs: Iterable[Path] = (),
     counts: dict[str, Any] | None = None,
 ) -> None:
-    """Writes what made a folder: config, code and package versions, input hashes, counts.
+    """Writes the finished manifest of an output folder: config, code and package versions, input hashes, counts.
 
-    Nothing that changes between two identical runs (a time, a duration) stands in it.
+    It contains no times or durations, so two identical runs write the same manifest.
     """
     write_json(
         folder / MANIFEST,
@@ -242,7 +262,7 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished stage. Raises `InputError` where there is none, or the stage did not end."""
+    """The manifest of a finished stage. Raises `InputError` if it is missing, unreadable or unfinished."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -253,11 +273,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise InputError(f"{path}: expected a JSON object, found {type(manifest).__name__}")
     if not manifest.get("finished"):
-        raise InputError(f"{folder}: the stage that writes it did not end; run it again")
+        raise InputError(f"{folder}: the stage that writes it did not finish; run it again")
     return manifest
 
 
 def package_versions() -> dict[str, str]:
+    """The versions of those of `PACKAGES` that are installed."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -268,9 +289,9 @@ def package_versions() -> dict[str, str]:
 
 
 def code_version() -> str:
-    """The commit of the checkout, with "+changes" if files differ from it. Installed, the package's version."""
+    """The commit of the checkout, plus "+changes" if files differ. For an installed package, its version."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # git would describe any repository that the environment stands in
+    if not (root / ".git").exists():  # installed: git would describe a repository around the environment
         return importlib.metadata.version("mmr5-train")
     git = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+changes", "--exclude=*"]
     try:

@@ -234,7 +234,7 @@ def test_output_folders(orchard: Path) -> None:
     with pytest.raises(InputError, match=r"data: is not empty; choose another folder with out="):
         run(orchard)
     run(orchard, overwrite=True)
-    with pytest.raises(InputError, match=r"orchard: holds .*orchard.*choose another folder|no manifest.json"):
+    with pytest.raises(InputError, match=r"orchard: contains .*orchard.*choose another folder|no manifest.json"):
         run(orchard, ".", overwrite=True)
     shutil.copy(orchard / "data/manifest.json", orchard / "manifest.json")
     with pytest.raises(InputError, match=r"orchard, which this stage reads; choose another out="):

@@ -68,7 +68,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bytes(
         main(config)
     assert "sk-secret" not in str(caught.value)
     assert not (out / "traces.jsonl").exists()
-    with pytest.raises(InputError, match="did not end"):
+    with pytest.raises(InputError, match="did not finish"):
         read_manifest(out)
 
     answered = asked_before = scripted_server.requests[:11]

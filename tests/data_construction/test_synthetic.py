@@ -109,6 +109,6 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="is not empty"):
         build(tmp_path)
-    with pytest.raises(InputError, match="was not written by it"):
+    with pytest.raises(InputError, match="no stage wrote it"):
         build(tmp_path, "overwrite=true")
     assert (tmp_path / "thesis.txt").exists()

@@ -177,7 +177,7 @@ def test_missing_empty_and_broken_files_are_named(tmp_path: Path, name: str):
         "no such file": None,
         "holds no": "",
         "line 2: not valid JSON": "\n".join([lines[0], lines[1][:40]]),
-        "line 2: .* already stands in line 1": "\n".join([lines[0], lines[0]]),
+        "line 2: .* is already in line 1": "\n".join([lines[0], lines[0]]),
         "line 1: field domain": lines[0].replace('"domain"', '"domian"'),
     }
     for match, text in cases.items():

@@ -133,13 +133,13 @@ def test_wrong_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"pages.jsonl: lacks page d1.pdf#0, a candidate of d1.pdf/0"):
         select(tmp_path)
     pages.write_text(f"{first}\n{second}\n{first}\n")
-    with pytest.raises(InputError, match=r"pages.jsonl, line 3: .*already stands in line 1"):
+    with pytest.raises(InputError, match=r"pages.jsonl, line 3: .*is already in line 1"):
         select(tmp_path)
     pages.unlink()
     with pytest.raises(InputError, match=r"pages.jsonl: no such file"):
         select(tmp_path)
     (tmp_path / "data/select.jsonl").write_text("")
-    with pytest.raises(InputError, match=r"select.jsonl: holds no RankingTask record"):
+    with pytest.raises(InputError, match=r"select.jsonl: contains no RankingTask record"):
         select(tmp_path)
     assert not (tmp_path / "out").exists()
 

@@ -1,9 +1,9 @@
-"""TRL's trainer and the one with shared prompts, set up alike. As a script: trains both under a launcher.
+"""TRL's GRPOTrainer and SharedPrefixGRPOTrainer with equal settings. As a script, trains both under a launcher.
 
     accelerate launch … tests/mmr5_train/side_by_side.py FOLDER OUT '{"max_steps": 6}'
 
-reads questions.jsonl and pages in FOLDER and writes OUT/history.json: the log of each, the kind of launch and how
-many processes there were.
+Reads questions.jsonl and page images in FOLDER. Writes OUT/history.json: the logs of both trainers, the kind of
+launch and the number of processes.
 """
 
 import json
@@ -22,18 +22,18 @@ from mmr5_train.training.dataset import prompt_dataset
 from mmr5_train.training.shared_grpo import SharedPrefixGRPOTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = {"stock": GRPOTrainer, "shared": SharedPrefixGRPOTrainer}
+TRAINERS = {"stock": GRPOTrainer, "shared": SharedPrefixGRPOTrainer}
 ADAPTERS = {"r": 8, "lora_alpha": 16, "target_modules": r".*language_model.*(q_proj|v_proj|o_proj|up_proj)"}
 
 
 def even_words(completions, completion_ids, images, **_):
-    """A reward with variance in each group; reads the images column, as any reward may."""
+    """A reward that varies within each group. It reads the images column, as any reward may."""
     assert all(len(row) == 3 for row in images)
     return [sum(token % 2 for token in ids) / 8 + len(ids) / 64 for ids in completion_ids]
 
 
-def make_trainer(kind, tiny, prompt, processor, tasks, folder, out, settings):
-    """A trainer of the class `kind`: 20 steps of 2 questions × 4 completions, without dropout or schedule."""
+def make_trainer(trainer_class, tiny, prompt, processor, tasks, folder, out, settings):
+    """Makes a trainer for 20 steps of 2 questions × 4 completions, without dropout and learning-rate schedule."""
     settings = dict(settings)
     lora = settings.pop("lora", True)
     model = load_model(tiny.model_copy(update={"freeze_vision": settings.pop("freeze_vision", True)}))
@@ -60,7 +60,7 @@ def make_trainer(kind, tiny, prompt, processor, tasks, folder, out, settings):
     }
     rows = [{"query_id": task.query_id} for task in tasks]
     shown = [task.candidates for task in tasks]
-    return kind(
+    return trainer_class(
         model=model,
         reward_funcs=[even_words],
         args=GRPOConfig(output_dir=str(out), seed=3, **values),
@@ -76,9 +76,9 @@ def main(folder, out, settings):
     prompt = Prompt.model_validate(yaml.safe_load((ROOT / "configs/prompt/default.yaml").read_text()))
     tasks = read_records(folder / "questions.jsonl", RankingTask)
     history = {}
-    for name, kind in KINDS.items():
+    for name, trainer_class in TRAINERS.items():
         trainer = make_trainer(
-            kind, tiny, prompt, load_processor(tiny), tasks, folder, out / name, json.loads(settings)
+            trainer_class, tiny, prompt, load_processor(tiny), tasks, folder, out / name, json.loads(settings)
         )
         trainer.train()
         history[name] = [entry for entry in trainer.state.log_history if "loss" in entry]

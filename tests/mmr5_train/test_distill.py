@@ -73,10 +73,12 @@ def test_the_losses_fall_and_the_checkpoint_scores_pages(rankings, tmp_path, cap
     history = run(rankings, tmp_path / "out", "trainer.max_steps=8", "subsets=0", size)
     for name in ("listwise_loss", "verdict_loss"):
         assert history[-1][name] < 0.8 * history[0][name], name
-    whole = [ranking for ranking in read_records(rankings, Ranking) if is_complete(ranking.greedy)]
-    assert f"distill: {len(whole)} rankings, 8 steps, listwise loss" in capsys.readouterr().out
-    pages = [rankings.parent / page.image for page in whole[0].shown]
-    assert Reranker(tmp_path / "out/model", mode="logits").rank(whole[0].query, pages).has_scores
+    complete = [ranking for ranking in read_records(rankings, Ranking) if is_complete(ranking.greedy)]
+    printed = capsys.readouterr().out
+    assert f"distill: {len(complete)} rankings, 8 steps" in printed
+    assert "listwise loss" in printed
+    pages = [rankings.parent / page.image for page in complete[0].shown]
+    assert Reranker(tmp_path / "out/model", mode="logits").rank(complete[0].query, pages).has_scores
     assert Reranker(tmp_path / "out/model").mode == "reason"
 
 
@@ -96,19 +98,19 @@ def test_training_and_inference_score_at_the_same_position(rankings, tiny, promp
     from mmr5_train.models.inputs import load_pages
 
     config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}", "subsets=1", "hint_share=0"])
-    whole = read_records(rankings, Ranking)[:2]
-    parts = sort_pairs_first(
-        [(one, part) for one in whole for part in sample_subsets(one, 1, config.seed)], config.seed
+    two = read_records(rankings, Ranking)[:2]
+    subsets = sort_pairs_first(
+        [(ranking, subset) for ranking in two for subset in sample_subsets(ranking, 1, config.seed)], config.seed
     )
-    dataset = subset_dataset(whole, config, processor)
+    dataset = subset_dataset(two, config, processor)
     collator = Collator(processor, lambda rows: {}, config.prompt, config.decay, config.completion_share)
     scoring = collator([dataset[i] for i in range(4)])["scoring"]
     pages = [
-        load_pages([ranking.shown[position - 1] for position in part.positions], rankings.parent, processor)
-        for ranking, part in parts
+        load_pages([ranking.shown[position - 1] for position in subset.positions], rankings.parent, processor)
+        for ranking, subset in subsets
     ]
     expected = with_list_open(
-        encode(processor, prompt, [ranking.query for ranking, _ in parts], pages), processor.tokenizer
+        encode(processor, prompt, [ranking.query for ranking, _ in subsets], pages), processor.tokenizer
     )
     for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids"):
         assert torch.equal(scoring[name], expected[name]), name

@@ -1,3 +1,5 @@
+"""GRPO with the shipped model: logged metrics, banned vision tokens, determinism and error messages."""
+
 import json
 from pathlib import Path
 
@@ -37,21 +39,21 @@ def test_logs_each_reward_and_each_defect(questions, tmp_path):
         assert entry["reward"] == pytest.approx(
             entry["rewards/reranking/mean"] + entry["rewards/permutation/mean"], abs=1e-4
         )
-        # 16 tokens do not hold an answer: every completion is cut off and has none.
+        # An answer does not fit into 16 tokens, so every completion is cut off.
         assert entry[f"defects/{Defect.cut_off}"] == 1
         assert entry[f"defects/{Defect.no_answer}"] == 1
         assert {"entropy", "kl", "completions/mean_length", "frac_reward_zero_std"} <= set(entry)
     assert list((tmp_path / "out/completions").glob("*.parquet"))
 
 
-def test_too_few_questions_for_a_step_are_an_error(questions, tmp_path):
-    with pytest.raises(InputError, match="1 examples fill no batch, so not one step was taken"):
+def test_data_that_does_not_fill_a_batch_is_rejected(questions, tmp_path):
+    with pytest.raises(InputError, match="1 examples do not fill one batch, so no step was taken"):
         run(questions, tmp_path / "out", "limit=1")
     assert not (tmp_path / "out/model").exists()
 
 
 def test_vision_tokens_cannot_be_sampled(questions, tmp_path, processor):
-    """A head that wants nothing but image tokens still can't sample one."""
+    """Even a head that gives all probability to vision tokens does not sample one."""
     model = AutoModelForImageTextToText.from_pretrained(TINY)
     model.config.tie_word_embeddings = False
     model.config.text_config.tie_word_embeddings = False
@@ -69,7 +71,7 @@ def test_vision_tokens_cannot_be_sampled(questions, tmp_path, processor):
     assert "<|image_pad|>" not in texts
 
 
-def test_same_seed_same_rewards_and_a_frozen_tower(questions, tmp_path):
+def test_the_same_seed_gives_the_same_rewards_and_the_tower_stays_frozen(questions, tmp_path):
     keys = ("reward", "loss", "entropy", "kl")
     first, second = run(questions, tmp_path / "a"), run(questions, tmp_path / "b")
     assert [[e.get(k) for k in keys] for e in first] == [[e.get(k) for k in keys] for e in second]
@@ -78,7 +80,7 @@ def test_same_seed_same_rewards_and_a_frozen_tower(questions, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_rewards_reach_trl_as_they_are(tasks):
+def test_reward_functions_return_the_rewards_of_the_registry(tasks):
     texts = ["<think>a</think><answer>[2, 1, 3]</answer>", "<answer>[1, 1, 9]</answer>", "nothing"]
     completions = [[{"role": "assistant", "content": text}] for text in texts]
     for name, score in REWARDS.items():

@@ -1,3 +1,5 @@
+"""SFT with the shipped model on generated traces: losses, checkpoints, adapters and error messages."""
+
 import json
 import subprocess
 import sys
@@ -27,7 +29,7 @@ def run(traces, out, *overrides):
     return json.loads((out / "log_history.json").read_text())
 
 
-def test_learns_and_leaves_a_whole_checkpoint(traces, tmp_path, capsys):
+def test_the_loss_falls_and_the_checkpoint_loads(traces, tmp_path, capsys):
     history = run(traces, tmp_path / "out", "trainer.max_steps=12", "trainer.learning_rate=2e-3")
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert len(losses) == 12
@@ -35,9 +37,9 @@ def test_learns_and_leaves_a_whole_checkpoint(traces, tmp_path, capsys):
     before = AutoModelForImageTextToText.from_pretrained(TINY)
     after = AutoModelForImageTextToText.from_pretrained(tmp_path / "out/model")
     pairs = zip(before.named_parameters(), after.parameters(), strict=True)
-    moved = {name for (name, old), new in pairs if not torch.equal(old, new)}
-    assert moved
-    assert not [name for name in moved if "visual" in name], "the vision tower must stay frozen"
+    changed = {name for (name, old), new in pairs if not torch.equal(old, new)}
+    assert changed
+    assert not [name for name in changed if "visual" in name], "the vision tower must stay frozen"
     assert AutoProcessor.from_pretrained(tmp_path / "out/model").tokenizer.chat_template
     ranked = Reranker(tmp_path / "out/model", max_new_tokens=40).rank("Which?", [traces.parent / "page-0.png"])
     assert ranked.order == [0]
@@ -48,7 +50,7 @@ def test_learns_and_leaves_a_whole_checkpoint(traces, tmp_path, capsys):
     assert "sft: 4 traces, 12 steps" in capsys.readouterr().out
 
 
-def test_same_seed_same_losses(traces, tmp_path):
+def test_the_same_seed_gives_the_same_losses(traces, tmp_path):
     steps = "trainer.max_steps=2"
     first, second = run(traces, tmp_path / "a", steps), run(traces, tmp_path / "b", steps)
     other = run(traces, tmp_path / "c", steps, "seed=7", "trainer.per_device_train_batch_size=2")
@@ -56,38 +58,38 @@ def test_same_seed_same_losses(traces, tmp_path):
     assert first[0]["loss"] != other[0]["loss"]
 
 
-def test_a_step_is_the_same_however_it_is_split(traces, tmp_path):
-    """Completions differ in length: a mean of the micro-batches' means would weigh their tokens differently."""
+def test_accumulation_does_not_change_a_step(traces, tmp_path):
+    """Completions differ in length, so a mean over the means of micro-batches would weight tokens differently."""
     records = [json.loads(line) for line in traces.read_text().splitlines()]
     for i, record in enumerate(records):
         record["think"] += "\nand nothing else" * i
     traces.write_text("".join(json.dumps(record) + "\n" for record in records))
     same = ["trainer.max_steps=3", "trainer.lr_scheduler_type=constant", "trainer.learning_rate=1e-4"]
-    whole = run(traces, tmp_path / "whole", *same)
+    one_batch = run(traces, tmp_path / "one_batch", *same)
     split = ["trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=4"]
-    parts = run(traces, tmp_path / "parts", *same, *split)
-    losses = [[entry["loss"] for entry in history if "loss" in entry] for history in (whole, parts)]
+    micro_batches = run(traces, tmp_path / "micro_batches", *same, *split)
+    losses = [[entry["loss"] for entry in history if "loss" in entry] for history in (one_batch, micro_batches)]
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_the_head_scores_no_token_of_a_prompt(traces, tmp_path, monkeypatch):
-    scored, head = [], trl_utils._ChunkedLogProbFunction
+def test_the_head_computes_logits_of_labeled_positions_only(traces, tmp_path, monkeypatch):
+    positions, head = [], trl_utils._ChunkedLogProbFunction
 
     class Counting:
         @staticmethod
         def apply(hidden, *rest):
-            scored.append(len(hidden))
+            positions.append(len(hidden))
             return head.apply(hidden, *rest)
 
     monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", Counting)
     run(traces, tmp_path / "out", "trainer.max_steps=1")
     tokenizer = AutoProcessor.from_pretrained(TINY).tokenizer
     texts = [render_completion(trace.think, trace.answer) for trace in read_records(traces, Trace)]
-    assert scored == [sum(len(tokenizer(f"{text}<|im_end|>\n")["input_ids"]) for text in texts)]
+    assert positions == [sum(len(tokenizer(f"{text}<|im_end|>\n")["input_ids"]) for text in texts)]
 
 
-def test_lora_leaves_an_adapter_and_a_merged_model(traces, tmp_path):
+def test_lora_saves_an_adapter_and_a_merged_model(traces, tmp_path):
     run(traces, tmp_path / "out", "trainer.max_steps=2", "model.lora={r: 4, alpha: 8}")
     assert (tmp_path / "out/adapter/adapter_model.safetensors").is_file()
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out/model")
@@ -106,7 +108,7 @@ def test_lora_leaves_an_adapter_and_a_merged_model(traces, tmp_path):
             r"trainer\.learning_rat: SFTConfig has no such field; did you mean learning_rate",
         ),
         (["+trainer.seed=1"], r"trainer\.seed: is set from the stage"),
-        (["+trainer.optim=adamn"], "refuses these settings"),
+        (["+trainer.optim=adamn"], "rejects these settings"),
         (["trainer.learning_rate=fast"], r"trainer\.learning_rate: expected a number, found 'fast'"),
         (["trainer.per_device_train_batch_size=1.5"], "expected a whole number, found 1.5"),
         (["model.min_pixels=9501"], r"min_pixels must be at most max_pixels \(9500\)"),
@@ -114,7 +116,7 @@ def test_lora_leaves_an_adapter_and_a_merged_model(traces, tmp_path):
         (["model.path=no/where"], "no/where: is no folder, and as a hub id its config can't be loaded"),
     ],
 )
-def test_wrong_settings_are_named_and_cost_no_earlier_result(traces, tmp_path, overrides, message):
+def test_wrong_settings_are_named_and_keep_an_earlier_result(traces, tmp_path, overrides, message):
     write_json(tmp_path / "out/manifest.json", {"finished": True, "stage": "sft"})
     with pytest.raises(InputError, match=message):
         run(traces, tmp_path / "out", "overwrite=true", *overrides)
@@ -124,12 +126,12 @@ def test_wrong_settings_are_named_and_cost_no_earlier_result(traces, tmp_path, o
 @pytest.mark.parametrize(
     "setting", ["model.lora={r: 2, alpha: 2, target_modules: [nope]}", "trainer.report_to=nosuch"]
 )
-def test_settings_that_a_trainer_refuses_are_an_error_of_the_user(traces, tmp_path, setting):
-    with pytest.raises(InputError, match=r"sft: these settings are refused: .*(nope|nosuch)"):
+def test_settings_that_trl_or_peft_rejects_are_input_errors(traces, tmp_path, setting):
+    with pytest.raises(InputError, match=r"sft: TRL or PEFT rejects these settings: .*(nope|nosuch)"):
         run(traces, tmp_path / "out", setting)
 
 
-def test_a_page_image_that_is_gone_is_named_before_training(traces, tmp_path):
+def test_a_missing_page_image_is_named_before_training(traces, tmp_path):
     moved = tmp_path / "elsewhere" / traces.name
     moved.parent.mkdir()
     moved.write_bytes(traces.read_bytes())
@@ -138,12 +140,12 @@ def test_a_page_image_that_is_gone_is_named_before_training(traces, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_on_a_base_in_four_bits(traces, tmp_path):
+def test_adapters_on_a_4bit_base(traces, tmp_path):
     four = "model.load_in_4bit=true"
     run(traces, tmp_path / "out", "trainer.max_steps=2", "model.lora={r: 4, alpha: 8}", four)
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out/model")
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
-    with pytest.raises(InputError, match="a base in four bits can't be trained itself; give it adapters"):
+    with pytest.raises(InputError, match="4-bit weights can't be trained; add adapters"):
         run(traces, tmp_path / "whole", "trainer.max_steps=2", four)
 
 
@@ -151,27 +153,27 @@ FULL_DISK = """
 import resource, signal, sys
 from mmr5_train import sft
 from mmr5_train.common.config import run_stage
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit fails, as on a full disk
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write above the limit fails, as on a full disk
 train = sft.train
-def limited(trainer, *rest):
+def train_with_limit(run, trainer, **rest):
     class Limit(sft.TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             if state.global_step == 2:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     trainer.add_callback(Limit())
-    train(trainer, *rest)
+    train(run, trainer, **rest)
 from transformers import TrainerCallback
-sft.TrainerCallback, sft.train = TrainerCallback, limited
+sft.TrainerCallback, sft.train = TrainerCallback, train_with_limit
 run_stage(sft.main, sft.SftStage, "sft")
 """
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(traces, tmp_path):
+def test_a_full_disk_keeps_the_last_complete_checkpoint(traces, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-c", FULL_DISK, f"data={traces}", f"out={out}", *SHORT]
     command += ["trainer.max_steps=3", "trainer.save_steps=1"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 2, ended.stderr[-3000:]
-    assert f"{out}: a checkpoint can't be written, the disk is full" in ended.stderr
-    assert f"{out}/checkpoint-1 is whole" in ended.stderr
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert f"{out}: the disk is full, a checkpoint can't be written" in result.stderr
+    assert f"{out}/checkpoint-1 is complete" in result.stderr
     assert last_checkpoint(out) == out / "checkpoint-1"

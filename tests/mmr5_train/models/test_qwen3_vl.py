@@ -84,7 +84,8 @@ def test_both_stages_and_the_reranker(qwen3, traces, questions, tmp_path, capsys
     ]
     grpo.main(compose_stage(grpo.GrpoStage, "grpo", [f"data={questions}", f"out={tmp_path}/grpo", *tuned, *short]))
     assert (
-        "trained with a prompt of its own: model type qwen3_vl is not among the tested" in capsys.readouterr().out
+        "does not share prompts within a group: model type qwen3_vl is not among the tested"
+        in capsys.readouterr().out
     )
     history = json.loads((tmp_path / "grpo/log_history.json").read_text())
     assert sum("reward" in entry for entry in history) == 2

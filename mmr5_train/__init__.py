@@ -1,4 +1,4 @@
-"""Reasoning rerankers for visual documents: train, evaluate, use.
+"""Reasoning rerankers for visual documents: training, evaluation and inference.
 
 from mmr5_train import Reranker
 """
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 __all__ = ["QueryReranker", "RankedResults", "Reranker", "Result"]
 
-# PEFT imports bitsandbytes wherever it is installed, and on a CPU that warns of a kernel nobody asked for.
+# PEFT imports bitsandbytes if it is installed, and on a CPU bitsandbytes warns about a missing CUDA kernel.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
-    """What users import, loaded when it is asked for: the domain and the data stages need no torch."""
+    """Imports the public names on first use, because the data stages must work without torch."""
     if name in ("Reranker", "QueryReranker"):
         from mmr5_train.inference import reranker
 

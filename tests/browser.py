@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over the pipe of its DevTools protocol: a page as its readers meet it."""
+"""A headless Chromium that tests control through the pipe of the DevTools protocol."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-# The browser reads from file descriptor 3 and writes to 4.
+# Chromium reads commands from file descriptor 3 and writes replies and events to 4.
 _WRAPPER = """
 import os, sys
 os.dup2(int(sys.argv[1]), 3)
@@ -28,24 +28,26 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Browser:
-    """One tab. `complaints` are exceptions, console errors and refused resources, as they came."""
+    """One browser tab. `errors` collects exceptions, console errors and failed resources, in order."""
 
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read = write, read
         self._buffer = b""
         self._number = 0
         self._session: str | None = None
-        self.complaints: list[str] = []
+        self.errors: list[str] = []
 
     def open(self, url: str) -> None:
+        """Opens a new tab and waits until the page is loaded."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "DOM"):
             self.call(f"{domain}.enable")
         self.call("Page.navigate", url=url)
-        self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
+        self.wait_until("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
+        """Sends a DevTools command and returns its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if self._session:
@@ -63,10 +65,11 @@ class Browser:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def until(self, script: str, seconds: float = 20) -> None:
+    def wait_until(self, script: str, seconds: float = 20) -> None:
+        """Waits until a JavaScript expression is true."""
         end = time.monotonic() + seconds
         while not self.run(script):
-            assert time.monotonic() < end, f"waited in vain for {script}"
+            assert time.monotonic() < end, f"not true after {seconds} s: {script}"
             time.sleep(0.05)
 
     def choose_files(self, selector: str, files: Sequence[Path]) -> None:
@@ -92,22 +95,22 @@ class Browser:
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._read], [], [], 30)
-            assert ready, "the browser does not answer"
+            assert ready, "the browser did not reply within 30 s"
             chunk = os.read(self._read, 1 << 16)
-            assert chunk, "the browser ended"
+            assert chunk, "the browser closed the pipe"
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\0")
         event: dict[str, Any] = json.loads(line)
         if event.get("method") == "Runtime.exceptionThrown":
-            self.complaints.append(json.dumps(event["params"]["exceptionDetails"]))
+            self.errors.append(json.dumps(event["params"]["exceptionDetails"]))
         elif event.get("method") == "Log.entryAdded" and event["params"]["entry"]["level"] == "error":
-            self.complaints.append(event["params"]["entry"]["text"])
+            self.errors.append(event["params"]["entry"]["text"])
         return event
 
 
 @contextmanager
-def browsing(folder: Path) -> Iterator[Browser]:
-    """A browser with a profile of its own in `folder`."""
+def open_browser(folder: Path) -> Iterator[Browser]:
+    """Starts a browser with a new profile in `folder`."""
     assert CHROMIUM is not None
     to_browser, from_browser = os.pipe(), os.pipe()
     ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (to_browser[0], from_browser[1])]

@@ -1,4 +1,4 @@
-"""Fixtures that tests of several modules share: the tiny model's parts, a few pages, and real HTTP servers."""
+"""Shared fixtures: the tiny model, some pages and records, test checkpoints, and HTTP servers."""
 
 from __future__ import annotations
 
@@ -30,17 +30,16 @@ from mmr5_train.ranking.records import Candidate, PageId, RankingTask, Trace
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Property-based tests give the same examples each time, and no machine is too slow for them.
+# Property-based tests use the same examples in each run and do not fail on a slow machine.
 settings.register_profile("project", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("project")
 
-
-LONGEST = ("test_reproduce.py", "test_launch.py", "test_shared_grpo.py", "test_check_plan.py")
+SLOW_FILES = ("test_reproduce.py", "test_launch.py", "test_shared_grpo.py", "test_check_plan.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: two processes share the files, and neither should be left with one at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    """Runs the slow files first, so that the two test processes finish at about the same time."""
+    items.sort(key=lambda item: item.path.name not in SLOW_FILES)
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +59,7 @@ def processor(tiny: ModelConfig) -> Any:
 
 @pytest.fixture(scope="session")
 def page_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six plain pages of different colours: page-0.png … page-5.png."""
+    """A folder with six pages of different colors: page-0.png … page-5.png."""
     folder = tmp_path_factory.mktemp("pages")
     for i, color in enumerate(("red", "green", "blue", "orange", "purple", "grey")):
         Image.new("RGB", (600, 800), color).save(folder / f"page-{i}.png")
@@ -69,34 +68,35 @@ def page_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tasks() -> list[RankingTask]:
-    """Four questions with three candidates each, whose images are in `page_folder`."""
-    made = []
-    for k, shown in enumerate(("red bar chart", "green table", "blue pie chart", "grey line chart")):
+    """Four questions with three candidates each. Their images are in `page_folder`."""
+    tasks = []
+    for k, content in enumerate(("red bar chart", "green table", "blue pie chart", "grey line chart")):
         pages = [(k + i) % 6 for i in range(3)]
         candidates = [
             Candidate(doc_name="doc", page=p, image=f"page-{p}.png", score=-i) for i, p in enumerate(pages)
         ]
-        made.append(
+        tasks.append(
             RankingTask(
                 query_id=f"doc/{k}",
-                query=f"Which page shows a {shown} about water use?",
+                query=f"Which page shows a {content} about water use?",
                 domain="Guidebook",
                 candidates=tuple(candidates),
                 positives=(PageId(doc_name="doc", page=k),),
             )
         )
-    return made
+    return tasks
 
 
 @pytest.fixture
 def questions(tasks, page_folder):
+    """The path of questions.jsonl, a file of `tasks` in the page folder."""
     write_records(page_folder / "questions.jsonl", tasks)
     return page_folder / "questions.jsonl"
 
 
 @pytest.fixture
 def traces(tasks, page_folder):
-    """traces.jsonl beside the pages, one a task."""
+    """The path of traces.jsonl in the page folder, with one trace per task."""
     records = []
     for task in tasks:
         shown = task.in_prompt_order("shuffled").shown
@@ -123,9 +123,10 @@ def traces(tasks, page_folder):
 def openai_server(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[OpenAIServer]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """A running `transformers serve`. If a test fails, the end of its log is printed."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
     log = tmp_path_factory.mktemp("serve") / "log.txt"
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--device", "cpu"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
@@ -146,7 +147,7 @@ def openai_server(
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
         if request.session.testsfailed > failed_before:
-            print(f"\nthe end of the log of transformers serve:\n{log.read_text()[-4000:]}")
+            print(f"\nend of the log of transformers serve:\n{log.read_text()[-4000:]}")
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, timeout: float = 300) -> None:
@@ -166,13 +167,13 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, timeo
 
 @pytest.fixture(scope="session")
 def reciting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that replies "<think>THOUGHT</think>RECITED" to whatever it is asked."""
+    """A checkpoint that generates "<think>THOUGHT</think>RECITED" for every prompt."""
     return write_reciting_model(tmp_path_factory.mktemp("reciting"), [f"<think>{THOUGHT}</think>{RECITED}"])
 
 
 @pytest.fixture(scope="session")
 def guessing_model(tmp_path_factory: pytest.TempPathFactory, prompt: Prompt) -> Path:
-    """A checkpoint as sft writes one. Its answer is one of pages 1 to 3, each as often as another."""
+    """A checkpoint with the files that sft writes. It answers page 1, 2 or 3, each with the same probability."""
     from mmr5_train.models.loading import SETTINGS, RerankerSettings
 
     folder = tmp_path_factory.mktemp("guessing")
@@ -183,10 +184,11 @@ def guessing_model(tmp_path_factory: pytest.TempPathFactory, prompt: Prompt) -> 
 
 
 def write_reciting_model(folder: Path, replies: list[str]) -> Path:
-    """A checkpoint that gives one of `replies`, in which each token is followed by always the same tokens.
+    """Writes a checkpoint that generates one of `replies`, each with the same probability.
 
-    The tiny model's architecture, tokenizer and template with weights written by hand: the layers add
-    nothing, so the next token depends on the last one alone, and a reply is a chain of tokens.
+    It has the tiny model's architecture, tokenizer and template, with handmade weights: the layers add nothing,
+    so the next token depends only on the last one, and a reply is a chain of tokens. Therefore no token may
+    occur twice in a reply.
     """
     import torch
     from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
@@ -203,7 +205,7 @@ def write_reciting_model(folder: Path, replies: list[str]) -> Path:
     for reply in replies:
         chain = processor.tokenizer(f"{prompt}{reply}<|im_end|>")["input_ids"][start:]
         assert len(set(chain[:-1])) == len(chain) - 1, (
-            f"a token stands twice in {processor.tokenizer.tokenize(reply)}"
+            f"a token occurs twice in {processor.tokenizer.tokenize(reply)}"
         )
         for last, following in itertools.pairwise(chain):
             followers.setdefault(last, set()).add(following)
@@ -221,7 +223,7 @@ def write_reciting_model(folder: Path, replies: list[str]) -> Path:
 
 @pytest.fixture
 def scripted_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedServer]:
-    """A faulty OpenAI-compatible server; the environment points to it."""
+    """An OpenAI-compatible server with scripted replies and faults. The environment variables point to it."""
     server = ScriptedServer()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""Reads a report as a browser would."""
+"""A reader for the HTML pages that the tests check."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
 class Reader(HTMLParser):
-    """Collects what a browser would see: text, ids, links, attributes; checks that tags close in order."""
+    """Collects the visible text and the attributes of an HTML page. Asserts that all tags are closed in order."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -35,7 +35,9 @@ class Reader(HTMLParser):
 
     @property
     def text(self) -> str:
+        """The visible text, with white space collapsed."""
         return " ".join(" ".join(self.words).split())
 
     def values(self, attribute: str) -> list[str]:
+        """The values of an attribute, in document order."""
         return [value for _, attrs in self.tags if (value := attrs.get(attribute)) is not None]

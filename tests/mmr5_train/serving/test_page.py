@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from browser import CHROMIUM, browsing
+from browser import CHROMIUM, open_browser
 from html_reader import Reader
 from malformed_requests import encode_image
 from rerank_server import blank_pdf, run_server
@@ -47,7 +47,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def browser(tmp_path):
-    with browsing(tmp_path) as page:
+    with open_browser(tmp_path) as page:
         yield page
 
 
@@ -59,12 +59,12 @@ def texts(browser, selector):
 def test_ranks_a_pdf_and_an_image(browser, files, server):
     browser.open(server.url)
     browser.choose_files("#files", files[:2])
-    browser.until("document.querySelectorAll('#pages img').length === 3")
+    browser.wait_until("document.querySelectorAll('#pages img').length === 3")
     assert texts(browser, "#count") == ["3 pages"]
-    browser.until("document.activeElement.id === 'query'")
+    browser.wait_until("document.activeElement.id === 'query'")
     browser.type(f"Which page is red? {INJECTION}")
     browser.press("Enter", 13, "\r")
-    browser.until("document.querySelectorAll('#ranked > li').length === 3")
+    browser.wait_until("document.querySelectorAll('#ranked > li').length === 3")
     assert texts(browser, "#ranked h3") == [f"{INJECTION}.png", "report.pdf, page 1", "report.pdf, page 2"]
     assert texts(browser, "#pages .number") == ["page 1", "page 2", f"{INJECTION}.png"]
     assert texts(browser, "#ranked .meter")[0].startswith("score 0.")
@@ -79,11 +79,11 @@ def test_ranks_a_pdf_and_an_image(browser, files, server):
     browser.run("document.querySelector('.result .enlarge').click()")
     assert browser.run("document.getElementById('zoom').open")
     browser.press("Escape", 27)
-    browser.until("!document.getElementById('zoom').open")
+    browser.wait_until("!document.getElementById('zoom').open")
     assert browser.run("document.title") == "Rank pages · mmr5-train"
     injected = "document.querySelectorAll('#results b, #results img[onerror]').length"
     assert browser.run(injected) == 1  # only the heading of the defects
-    assert browser.complaints == []
+    assert browser.errors == []
 
 
 @needs_browser
@@ -93,20 +93,20 @@ def test_errors_are_shown(browser, files):
         browser.run("document.getElementById('submit').click()")
         assert texts(browser, "#problem") == ["Choose a PDF or images first."]
         browser.choose_files("#files", [files[2]])
-        browser.until("document.getElementById('problem').textContent.includes('notes.txt')")
+        browser.wait_until("document.getElementById('problem').textContent.includes('notes.txt')")
         browser.choose_files("#files", [files[1], files[0]])
         note = "has 2 pages; only the first 1 were"
-        browser.until(f"document.getElementById('status').textContent.includes('{note}')")
+        browser.wait_until(f"document.getElementById('status').textContent.includes('{note}')")
         browser.type("poison")
         browser.press("Enter", 13, "\r")
-        browser.until("document.getElementById('problem').textContent.includes('see the server')")
+        browser.wait_until("document.getElementById('problem').textContent.includes('see the server')")
         browser.run("document.querySelector('.remove').click()")
         assert texts(browser, "#count") == ["1 page"]
         small.ranker.gate.clear()
         browser.run("document.getElementById('submit').click()")
         assert small.ranker.entered.acquire(timeout=10)
         browser.run("document.getElementById('stop').click()")
-        browser.until("document.getElementById('problem').textContent === 'Stopped.'")
+        browser.wait_until("document.getElementById('problem').textContent === 'Stopped.'")
 
 
 @needs_browser
@@ -114,13 +114,13 @@ def test_key_can_be_entered_and_is_not_stored(browser, files):
     with run_server(key="sk-right") as locked:
         browser.open(locked.url)
         browser.choose_files("#files", [files[1]])
-        browser.until("document.querySelectorAll('#pages img').length === 1")
+        browser.wait_until("document.querySelectorAll('#pages img').length === 1")
         browser.type("red?")
         browser.press("Enter", 13, "\r")
-        browser.until("document.activeElement.id === 'key'")
+        browser.wait_until("document.activeElement.id === 'key'")
         browser.type("sk-right")
         browser.press("Enter", 13, "\r")
-        browser.until("document.querySelectorAll('#ranked > li').length === 1")
+        browser.wait_until("document.querySelectorAll('#ranked > li').length === 1")
         assert "sk-right" not in browser.run(
             "document.documentElement.outerHTML + JSON.stringify({...localStorage})"
         )

@@ -4,7 +4,7 @@
     MMR5_API_KEY=… python -m mmr5_train.serve checkpoint=… host=0.0.0.0 port=8080 folder=outputs/data/pages
 
 It writes no files. The server accepts requests for /health while the model loads. It ranks concurrent requests in
-batches. docs/serving.md describes the API, the limits and the errors.
+batches. docs/reranker.md describes the API, the limits and the errors.
 """
 
 from __future__ import annotations

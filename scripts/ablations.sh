@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What each choice does: recipes × seeds, and one table of them with intervals (docs/ablations.md says what it shows).
+# What each choice does: recipes × seeds, and one table of them with intervals (docs/training.md shows a result).
 #
 #     scripts/ablations.sh [OUT] [OVERRIDE…]           # on GPUs: LAUNCH=zero2
 #     scripts/ablations.sh --tiny [OUT] [OVERRIDE…]    # synthetic corpus, shipped model, under an hour on two cores

@@ -46,7 +46,7 @@ from mmr5_train.inference.local import identifier_ids, with_list_open
 from mmr5_train.models.inputs import check_images, encode
 from mmr5_train.models.loading import load_model, load_processor
 from mmr5_train.ranking.notes import format_note
-from mmr5_train.ranking.parts import NO_VERDICT, sample_subsets, sort_pairs_first
+from mmr5_train.ranking.page_subsets import NO_VERDICT, sample_subsets, sort_pairs_first
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Ranking
 from mmr5_train.training.adapters import lora_config

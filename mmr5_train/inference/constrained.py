@@ -1,7 +1,7 @@
 """Constrained decoding: whatever a model would write, its completion ends in a permutation of the pages.
 
 Inside the think block the model is free. Behind it only tokens stay possible that lead to a whole answer
-(`mmr5_train.ranking.listing`), and the model chooses among them. A thought that leaves no more room than the
+(`ranking.answer_constraints`), and the model chooses among them. A thought that leaves no more room than the
 answer needs is closed there, so `max_new_tokens` never cuts an answer off.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from mmr5_train.common.files import InputError
-from mmr5_train.ranking.listing import CompletionState, Phase, missing_think_close
+from mmr5_train.ranking.answer_constraints import CompletionState, Phase, missing_think_close
 from mmr5_train.ranking.prompt import THINK_CLOSE, render_completion
 from mmr5_train.ranking.records import LocalId
 

@@ -33,7 +33,7 @@ from mmr5_train.models.loading import (
 from mmr5_train.models.pages import load_page, prepare_page
 from mmr5_train.models.shared_prefix import generate, share_prefixes, shared_prompts, unsupported_model
 from mmr5_train.ranking.answer import to_model_answer
-from mmr5_train.ranking.listing import LIST_OPEN
+from mmr5_train.ranking.answer_constraints import LIST_OPEN
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import LocalId, Mode, ModelAnswer, PromptedTask
 

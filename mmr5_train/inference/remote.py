@@ -17,7 +17,7 @@ from mmr5_train.common.files import InputError
 from mmr5_train.models.inputs import openai_messages
 from mmr5_train.models.pages import fit_page, open_image
 from mmr5_train.ranking.answer import to_model_answer
-from mmr5_train.ranking.listing import gbnf_grammar
+from mmr5_train.ranking.answer_constraints import gbnf_grammar
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Mode, ModelAnswer
 

@@ -16,7 +16,7 @@ from mmr5_train.evaluation.metrics import is_complete
 from mmr5_train.inference.local import identifier_ids
 from mmr5_train.inference.reranker import Reranker
 from mmr5_train.models.inputs import encode
-from mmr5_train.ranking.parts import NO_VERDICT, sample_subsets, sort_pairs_first
+from mmr5_train.ranking.page_subsets import NO_VERDICT, sample_subsets, sort_pairs_first
 from mmr5_train.ranking.records import Ranking
 
 SHORT = ["trainer.logging_steps=1", "trainer.warmup_steps=0", "trainer.learning_rate=1e-3"]

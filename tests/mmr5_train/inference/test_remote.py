@@ -6,7 +6,7 @@ from servers import THOUGHT, Reply, completion
 from mmr5_train import Reranker
 from mmr5_train.common.files import InputError
 from mmr5_train.models.loading import TINY
-from mmr5_train.ranking.listing import gbnf_grammar
+from mmr5_train.ranking.answer_constraints import gbnf_grammar
 
 GOOD = "<think>Image 1: a table, so it helps.</think><answer>[2, 1]</answer>"
 

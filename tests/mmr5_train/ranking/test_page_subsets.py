@@ -2,7 +2,7 @@ import pytest
 
 from mmr5_train.ranking.answer import to_model_answer
 from mmr5_train.ranking.notes import join_notes
-from mmr5_train.ranking.parts import NO_VERDICT, sample_subsets, sort_pairs_first
+from mmr5_train.ranking.page_subsets import NO_VERDICT, sample_subsets, sort_pairs_first
 from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.ranking.records import Candidate, Ranking
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmr5_train.ranking.answer import parse_answer
-from mmr5_train.ranking.listing import (
+from mmr5_train.ranking.answer_constraints import (
     MAX_EXACT_PAGES,
     CompletionState,
     Phase,

@@ -1,12 +1,12 @@
-"""Downloads MMDocIR from the Hugging Face hub: tells the size first, resumes, and checks what arrived.
+"""Downloads MMDocIR from the Hugging Face hub: shows the size first, resumes, and verifies the files.
 
-    python -m data_construction.download dataset=evaluation out=data/mmdocir              # how large is it?
+    python -m data_construction.download dataset=evaluation out=data/mmdocir              # only shows the size
     python -m data_construction.download dataset=evaluation out=data/mmdocir yes=true
     python -m data_construction.download dataset=train out=data/mmdocir_train 'subsets=[DUDE,SlideVQA]' yes=true
 
-Run it again after an interruption: finished files are kept, and files are continued where they ended. Every file
-is then checked against the hub's size and, as far as the hub has one, its SHA-256. Licences are those of the
-datasets' pages on the hub: MMDocIR is for research (CC BY-NC 4.0).
+To resume an interrupted download, run the same command again: complete files are not downloaded again, and partial
+files are continued. At the end, the size of every file is compared with the hub's, and its SHA-256 if the hub has
+one. The licences are on the pages of the datasets on the hub: MMDocIR is for research (CC BY-NC 4.0).
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError  # of the HTTP library that this version of the hub's uses
+from huggingface_hub.errors import (
+    HTTPError,
+)  # the HTTP error of the library that this version of huggingface_hub uses
 from huggingface_hub.hf_api import RepoSibling
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,11 +37,11 @@ class Download(BaseModel):
     subsets: tuple[Subset, ...] = Field(min_length=1, description="of the training set")
     out: Path = Field(description="folder")
     revision: str = Field(default="main", description="branch, tag or commit of the dataset")
-    yes: bool = Field(default=False, description="download; otherwise only the size is shown")
+    yes: bool = Field(default=False, description="download; otherwise only show the size")
 
 
-def wanted_files(config: Download) -> tuple[str, list[str]]:
-    """The dataset's name on the hub, and the paths of its files that the readers need."""
+def files_to_download(config: Download) -> tuple[str, list[str]]:
+    """The name of the dataset on the hub, and the paths of the files that the corpus readers use."""
     if config.dataset == "evaluation":
         return "MMDocIR/MMDocIR_Evaluation_Dataset", ["MMDocIR_annotations.jsonl", "MMDocIR_pages.parquet"]
     layout = TrainingSet(folder=Path(), subsets=config.subsets, page_cache=Path())
@@ -48,29 +50,29 @@ def wanted_files(config: Download) -> tuple[str, list[str]]:
 
 
 def main(config: Download) -> None:
-    name, paths = wanted_files(config)
+    name, paths = files_to_download(config)
     hub = HfApi()
     try:
         info = hub.dataset_info(name, revision=config.revision, files_metadata=True)
-        there = {file.rfilename: file for file in info.siblings or []}
-        missing = [path for path in paths if path not in there]
+        on_hub = {file.rfilename: file for file in info.siblings or []}
+        missing = [path for path in paths if path not in on_hub]
         if missing:
             raise InputError(
-                f"{name} at {config.revision}: has no {', '.join(missing)}; it has changed on the hub"
+                f"{name} at {config.revision}: has no {', '.join(missing)}; the dataset has changed on the hub"
             )
-        lacking = [path for path in paths if not _is_whole(config.out / path, there[path], quick=True)]
-        size = gigabytes(there[path] for path in lacking)
-        free = shutil.disk_usage(_existing(config.out)).free / 1e9
+        to_download = [path for path in paths if not _is_complete(config.out / path, on_hub[path], quick=True)]
+        size = gigabytes(on_hub[path] for path in to_download)
+        free = shutil.disk_usage(_nearest_existing(config.out)).free / 1e9
         print(
-            f"{name} at {info.sha}: {len(paths)} files, {gigabytes(there[path] for path in paths):.1f} GB; to "
-            f"download: {len(lacking)} files, {size:.1f} GB; free at {config.out}: {free:.1f} GB"
+            f"{name} at {info.sha}: {len(paths)} files, {gigabytes(on_hub[path] for path in paths):.1f} GB; to "
+            f"download: {len(to_download)} files, {size:.1f} GB; free at {config.out}: {free:.1f} GB"
         )
         if not config.yes:
-            print("nothing is downloaded yet: add yes=true")
+            print("nothing was downloaded; to download, add yes=true")
             return
         if size > free:
             raise InputError(
-                f"{config.out}: {size:.1f} GB don't fit there; choose another out=…, or fewer subsets"
+                f"{config.out}: not enough disk space for {size:.1f} GB; choose another out=…, or fewer subsets"
             )
         hub.snapshot_download(
             name, repo_type="dataset", revision=info.sha, local_dir=config.out, allow_patterns=paths
@@ -78,25 +80,27 @@ def main(config: Download) -> None:
     except (HTTPError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
-            f"{name}: can't be downloaded ({reason}); what has arrived is kept: run it again to continue"
+            f"{name}: can't be downloaded ({reason}); run the same command again to continue"
         ) from None
-    broken = [path for path in paths if not _is_whole(config.out / path, there[path])]
-    if broken:
-        raise InputError(f"{config.out}: {', '.join(broken)} differ from the hub's; delete them and run it again")
-    print(f"download: {len(paths)} files, checked, in {config.out}")
+    corrupt = [path for path in paths if not _is_complete(config.out / path, on_hub[path])]
+    if corrupt:
+        raise InputError(
+            f"{config.out}: {', '.join(corrupt)} differ from the hub; delete them and run the command again"
+        )
+    print(f"download: {len(paths)} files, verified, in {config.out}")
 
 
 def gigabytes(files: Iterable[RepoSibling]) -> float:
     return sum(file.size or 0 for file in files) / 1e9
 
 
-def _existing(folder: Path) -> Path:
+def _nearest_existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
-def _is_whole(path: Path, file: RepoSibling, quick: bool = False) -> bool:
-    """Whether a file has the size, and unless `quick` the SHA-256, that the hub tells."""
+def _is_complete(path: Path, file: RepoSibling, quick: bool = False) -> bool:
+    """Whether a file has the size, and unless `quick` the SHA-256, of the file on the hub."""
     if not path.is_file() or (file.size is not None and path.stat().st_size != file.size):
         return False
     return quick or file.lfs is None or file_hash(path) == file.lfs.sha256

@@ -1,11 +1,11 @@
-"""The data report: what the data stages made, and what a person should see of it before a model learns from it.
+"""Writes the data report: an HTML page to review the training data before training.
 
     python -m data_construction.report data=outputs/data traces=outputs/traces select=outputs/select
 
-Reads the output folders of candidates and, where given, of traces and select. Writes `data_report.html`: counts at
-each step and why things were left out, domains and lengths, the teacher's work and its cost, the selection before
-and after, and some traces, drawn by `seed`, with their pages and notes. One file that holds its pictures and needs
-no network. The same inputs and seed give the same bytes.
+Reads the output folders of candidates and, if given, of traces and select. Writes `data_report.html`: counts of
+each step with the reasons for dropped questions, domains and lengths, the teacher's work and cost, the questions
+before and after the selection, and a sample of traces with their pages and notes. The file contains its images and
+needs no network. The same inputs and seed give the same bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from mmr5_train.reporting.pictures import Picture, inline_pictures
 from mmr5_train.reporting.views import provenance, stage_view
 
 TEMPLATES = Path(__file__).parent / "templates"
-PICTURE_BUDGET = 5_000_000  # characters of page pictures, a few hundred pixels each for thirty traces
+MAX_IMAGE_CHARACTERS = 5_000_000  # characters of base64 images: thirty traces with pages of a few hundred pixels
 
 
 class DataReportStage(StageConfig):
@@ -49,19 +49,19 @@ class DataReportStage(StageConfig):
     data: Path = Field(description="folder of the candidates stage")
     traces: Path | None = Field(default=None, description="folder of the traces stage")
     select: Path | None = Field(default=None, description="folder of the select stage")
-    shown: int = Field(default=30, ge=0, description="traces shown with their pages")
+    shown: int = Field(default=30, ge=0, description="number of traces shown with their pages")
 
     @property
     def folders(self) -> list[Path]:
-        """Those there are, in the order of the stages."""
+        """The given folders, in the order of the stages."""
         return [folder for folder in (self.data, self.traces, self.select) if folder]
 
 
 def main(config: DataReportStage) -> None:
     data = read_data(config.data)
-    made, chosen = read_stage(config.traces, "traces"), read_stage(config.select, "select")
+    traces_stage, select_stage = read_stage(config.traces, "traces"), read_stage(config.select, "select")
     traces = read_records(config.traces / "traces.jsonl", Trace) if config.traces else []
-    html, unseen = render(config, data, made, chosen, traces)
+    html, missing_images = render(config, data, traces_stage, select_stage, traces)
     out = open_output(config.out, config.overwrite, inputs=config.folders)
     with atomic_write(out / "data_report.html") as stream:
         stream.write(html)
@@ -70,32 +70,36 @@ def main(config: DataReportStage) -> None:
         stage="data_report",
         config=config.model_dump(mode="json"),
         inputs=[folder / "manifest.json" for folder in config.folders],
-        counts={"traces_shown": min(config.shown, len(traces)), "pictures_not_shown": unseen},
+        counts={"traces_shown": min(config.shown, len(traces)), "pictures_not_shown": missing_images},
     )
-    problem = f"; {unseen} page pictures could not be shown" if unseen else ""
+    problem = f"; {missing_images} page images could not be shown" if missing_images else ""
     print(f"data report: {headline(data, traces)} in {out / 'data_report.html'}{problem}")
 
 
 def render(
-    config: DataReportStage, data: DataFolder, made: StageFolder, chosen: StageFolder, traces: Sequence[Trace]
+    config: DataReportStage,
+    data: DataFolder,
+    traces_stage: StageFolder,
+    select_stage: StageFolder,
+    traces: Sequence[Trace],
 ) -> tuple[str, int]:
-    """The page as HTML, and how many page pictures could not be shown."""
-    drawn = random.Random(config.seed).sample(range(len(traces)), min(config.shown, len(traces)))
-    cases = [traces[i] for i in sorted(drawn)]
+    """The page as HTML, and the number of page images that could not be shown."""
+    sample = random.Random(config.seed).sample(range(len(traces)), min(config.shown, len(traces)))
+    cases = [traces[i] for i in sorted(sample)]
     images = {page.id: page.image for trace in cases for page in trace.shown}
-    root = config.traces or config.data  # image paths are relative to it
-    pictures = inline_pictures({page: root / image for page, image in images.items()}, PICTURE_BUDGET)
+    root = config.traces or config.data  # image paths in its files are relative to it
+    pictures = inline_pictures({page: root / image for page, image in images.items()}, MAX_IMAGE_CHARACTERS)
     html = render_page(
         "data_report.html.j2",
         TEMPLATES,
         title=headline(data, traces),
-        cards=cards(data, made, chosen),
+        cards=cards(data, traces_stage, select_stage),
         first_stage=data.first_stage,
-        steps=steps(data, made, chosen),
+        steps=steps(data, traces_stage, select_stage),
         domains=domains(data, traces),
         lengths=lengths(data, traces),
-        teacher=teacher_facts(made.manifest),
-        selection=selection(chosen.manifest),
+        teacher=teacher_facts(traces_stage.manifest),
+        selection=selection(select_stage.manifest),
         cases=[case_view(i, trace, data.pages, pictures) for i, trace in enumerate(cases, 1)],
         traces=len(traces),
         pictures=picture_views(pictures),
@@ -109,21 +113,21 @@ def render(
 def case_view(
     index: int, trace: Trace, pages: Mapping[PageId, Page], pictures: Mapping[PageId, Picture]
 ) -> dict[str, Any]:
-    """A trace as the template shows it: its pages with their notes, and what SFT reads."""
-    shown = {candidate.id: i for i, candidate in enumerate(trace.shown, 1)}
-    relevant = {page for page, i in shown.items() if i in trace.positive_ids}
+    """One trace for the template: its pages with their notes, and the completion that SFT trains on."""
+    local_ids = {candidate.id: i for i, candidate in enumerate(trace.shown, 1)}
+    relevant = {page for page, i in local_ids.items() if i in trace.positive_ids}
     return {
         "query_id": trace.query_id,
         "query": trace.query,
         "domain": trace.domain,
         "lines": [
             {"page": page, "number": i, "relevant": page in relevant, "note": trace.notes[i - 1]}
-            for page, i in shown.items()
+            for page, i in local_ids.items()
         ],
         "refined": "" if trace.think == join_notes(trace.notes) else trace.think,
         "answer": [{"number": i, "relevant": i in trace.positive_ids} for i in trace.answer],
         "completion": render_completion(trace.think, trace.answer),
-        **sheet_views(f"t{index}", shown, relevant, pages, pictures),
+        **sheet_views(f"t{index}", local_ids, relevant, pages, pictures),
     }
 
 

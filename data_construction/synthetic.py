@@ -26,7 +26,7 @@ from mmr5_train.common.files import atomic_write, open_output, write_manifest
 class SyntheticStage(StageConfig):
     """`python -m data_construction.synthetic` (configs/synthetic.yaml)."""
 
-    documents: int = Field(gt=0, description="how many documents; about nine questions each")
+    documents: int = Field(gt=0, description="number of documents; about nine questions each")
     workers: int = Field(default=2, gt=0, description="processes that draw pages")
 
 
@@ -52,9 +52,9 @@ def main(config: SyntheticStage) -> None:
             first_row += len(document.pages)
     columns = ("doc_name", "domain", "passage_id", "image_path", "ocr_text", "vlm_text")
     schema = pa.schema([(name, pa.string()) for name in columns] + [("image_binary", pa.binary())])
-    drawn = tqdm(_draw_documents(documents, config.workers), total=len(documents), desc="draw", unit="doc")
+    tables = tqdm(_draw_documents(documents, config.workers), total=len(documents), desc="draw", unit="doc")
     with atomic_write(out / "MMDocIR_pages.parquet", "wb") as stream, pq.ParquetWriter(stream, schema) as writer:
-        for rows in drawn:
+        for rows in tables:
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
     counts = {
         "documents": len(documents),

@@ -1,16 +1,19 @@
-"""Reasoning traces: the teacher explains each page, the notes become a think block, the labels the answer.
+"""Makes reasoning traces: the teacher explains each page, its notes form the think block, the labels the answer.
 
     python -m data_construction.traces data=outputs/data/train.jsonl out=outputs/traces
     python -m data_construction.traces … teacher=openai teacher.model=… refine=true
 
-As in MM-R5 (arXiv 2506.12364, data construction): every candidate is explained separately, in the direction
-of its label; shown in shuffled order, the notes are the think block ("Image i: note", a line a page) and the
-answer is all relevant ids, then the rest, each ascending. With `refine` a second call makes two sentences of
-the notes. A question with a failed call or check is dropped and listed in skipped.jsonl. So is one without a
-relevant page among its candidates, unless `missed: keep`: then every note says no, and the answer is 1..n.
+As in MM-R5 (arXiv 2506.12364, data construction), the teacher explains every candidate separately, and the label
+decides whether it argues that the page helps. The prompt shows the candidates in shuffled order. The think block
+is the notes in that order, one line per page ("Image i: note"). The answer is all relevant ids, then the others,
+each group ascending. With `refine`, a second call summarizes the notes in two sentences.
 
-Every answer of a paid teacher is kept as it arrives, in a file beside `out`. A run that was stopped, by whatever,
-goes on with the same command: it asks for nothing again that was answered, and ends in the same bytes.
+A question is dropped and listed in skipped.jsonl if a call or a check fails. The same happens if none of its
+candidates is relevant, unless `missed: keep`: then every note says that the page does not help, and the answer is
+1..n.
+
+The answers of a paid teacher are stored as they arrive, in a file next to `out`. To resume an interrupted run, run
+the same command again: it requests only the missing answers and writes the same bytes as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ from tqdm import tqdm
 
 from data_construction.teacher.calls import TeacherFailure
 from data_construction.teacher.checks import (
-    WRONG,
-    Failed,
+    RETRY_PROBLEMS,
+    FailedChecks,
     Rules,
     failed_checks,
     failed_note_checks,
@@ -57,19 +60,27 @@ NO_POSITIVE = "no relevant page among the candidates"
 class TracesStage(StageConfig):
     """`python -m data_construction.traces` (configs/traces.yaml)."""
 
-    data: Path = Field(description="jsonl of ranking tasks, mostly train.jsonl of a data folder")
-    pages: Path | None = Field(default=None, description="pages.jsonl; null: the one beside data")
+    data: Path = Field(description="ranking tasks, usually train.jsonl of a candidates folder")
+    pages: Path | None = Field(default=None, description="pages.jsonl; None: the one in the folder of `data`")
     teacher: TeacherConfig
     order: Order = "shuffled"
     refine: bool = False
     missed: Literal["drop", "keep"] = Field(
         default="drop",
-        description="questions without a relevant candidate: left out (as in MM-R5), or explained: no page helps",
+        description="questions without a relevant candidate: drop (as in MM-R5), or explain that no page helps",
     )
-    max_words: int = Field(default=40, ge=10, description="longest note; refined reasoning may have twice as many")
-    second_try: bool = Field(default=False, description="ask again for what fails a check, saying what is wrong")
-    answers: Path | None = Field(default=None, description="store of a paid teacher's answers; null: beside out")
-    dry_run: bool = Field(default=False, description="print what a paid teacher will take, and stop")
+    max_words: int = Field(
+        default=40, ge=10, description="limit of a note; refined reasoning may have twice as many"
+    )
+    second_try: bool = Field(
+        default=False, description="repeat a request whose answer fails a check, with the problem in the prompt"
+    )
+    answers: Path | None = Field(
+        default=None, description="store of a paid teacher's answers; None: next to `out`"
+    )
+    dry_run: bool = Field(
+        default=False, description="print the estimated calls and cost of a paid teacher, and stop"
+    )
 
     @property
     def answers_file(self) -> Path:
@@ -82,7 +93,7 @@ class TracesStage(StageConfig):
 
     @property
     def rules(self) -> Rules:
-        """The offline teacher's sentences are English, whatever the question's language."""
+        """The language is not checked for the extractive teacher, which always writes English."""
         return Rules(self.max_words, self.refine, same_language=self.is_paid)
 
 
@@ -101,31 +112,31 @@ def main(config: TracesStage) -> None:
     try:
         results = asyncio.run(make_traces(prompted, pages, teacher, config))
     except InputError as error:
-        raise InputError(f"{error}\n{kept(config)}") from None
+        raise InputError(f"{error}\n{resume_hint(config)}") from None
     except KeyboardInterrupt:
-        print(kept(config))
+        print(resume_hint(config))
         raise
     try:
         write_results(out, results, teacher, config, pages_file)
     except OSError as error:
-        raise InputError(f"{out}: can't be written ({error.strerror}); {kept(config)}") from None
+        raise InputError(f"{out}: can't be written ({error.strerror}); {resume_hint(config)}") from None
 
 
-def kept(config: TracesStage) -> str:
-    paid = f"what was answered is kept in {config.answers_file}: " if config.is_paid else ""
-    return f"{paid}the same command goes on from here"
+def resume_hint(config: TracesStage) -> str:
+    stored = f"the answers so far are stored in {config.answers_file}; " if config.is_paid else ""
+    return f"{stored}run the same command again to continue"
 
 
 def write_results(
     out: Path, results: Sequence[Trace | Skipped], teacher: Teacher, config: TracesStage, pages_file: Path
 ) -> None:
-    """The stage's files, and its line. Raises `InputError` where there is not one trace."""
+    """Writes the files of the stage and prints the summary line. Raises `InputError` if there is no trace."""
     traces = [result for result in results if isinstance(result, Trace)]
     skipped = [result for result in results if isinstance(result, Skipped)]
     write_records(out / "skipped.jsonl", skipped)
     if not traces:
         raise InputError(
-            f"{config.data}: none of {len(results)} questions got a trace; the first, {skipped[0].query_id}: "
+            f"{config.data}: none of {len(results)} questions got a trace; the first is {skipped[0].query_id}: "
             f"{skipped[0].reason} ({skipped[0].detail}); all are listed in {out / 'skipped.jsonl'}"
         )
     write_records(out / "traces.jsonl", traces)
@@ -148,31 +159,32 @@ def write_results(
 
 
 def estimate(prompted: Sequence[PromptedTask], pages: dict[PageId, Page], config: TracesStage) -> str:
-    """What a dry run prints: no key, no network and no output folder is needed for it."""
+    """The text that a dry run prints. It needs no key, no network and no output folder."""
     if not isinstance(config.teacher, OpenAIConfig):
         return f"dry run: the {config.teacher.name} teacher costs nothing"
-    asked = [task for task in prompted if is_explained(task, config)]
+    selected = [task for task in prompted if is_explained(task, config)]
     teacher = config.teacher
-    found = teacher.estimate(asked, pages, config.refine, config.max_words)
+    cost = teacher.estimate(selected, pages, config.refine, config.max_words)
     return (
-        f"dry run: {len(asked)} of {len(prompted)} questions, if every answer is as long as allowed and right at "
-        f"once; answers in {config.answers_file}, if any, are not paid for again\n"
-        + found.report(teacher.model or "model", teacher.price, teacher.concurrency)
+        f"dry run: {len(selected)} of {len(prompted)} questions, if every answer has the full length and passes "
+        f"at the first try; answers that are already in {config.answers_file} are not paid for again\n"
+        + cost.report(teacher.model or "model", teacher.price, teacher.concurrency)
     )
 
 
 def is_explained(task: PromptedTask, config: TracesStage) -> bool:
+    """Whether the teacher explains this question, or it is skipped for lack of a relevant candidate."""
     return bool(task.local_positives) or config.missed == "keep"
 
 
 def check_pages(task: RankingTask, pages: dict[PageId, Page], tasks_file: Path, pages_file: Path) -> None:
-    """Raises `InputError` for a candidate that pages.jsonl does not have, or whose image is not there."""
+    """Raises `InputError` if a candidate is not in pages.jsonl, or its image does not exist."""
     for candidate in task.candidates:
         where = f"question {task.query_id}: page {candidate.id}"
         if candidate.id not in pages:
             raise InputError(
-                f"{tasks_file}, {where} is not in {pages_file}; both must come from one run: give pages=… or run "
-                "the stage that writes the candidates again"
+                f"{tasks_file}, {where} is not in {pages_file}; both files must come from the same run: set "
+                "pages=… or run the stage that writes the candidates again"
             )
         image = tasks_file.parent / candidate.image
         if not image.is_file():
@@ -184,10 +196,10 @@ def check_pages(task: RankingTask, pages: dict[PageId, Page], tasks_file: Path, 
 async def make_traces(
     prompted: Sequence[PromptedTask], pages: dict[PageId, Page], teacher: Teacher, config: TracesStage
 ) -> list[Trace | Skipped]:
-    """One result a question, in the questions' order whatever the concurrency.
+    """One result per question, in the order of the questions.
 
-    As many questions as calls may be on their way at a time: while one waits for its last page or its refinement,
-    the others keep the server busy, and the first are done early.
+    As many questions are in progress as there may be calls in flight. While one question waits for its last page
+    or its refinement, the others keep the server busy.
     """
     slots = asyncio.Semaphore(teacher.concurrency)
 
@@ -203,7 +215,7 @@ async def make_traces(
         try:
             return await asyncio.gather(*running)
         except BaseException:
-            print(f"\ntraces: stops after {bar.n} questions; waits for answers on their way", file=sys.stderr)
+            print(f"\ntraces: stopping after {bar.n} questions; waiting for calls in flight", file=sys.stderr)
             raise
         finally:
             for task in running:
@@ -215,35 +227,35 @@ async def make_traces(
 async def make_trace(
     prompted: PromptedTask, pages: dict[PageId, Page], teacher: Teacher, config: TracesStage
 ) -> Trace | Skipped:
-    """Explain each page, assemble, refine, verify. Raises `InputError` where no question can succeed."""
+    """Explains each page, refines and checks. Raises `InputError` if no question can succeed."""
     task, positives = prompted.task, prompted.local_positives
     if not is_explained(prompted, config):
         return Skipped(query_id=task.query_id, reason=NO_POSITIVE, detail=f"{len(task.candidates)} candidates")
     folder, words, rules = config.data.parent, config.max_words, config.rules
-    seen = [pages[candidate.id] for candidate in prompted.shown]
+    shown_pages = [pages[candidate.id] for candidate in prompted.shown]
 
     async def explain(i: LocalId) -> str:
-        page, image, helps = seen[i - 1], folder / prompted.shown[i - 1].image, i in positives
+        page, image, helps = shown_pages[i - 1], folder / prompted.shown[i - 1].image, i in positives
         note = await teacher.explain(task.query, page, image, helps, words)
-        if problem := mendable(failed_note_checks(i, note, task.query, page, helps, rules), config, teacher):
+        if problem := retry_problem(failed_note_checks(i, note, task.query, page, helps, rules), config, teacher):
             note = await teacher.explain(task.query, page, image, helps, words, problem)
         return note
 
     async def refine(notes: Sequence[str]) -> str:
         think = await teacher.refine(task.query, notes, positives, 2 * words)
-        failed = failed_reasoning_checks(think, task.query, seen, positives, rules)
-        if problem := mendable(failed, config, teacher):
+        failed = failed_reasoning_checks(think, task.query, shown_pages, positives, rules)
+        if problem := retry_problem(failed, config, teacher):
             think = await teacher.refine(task.query, notes, positives, 2 * words, problem)
         return think
 
     try:
-        notes = await all_in_order([explain(LocalId(i)) for i in range(1, len(seen) + 1)])
+        notes = await gather_in_order([explain(LocalId(i)) for i in range(1, len(shown_pages) + 1)])
         think = await refine(notes) if config.refine else join_notes(notes)
     except TeacherFailure as failure:
         return Skipped(query_id=task.query_id, reason=failure.reason, detail=failure.detail)
-    rest = [LocalId(i) for i in range(1, len(seen) + 1) if i not in positives]
+    rest = [LocalId(i) for i in range(1, len(shown_pages) + 1) if i not in positives]
     answer = (*positives, *rest)
-    for name, detail in failed_checks(task.query, seen, notes, think, answer, positives, rules):
+    for name, detail in failed_checks(task.query, shown_pages, notes, think, answer, positives, rules):
         return Skipped(query_id=task.query_id, reason=f"check {name}", detail=detail)
     trace = Trace(
         query_id=task.query_id,
@@ -258,16 +270,24 @@ async def make_trace(
     return next(rebase_images([trace], folder, config.out))
 
 
-def mendable(failed: Failed, config: TracesStage, teacher: Teacher) -> str:
-    """What to tell the teacher on a second try, where there is one for what failed; else ""."""
-    problem = next((WRONG[name] for name, _ in failed if name in WRONG), "") if config.second_try else ""
+def retry_problem(failed: FailedChecks, config: TracesStage, teacher: Teacher) -> str:
+    """The problem to put into the prompt of a second try; "" if there is no second try."""
+    problem = (
+        next((RETRY_PROBLEMS[name] for name, _ in failed if name in RETRY_PROBLEMS), "")
+        if config.second_try
+        else ""
+    )
     if problem:
         teacher.counts["second_try"] += 1
     return problem
 
 
-async def all_in_order(calls: Sequence[Coroutine[Any, Any, str]]) -> list[str]:
-    """The calls' results. The error raised is that of the first failed call in order, not in time."""
+async def gather_in_order(calls: Sequence[Coroutine[Any, Any, str]]) -> list[str]:
+    """The results of concurrent calls.
+
+    Waits for all calls, then raises the error of the first failed call in the order of `calls`, so that the error
+    does not depend on timing. Errors that end the run come before `TeacherFailure`.
+    """
     results = await asyncio.gather(*calls, return_exceptions=True)
     errors = [result for result in results if isinstance(result, BaseException)]
     for error in sorted(errors, key=lambda error: isinstance(error, TeacherFailure)):

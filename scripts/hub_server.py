@@ -78,11 +78,11 @@ class _Request(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    from data_construction.download import Download, wanted_files
+    from data_construction.download import Download, files_to_download
     from mmr5_train.common.config import compose_stage
 
     wanted = [
-        wanted_files(compose_stage(Download, "download", [f"dataset={dataset}", "out=."]))
+        files_to_download(compose_stage(Download, "download", [f"dataset={dataset}", "out=."]))
         for dataset in ("evaluation", "train")
     ]
     server = Hub(

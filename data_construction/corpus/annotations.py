@@ -1,6 +1,6 @@
 """Reads MMDocIR's evaluation annotations: documents, their questions, and the pages that answer them.
 
-One JSON object a line: `doc_name`, `domain`, `page_indices`, `questions[{Q, page_id, type, …}]`. Format:
+One JSON object per line: `doc_name`, `domain`, `page_indices`, `questions[{Q, page_id, type, …}]`. Format:
 https://github.com/MMDocRAG/MMDocIR, dataset/README.md (facts only).
 """
 
@@ -18,16 +18,16 @@ from mmr5_train.ranking.records import PageId, Question, Skipped
 
 
 class EvaluationSet(BaseModel):
-    """Config group `corpus`: documents and questions in MMDocIR's evaluation format."""
+    """Config group `corpus`: documents and questions in the format of MMDocIR's evaluation set."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["mmdocir"] = "mmdocir"
     folder: Path
     annotations: str = Field(default="MMDocIR_annotations.jsonl", description="file in `folder`")
-    pages: str = Field(description="in `folder`: the page parquet, or the folder of PDFs")
-    descriptions: bool = Field(description="whether the parquet's vlm_text states exactly what a page shows")
-    page_cache: Path = Field(description="where page pictures are kept, to be made only once")
+    pages: str = Field(description="in `folder`: the page parquet, or a folder of PDFs")
+    descriptions: bool = Field(description="whether the parquet's vlm_text describes each page exactly")
+    page_cache: Path = Field(description="folder where page images are cached")
     dpi: int = Field(default=150, gt=0, le=1200)
     max_side: int = Field(default=1024, ge=16, le=16384, description="pixels")
 
@@ -41,7 +41,7 @@ class EvaluationSet(BaseModel):
 
     @property
     def inputs(self) -> list[Path]:
-        """The files whose hashes stand in the manifest."""
+        """The files whose hashes are written to the manifest."""
         return [path for path in (self.annotations_path, self.pages_path) if path.is_file()]
 
 
@@ -62,16 +62,16 @@ class _QuestionFields(BaseModel):
     @field_validator("type", mode="before")
     @classmethod
     def _names(cls, value: Any) -> tuple[str, ...]:
-        """Names from a list, from a list written out as text ("['Table', 'Chart']"), or one name as it is."""
+        """Accepts a list, a list as text ("['Table', 'Chart']"), or a single name."""
         names = value
         if isinstance(value, str):
-            names = _written_list(value) if value.lstrip().startswith("[") else [value]
+            names = _parse_list(value) if value.lstrip().startswith("[") else [value]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"expected a list of quoted names, found {str(value)[:80]!r}")
         return tuple(name for name in names if name)
 
 
-def _written_list(text: str) -> Any:
+def _parse_list(text: str) -> Any:
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -79,13 +79,13 @@ def _written_list(text: str) -> Any:
 
 
 def read_evaluation_annotations(corpus: EvaluationSet, skipped: list[Skipped]) -> list[Annotation]:
-    """All documents of the annotations file. Questions that can't be understood are added to `skipped`.
+    """All documents of the annotations file. Adds invalid questions to `skipped`.
 
-    Raises `InputError` for an absent folder or file, a broken line, a document that is named by two
-    different lines, and a file without documents.
+    Raises `InputError` if the folder or file does not exist, a line is invalid, two different lines have the same
+    document name, or the file has no documents.
     """
     if not corpus.folder.is_dir():
-        raise InputError(f"{corpus.folder}: no such folder; say where the corpus is with corpus.folder=…")
+        raise InputError(f"{corpus.folder}: no such folder; set corpus.folder=… to the folder of the corpus")
     path = corpus.annotations_path
     annotations: list[Annotation] = []
     seen: dict[str, tuple[int, dict[str, Any]]] = {}
@@ -94,16 +94,18 @@ def read_evaluation_annotations(corpus: EvaluationSet, skipped: list[Skipped]) -
             line = _Line.model_validate(value)
             rows = line.page_indices
             if rows is not None and rows[1] < rows[0]:
-                raise InputError(f"{path}, line {number}: page_indices {list(rows)} end before they begin")
+                raise InputError(
+                    f"{path}, line {number}: page_indices {list(rows)}: the last is smaller than the first"
+                )
         except ValidationError as error:
             raise InputError(f"{path}, line {number}: {validation_message(error)}") from None
         stem = line.doc_name.removesuffix(".pdf")
         if stem in seen:
-            first, same = seen[stem]
-            if value != same:
+            first, first_value = seen[stem]
+            if value != first_value:
                 raise InputError(
-                    f"{path}, line {number}: document {line.doc_name!r} already stands in line {first} with other "
-                    "content; merge the two lines"
+                    f"{path}, line {number}: document {line.doc_name!r} is already in line {first}, with "
+                    "different content; merge the two lines"
                 )
             detail = f"line {number} repeats line {first}: {line.doc_name}"
             skipped.append(Skipped(file=str(path), reason="duplicate line", detail=detail))
@@ -111,12 +113,12 @@ def read_evaluation_annotations(corpus: EvaluationSet, skipped: list[Skipped]) -
         seen[stem] = (number, value)
         annotations.append(Annotation(line.doc_name, line.domain, _read_questions(line, skipped), rows))
     if not annotations:
-        raise InputError(f"{path}: holds no document")
+        raise InputError(f"{path}: contains no documents")
     return annotations
 
 
 def _read_questions(line: _Line, skipped: list[Skipped]) -> tuple[Question, ...]:
-    """The questions that can be understood. A question's number is its place in the line, from 0."""
+    """The valid questions. The number in a query id is the zero-based position in the line."""
     questions = []
     for k, value in enumerate(line.questions):
         query_id = f"{line.doc_name}/{k}"
@@ -129,7 +131,7 @@ def _read_questions(line: _Line, skipped: list[Skipped]) -> tuple[Question, ...]
         if not fields.page_id:
             skipped.append(Skipped(query_id=query_id, reason="no relevant page", detail="page_id is empty"))
             continue
-        relevant = dict.fromkeys(fields.page_id)  # some lines name a page twice
+        relevant = dict.fromkeys(fields.page_id)  # some lines repeat a page
         questions.append(
             Question(
                 query_id=query_id,

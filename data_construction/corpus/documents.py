@@ -1,4 +1,4 @@
-"""What every corpus reader yields, documents with pages and questions, and how it lists what it leaves out."""
+"""The documents that corpus readers yield, and helpers to record what they skip."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ NOT_READ = "document can't be read"
 
 @dataclass(frozen=True)
 class Annotation:
-    """A document as its questions name it, before its pages are read."""
+    """A document with its questions, before its pages are read."""
 
     doc_name: str
     domain: str
     questions: tuple[Question, ...]
     rows: tuple[int, int] | None = None  # first and last row in MMDocIR's full page table, inclusive
-    first_page: int = 0  # the number that whoever wrote the questions gives to the first page
+    first_page: int = 0  # page number of the first page in the source of the questions
 
     @property
     def stem(self) -> str:
-        """The name MMDocIR's evaluation parquet uses."""
+        """The document's name in MMDocIR's evaluation parquet."""
         return self.doc_name.removesuffix(".pdf")
 
     @property
@@ -33,7 +33,7 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Document:
-    """A document with the pages that can be shown, in page order; their `image` is an absolute path."""
+    """A document with its readable pages in page order. `image` of a page is an absolute path."""
 
     doc_name: str
     domain: str
@@ -46,17 +46,17 @@ class Document:
 def make_document(
     annotation: Annotation, n_pages: int, sha256: str, pages: list[Page], skipped: list[Skipped]
 ) -> Document:
-    """The document with those questions whose relevant pages are all there; the others go to `skipped`."""
-    shown = {page.page for page in pages}
+    """The document with the questions whose relevant pages are all readable; adds the others to `skipped`."""
+    readable = {page.page for page in pages}
     questions = []
     for question in annotation.questions:
         relevant = [page.page for page in question.positives]
         beyond = [page + annotation.first_page for page in relevant if page >= n_pages]
-        lost = [page + annotation.first_page for page in relevant if page not in shown]
+        unreadable = [page + annotation.first_page for page in relevant if page not in readable]
         if beyond:
             reason, detail = "page beyond the document", f"page_id {beyond} of a document with {n_pages} pages"
-        elif lost:
-            reason, detail = "relevant page can't be shown", f"page_id {lost}"
+        elif unreadable:
+            reason, detail = "relevant page can't be shown", f"page_id {unreadable}"
         else:
             questions.append(question)
             continue
@@ -80,14 +80,14 @@ def make_page(annotation: Annotation, number: int, image: PageImage, text: str, 
 
 
 def skip_document(
-    annotation: Annotation, file: Path, why: str, skipped: list[Skipped], reason: str = NOT_READ
+    annotation: Annotation, file: Path, detail: str, skipped: list[Skipped], reason: str = NOT_READ
 ) -> None:
-    """Lists the document and each of its questions."""
-    skipped.append(Skipped(file=str(file), reason=reason, detail=why))
+    """Adds the document and each of its questions to `skipped`."""
+    skipped.append(Skipped(file=str(file), reason=reason, detail=detail))
     for question in annotation.questions:
         skipped.append(Skipped(query_id=question.query_id, reason=reason, detail=str(file)))
 
 
-def skip_page(file: Path, annotation: Annotation, page: int, why: str, skipped: list[Skipped]) -> None:
-    detail = f"page {page} of {annotation.doc_name}: {why}"
+def skip_page(file: Path, annotation: Annotation, page: int, problem: str, skipped: list[Skipped]) -> None:
+    detail = f"page {page} of {annotation.doc_name}: {problem}"
     skipped.append(Skipped(file=str(file), reason="page can't be shown", detail=detail))

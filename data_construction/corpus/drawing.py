@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 COLORS = ("red", "blue", "green", "orange", "purple", "grey")
 KINDS = ("bar chart", "line chart", "pie chart", "table")
 
-WIDTH, HEIGHT = 600, 800  # pixels: a page one can read
+WIDTH, HEIGHT = 600, 800  # pixels; large enough to read
 FIGURE = (40, 300, 560, 745)  # left, top, right, bottom of the figure
 INK, PAPER, RULE = (40, 40, 48), (255, 255, 255), (200, 200, 206)
 
@@ -38,7 +38,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class PageContent:
-    """What stands on a page; `noise` seeds what carries no meaning (values, shades, text places)."""
+    """The content of a page. `noise` seeds everything without meaning: values, shades, line spacing."""
 
     title: str
     lines: tuple[str, ...]
@@ -56,12 +56,12 @@ class PageContent:
 
     @property
     def text(self) -> str:
-        """The words on the page as OCR would give them; those inside the figure are left out."""
+        """The words on the page as OCR would return them, without those inside the figure."""
         return "\n".join((self.title, *self.lines, f"{self.domain}, page {self.number}"))
 
 
 def draw_page(content: PageContent) -> Image.Image:
-    """The page as an RGB picture of `WIDTH` × `HEIGHT` pixels."""
+    """The page as an RGB image of `WIDTH` × `HEIGHT` pixels."""
     rng = random.Random(content.noise)
     page = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     draw = ImageDraw.Draw(page)
@@ -82,7 +82,7 @@ def draw_page(content: PageContent) -> Image.Image:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)  # comes with Pillow: the same on every machine
+    return ImageFont.load_default(size)  # shipped with Pillow, so the same on every machine
 
 
 def _lighter(color: Color, share: float) -> Color:

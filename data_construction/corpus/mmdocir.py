@@ -1,11 +1,10 @@
-"""Reads a corpus in MMDocIR's evaluation format, page pictures included.
+"""Reads the documents of a corpus in MMDocIR's evaluation format, including page images.
 
-A corpus folder holds `MMDocIR_annotations.jsonl`, one document with its questions a line, and the pages:
-either `MMDocIR_pages.parquet` (image bytes and OCR text, one page a row) or a folder of PDFs, rendered here.
+A corpus folder contains `MMDocIR_annotations.jsonl` (one document with its questions per line) and the pages:
+either `MMDocIR_pages.parquet` (image bytes and OCR text, one page per row) or a folder of PDFs to render.
 
-What can't be used is left out and listed as `Skipped`: the questions of a document that can't be read, pages
-that can't be shown, questions whose labels don't fit the document. What makes the corpus as a whole unusable
-raises `InputError`.
+Unusable parts are left out and recorded as `Skipped`: unreadable documents with their questions, unreadable pages,
+and questions whose labels do not fit the document. Problems that affect the whole corpus raise `InputError`.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from data_construction.corpus.documents import Annotation, Document, skip_docume
 from data_construction.corpus.page_cache import PageCache
 from data_construction.corpus.page_table import (
     ReadPage,
+    assemble_document,
     first_rows,
-    from_pages,
     image_data,
     open_table,
     read_page,
-    wanted_rows,
+    read_rows,
 )
 from data_construction.corpus.pdfs import read_pdf_documents
 from mmr5_train.common.files import InputError
@@ -35,9 +34,9 @@ from mmr5_train.ranking.records import Skipped
 def read_evaluation_documents(
     corpus: EvaluationSet, annotations: list[Annotation], skipped: list[Skipped]
 ) -> Iterator[Document]:
-    """Documents one after the other, in the order of `annotations`, their page pictures in the cache.
+    """Yields the documents in the order of `annotations`, with their page images in the cache.
 
-    Raises `InputError` at once where the pages as a whole can't be used.
+    Raises `InputError` at the call, not at the first document, if the parquet or the folder can't be used.
     """
     path = corpus.pages_path
     cache = PageCache(corpus.page_cache, corpus.dpi, corpus.max_side)
@@ -48,7 +47,7 @@ def read_evaluation_documents(
         table = open_table(path, ["doc_name", "passage_id", *columns], image="image_binary")
         return _read_parquet_documents(path, table, [*columns, "image_binary"], cache, annotations, skipped)
     raise InputError(
-        f"{path}: no such file or folder; corpus.pages names the page parquet or the folder of PDFs in "
+        f"{path}: no such file or folder; set corpus.pages=… to the page parquet or the folder of PDFs in "
         f"{corpus.folder}"
     )
 
@@ -61,26 +60,24 @@ def _read_parquet_documents(
     annotations: list[Annotation],
     skipped: list[Skipped],
 ) -> Iterator[Document]:
-    """One pass over the rows; a document is yielded once its rows, and all documents before it, are read."""
+    """Reads the rows once. Yields a document when its rows and all documents before it have been read."""
     with table:
-        rows = _locate_rows(path, table, annotations, skipped)  # of each document, row → page
-        place = {row: (index, page) for index, pages in rows.items() for row, page in pages.items()}
-        found: dict[int, dict[int, ReadPage]] = {index: {} for index in rows}
-        for row, values in wanted_rows(path, table, columns, set(place)):
-            index, page = place[row]
-            data, texts = (
-                image_data(values["image_binary"]),
-                (values["ocr_text"] or "", values.get("vlm_text") or ""),
-            )
-            found[index][page] = read_page(path, cache, annotations[index], page, data, texts, row, skipped)
-            while found and len(found[first := next(iter(found))]) == len(rows[first]):
-                yield _parquet_document(path, annotations[first], found.pop(first), skipped)
+        rows = _locate_rows(path, table, annotations, skipped)
+        location = {row: (index, page) for index, pages in rows.items() for row, page in pages.items()}
+        pages_of: dict[int, dict[int, ReadPage]] = {index: {} for index in rows}
+        for row, values in read_rows(path, table, columns, set(location)):
+            index, page = location[row]
+            data = image_data(values["image_binary"])
+            texts = (values["ocr_text"] or "", values.get("vlm_text") or "")
+            pages_of[index][page] = read_page(path, cache, annotations[index], page, data, texts, row, skipped)
+            while pages_of and len(pages_of[first := next(iter(pages_of))]) == len(rows[first]):
+                yield _parquet_document(path, annotations[first], pages_of.pop(first), skipped)
 
 
 def _locate_rows(
     path: Path, table: pq.ParquetFile, annotations: list[Annotation], skipped: list[Skipped]
 ) -> dict[int, dict[int, int]]:
-    """Index of a document → its rows → the page in each. Documents whose rows don't fit are left out."""
+    """Index of a document → row → page. Adds documents whose rows do not fit the annotation to `skipped`."""
     keys = table.read(columns=["doc_name", "passage_id"])
     rows_of: dict[str, list[int]] = {}
     for row, name in enumerate(keys["doc_name"].to_pylist()):
@@ -93,16 +90,20 @@ def _locate_rows(
         n_pages = annotation.n_pages or len(rows)
         beyond = [row for row, page in zip(rows, numbers, strict=True) if not 0 <= page < n_pages]
         if not rows or beyond:
-            why = f"row {beyond[0]} is no page of it: it has {n_pages}" if beyond else "no row holds a page of it"
-            skip_document(annotation, path, f"{annotation.doc_name}: {why}", skipped)
+            problem = (
+                f"row {beyond[0]} is not one of its {n_pages} pages" if beyond else "the parquet has no row for it"
+            )
+            skip_document(annotation, path, f"{annotation.doc_name}: {problem}", skipped)
             continue
         located[index] = first_rows(path, annotation, rows, numbers, skipped)
     return located
 
 
 def _page_numbers(passage_ids: list[str], rows: list[int], annotation: Annotation) -> list[int]:
-    """Zero-based page of each row: its passage_id, counted from 0 or from 1; where those are no numbers, its
-    distance from the first row of `page_indices`.
+    """Zero-based page of each row.
+
+    It is the passage_id, which may count from 0 or from 1. If the ids are not numbers, it is the distance from the
+    first row of `page_indices`.
     """
     if all(text.isascii() and text.isdigit() for text in passage_ids):
         numbers = [int(text) for text in passage_ids]
@@ -114,9 +115,9 @@ def _page_numbers(passage_ids: list[str], rows: list[int], annotation: Annotatio
 
 
 def _parquet_document(
-    path: Path, annotation: Annotation, found: dict[int, ReadPage], skipped: list[Skipped]
+    path: Path, annotation: Annotation, pages: dict[int, ReadPage], skipped: list[Skipped]
 ) -> Document:
-    n_pages = annotation.n_pages or max(found) + 1
-    for page in sorted(set(range(n_pages)) - set(found)):
-        skip_page(path, annotation, page, "no row holds it", skipped)
-    return from_pages(annotation, n_pages, found, skipped)
+    n_pages = annotation.n_pages or max(pages) + 1
+    for page in sorted(set(range(n_pages)) - set(pages)):
+        skip_page(path, annotation, page, "the parquet has no row for it", skipped)
+    return assemble_document(annotation, n_pages, pages, skipped)

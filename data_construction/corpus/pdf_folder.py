@@ -1,10 +1,10 @@
-"""Reads your own documents: a folder of PDFs, and a CSV or JSON Lines file with questions about them.
+"""Reads the questions about your own documents (a folder of PDFs) from a CSV or JSON Lines file.
 
     question,document,pages
     How many days of leave are there?,handbook.pdf,5
     Which sites closed?,annual-report.pdf,"12, 13"
 
-Pages **count from 1** in this file, as people read them, and from 0 in every file that is written from it.
+Pages **count from 1** in this file, as people count them, and from 0 in all files that the stages write.
 Format: docs/data_formats.md, "Questions file".
 """
 
@@ -23,7 +23,7 @@ from mmr5_train.common.files import InputError, read_json_lines, validation_mess
 from mmr5_train.ranking.records import PageId, Question, Skipped
 
 COLUMNS = ("question", "document", "pages")
-SURPLUS = "fields beyond the header"
+EXTRA_FIELDS = "fields beyond the header"
 
 
 class PdfFolder(BaseModel):
@@ -33,14 +33,14 @@ class PdfFolder(BaseModel):
 
     format: Literal["pdf_folder"] = "pdf_folder"
     folder: Path = Field(description="of PDFs")
-    questions: Path = Field(description="CSV or JSON Lines: question, document, pages, and a domain if you like")
-    page_cache: Path = Field(description="where page pictures are kept, to be made only once")
+    questions: Path = Field(description="CSV or JSON Lines: question, document, pages, and optionally domain")
+    page_cache: Path = Field(description="folder where page images are cached")
     dpi: int = Field(default=150, gt=0, le=1200)
     max_side: int = Field(default=1024, ge=16, le=16384, description="pixels")
 
     @property
     def inputs(self) -> list[Path]:
-        """The files whose hashes stand in the manifest."""
+        """The files whose hashes are written to the manifest."""
         return [self.questions]
 
 
@@ -54,50 +54,50 @@ class _Row(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _fits_the_header(cls, value: Any) -> Any:
-        if SURPLUS in value:
-            raise ValueError("more fields than the header has; put a field that holds the separator in quotes")
+    def _has_no_extra_fields(cls, value: Any) -> Any:
+        if EXTRA_FIELDS in value:
+            raise ValueError("more fields than the header; put quotes around a field that contains the separator")
         return value
 
     @field_validator("document")
     @classmethod
-    def _file_name(cls, value: str) -> str:
+    def _with_pdf_suffix(cls, value: str) -> str:
         return value if value.lower().endswith(".pdf") else f"{value}.pdf"
 
     @field_validator("pages", mode="before")
     @classmethod
-    def _numbers(cls, value: Any) -> Any:
-        """A list; or a number or text such as "5" or "12, 13", as a CSV has it."""
+    def _split_numbers(cls, value: Any) -> Any:
+        """Accepts a list, a number, or text such as "5" or "12, 13", which a CSV has."""
         if isinstance(value, str):
             value = re.split(r"[\s,;]+", value.strip()) if value.strip() else []
         return value if isinstance(value, list) else [value]
 
     @field_validator("pages")
     @classmethod
-    def _from_one(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+    def _counts_from_one(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if value and min(value) < 1:
             raise ValueError(f"pages count from 1 here, found {min(value)}")
         return value
 
     @field_validator("domain", mode="before")
     @classmethod
-    def _named(cls, value: Any) -> Any:
+    def _default_domain(cls, value: Any) -> Any:
         return "documents" if value is None or value == "" else value
 
 
 def read_pdf_folder_annotations(corpus: PdfFolder, skipped: list[Skipped]) -> list[Annotation]:
-    """The documents that questions ask about, in the order of their first question.
+    """The documents of the questions file, in the order of their first question.
 
-    A row that can't be understood is added to `skipped`. The id of a question is `<document>/<line in the file>`.
-    A document takes the domain of its first question.
+    Adds invalid rows to `skipped`. The id of a question is `<document>/<line number in the file>`. The domain of a
+    document is that of its first question.
 
-    Raises `InputError` for an absent folder, an absent or unreadable file, a CSV whose header is not as expected,
-    and a file without a question.
+    Raises `InputError` if the folder does not exist, the file does not exist or can't be read, the header of a CSV
+    lacks a column, or the file has no valid question.
     """
     if not corpus.folder.is_dir():
-        raise InputError(f"{corpus.folder}: no such folder; say where the PDFs are with corpus.folder=…")
+        raise InputError(f"{corpus.folder}: no such folder; set corpus.folder=… to the folder of the PDFs")
     path = corpus.questions
-    asked: dict[str, list[tuple[int, _Row]]] = {}
+    rows_of: dict[str, list[tuple[int, _Row]]] = {}
     for number, value in read_json_lines(path) if path.suffix == ".jsonl" else _csv_rows(path):
         try:
             row = _Row.model_validate(value)
@@ -105,11 +105,11 @@ def read_pdf_folder_annotations(corpus: PdfFolder, skipped: list[Skipped]) -> li
             detail = f"line {number}: {validation_message(error)}"
             skipped.append(Skipped(file=str(path), reason="question can't be understood", detail=detail))
             continue
-        asked.setdefault(row.document, []).append((number, row))
-    if not asked:
+        rows_of.setdefault(row.document, []).append((number, row))
+    if not rows_of:
         first = f"; first: {skipped[0].detail}" if skipped else ""
-        raise InputError(f"{path}: holds no question that can be understood{first}")
-    return [_annotation(name, rows) for name, rows in asked.items()]
+        raise InputError(f"{path}: contains no valid question{first}")
+    return [_annotation(name, rows) for name, rows in rows_of.items()]
 
 
 def _annotation(doc_name: str, rows: list[tuple[int, _Row]]) -> Annotation:
@@ -128,26 +128,28 @@ def _annotation(doc_name: str, rows: list[tuple[int, _Row]]) -> Annotation:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, row) of a CSV with a header, separated by commas, semicolons or tabs: whichever its header uses."""
+    """Yields (line number, row) of a CSV with a header. The separator is a comma, a semicolon or a tab."""
     if path.suffix != ".csv":
         raise InputError(f"{path}: the name of a questions file must end in .csv or .jsonl")
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             header = stream.readline()
             stream.seek(0)
-            rows = csv.DictReader(stream, restkey=SURPLUS, delimiter=max(",;\t", key=header.count), strict=True)
+            rows = csv.DictReader(
+                stream, restkey=EXTRA_FIELDS, delimiter=max(",;\t", key=header.count), strict=True
+            )
             names = [(name or "").strip() for name in rows.fieldnames or ()]
             missing = [column for column in COLUMNS if column not in names]
             if missing:
                 raise InputError(
-                    f"{path}: its first line must name the columns {', '.join(COLUMNS)} (and domain, if wanted), "
+                    f"{path}: the first line must name the columns {', '.join(COLUMNS)} (and optionally domain), "
                     f"found {', '.join(names) or 'nothing'}"
                 )
             rows.fieldnames = names
             for row in rows:
                 yield rows.line_num, row
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; corpus.questions=… names the file of questions") from None
+        raise InputError(f"{path}: no such file; set corpus.questions=… to the file of questions") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
     except (OSError, csv.Error) as error:

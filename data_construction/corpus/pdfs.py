@@ -1,4 +1,4 @@
-"""Documents from a folder of PDFs: every page rendered into the page cache, its text layer read."""
+"""Reads documents from a folder of PDFs: renders every page into the page cache and reads its text layer."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from mmr5_train.ranking.records import Page, Skipped
 
 
 class _UnreadableDocumentError(Exception):
-    """A document that must be left out. The message says why, and what to do."""
+    """A document that can't be used. The message gives the reason and what to do."""
 
 
 def read_pdf_documents(
     folder: Path, cache: PageCache, annotations: Iterable[Annotation], skipped: list[Skipped]
 ) -> Iterator[Document]:
-    """The annotated documents, one PDF after the other. What can't be read goes to `skipped`."""
+    """Yields the annotated documents. Adds documents and pages that can't be read to `skipped`."""
     for annotation in annotations:
         path = folder / annotation.doc_name
         if not path.is_file():
@@ -47,17 +47,17 @@ def _read_pdf(path: Path, cache: PageCache, annotation: Annotation, skipped: lis
         sha256 = file_hash(path)
         pdf = pypdfium2.PdfDocument(path)
     except FileNotFoundError:
-        raise _UnreadableDocumentError("no such file; put the PDF there") from None
+        raise _UnreadableDocumentError("no such file; copy the PDF there") from None
     except (OSError, pypdfium2.PdfiumError) as error:
-        raise _UnreadableDocumentError(f"not a PDF that can be opened ({error}); fetch it again") from None
+        raise _UnreadableDocumentError(f"not a readable PDF ({error}); download it again") from None
     with pdf:
         n_pages = len(pdf)
         if annotation.n_pages not in (None, n_pages):
             raise _UnreadableDocumentError(
-                f"has {n_pages} pages, page_indices tell of {annotation.n_pages}: another edition, whose labels "
-                "would be wrong; fetch the one that was annotated"
+                f"the PDF has {n_pages} pages, but page_indices {annotation.n_pages}: another edition, for which "
+                "the labels are wrong; download the annotated edition"
             )
-        pdf.init_forms()  # so that what was filled in is drawn
+        pdf.init_forms()  # render the contents of form fields
         pages = []
         for number in range(n_pages):
             try:

@@ -1,4 +1,4 @@
-"""The choices of the config group `corpus`, and the reader of each."""
+"""The options of the config group `corpus`, and the reader of each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CorpusConfig = Annotated[EvaluationSet | TrainingSet | PdfFolder, Field(discrimi
 
 
 def read_annotations(corpus: CorpusConfig, seed: int, skipped: list[Skipped]) -> list[Annotation]:
-    """The documents of a corpus with the questions about them, before any page is read."""
+    """The documents of a corpus with their questions; no page is read yet."""
     if isinstance(corpus, TrainingSet):
         return read_training_annotations(corpus, seed, skipped)
     if isinstance(corpus, PdfFolder):
@@ -28,11 +28,11 @@ def read_annotations(corpus: CorpusConfig, seed: int, skipped: list[Skipped]) ->
     return read_evaluation_annotations(corpus, skipped)
 
 
-def read_corpus(corpus: CorpusConfig, asked: list[Annotation], skipped: list[Skipped]) -> Iterator[Document]:
-    """The same documents with their pages, one after the other. Raises `InputError` at once for unusable pages."""
+def read_corpus(corpus: CorpusConfig, annotations: list[Annotation], skipped: list[Skipped]) -> Iterator[Document]:
+    """Yields the documents with their pages. Raises `InputError` at the call if the pages can't be used at all."""
     if isinstance(corpus, TrainingSet):
-        return read_training_documents(corpus, asked, skipped)
+        return read_training_documents(corpus, annotations, skipped)
     if isinstance(corpus, PdfFolder):
         cache = PageCache(corpus.page_cache, corpus.dpi, corpus.max_side)
-        return read_pdf_documents(corpus.folder, cache, asked, skipped)
-    return read_evaluation_documents(corpus, asked, skipped)
+        return read_pdf_documents(corpus.folder, cache, annotations, skipped)
+    return read_evaluation_documents(corpus, annotations, skipped)

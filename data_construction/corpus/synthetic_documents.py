@@ -1,9 +1,9 @@
-"""Synthetic documents whose pages differ only by what one sees: a figure of some colour and kind.
+"""Makes synthetic documents whose pages differ only visually: by the colour and the kind of a figure.
 
 A document has two sections. The pages of a section share their words, so a text retriever finds the section but
-not the page; what differs is the figure. Each page shares its colour or its kind (not both) with some other page
-of its section, a hard negative, and a question names both. What a page shows is known ("a red bar chart"), so a
-model's statements about it can be checked.
+not the page. The pages differ in the figure: each shares its colour or its kind, but not both, with another page
+of its section (a hard negative), and a question names both. The content of a page is known ("a red bar chart"), so
+a model's statements about it can be checked.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SENTENCES = (
     "The committee asked for a closer look at {topic}.",
 )
 SECTION_SIZES = (4, 5, 5, 5, 6)
-TWO_RELEVANT = 0.7  # share of sections in which two pages show the same
+TWO_RELEVANT = 0.7  # share of sections with two pages that show the same
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class SyntheticDocument:
 
 
 def make_section(rng: random.Random, size: int, two_relevant: float) -> list[tuple[str, str]]:
-    """(colour, kind) of each page of a section; each shares exactly one of the two with some other page."""
+    """(colour, kind) of each page of a section. Each page shares exactly one of the two with another page."""
     colors, kinds = rng.sample(COLORS, 3), rng.sample(KINDS, 2)
     grid = [(color, kind) for color in colors for kind in kinds]
     rng.shuffle(grid)
@@ -69,13 +69,13 @@ def make_section(rng: random.Random, size: int, two_relevant: float) -> list[tup
     rng.shuffle(shown)
     for i, (color, kind) in enumerate(shown):
         if not any((color == c) != (kind == k) for c, k in shown):
-            # No other page shares just one of the two with it: give it another page's kind.
+            # This page shares both or neither with every other page: give it the kind of another page.
             shown[i] = (color, next(k for _, k in shown if k != kind))
     return shown
 
 
 def make_document(index: int, seed: int, two_relevant: float = TWO_RELEVANT) -> SyntheticDocument:
-    """Document number `index`: the same for the same seed, whatever else is made."""
+    """Document number `index`. It depends only on the seed and its index, not on the number of documents."""
     rng = random.Random(f"{seed}/{index}")
     organisation, domain = rng.choice(ORGANISATIONS), rng.choice(DOMAINS)
     topics = rng.sample(TOPICS, 2)
@@ -108,7 +108,7 @@ def make_document(index: int, seed: int, two_relevant: float = TWO_RELEVANT) -> 
 
 
 def page_rows(document: SyntheticDocument) -> list[dict[str, Any]]:
-    """The document's rows of the page table."""
+    """The rows of the document in the page parquet."""
     rows = []
     for number, content in enumerate(document.pages):
         jpeg = io.BytesIO()

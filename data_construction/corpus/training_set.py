@@ -1,16 +1,15 @@
-"""Reads MMDocIR's training set (https://huggingface.co/datasets/MMDocIR/MMDocIR_Train_Dataset), streamed.
+"""Streams MMDocIR's training set (https://huggingface.co/datasets/MMDocIR/MMDocIR_Train_Dataset).
 
-Seven subsets, each with a file of questions and a page parquet:
+It has seven subsets, each with a file of questions and a page parquet:
 
 - `annotations_top1_negative/<subset>_train.jsonl`: `query_id`, `query`, `positive_passages` and
   `negative_passages`, lists of `{doc_name, page_id}`;
 - `parquet/<subset>_filter.parquet`: `file_name`, `page`, `image` (bytes, or a struct with `bytes`), `layouts`.
 
-The questions are held in memory, the pages are not: a document is yielded when its last row has been read.
-Query ids repeat across subsets, and so may document names, hence both begin with the subset here:
-`Wiki-ss/train_54030`. Page numbers are those of the files. A question whose relevant pages are in several
-documents is left out, since a document is what the first stage searches; negative passages are not read, since the
-first stage finds its own.
+The questions are in memory, the pages are not: a document is yielded when its last row has been read. Query ids
+repeat across subsets, and document names may too, so both start with the subset here: `Wiki-ss/train_54030`. Page
+numbers are those of the files. A question with relevant pages in several documents is skipped, since the first
+stage searches within one document. The negative passages are not used, since the first stage finds negatives.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from data_construction.corpus.documents import Annotation, Document, skip_docume
 from data_construction.corpus.page_cache import PageCache
 from data_construction.corpus.page_table import (
     ReadPage,
+    assemble_document,
     first_rows,
-    from_pages,
     image_data,
     open_table,
     read_page,
-    wanted_rows,
+    read_rows,
 )
 from mmr5_train.common.files import InputError, read_json_lines, validation_message
 from mmr5_train.ranking.records import PageId, Question, Skipped
 
 Subset = Literal["ArxivQA", "DUDE", "MP-DocVQA", "SciQAG", "SlideVQA", "TAT-DQA", "Wiki-ss"]
-TEXT_KEYS = ("text", "ocr_text", "vlm_text")  # of a layout: what the evaluation set's layouts have
+TEXT_KEYS = ("text", "ocr_text", "vlm_text")  # of a layout, as in the evaluation set
 
 
 class TrainingSet(BaseModel):
@@ -50,8 +49,10 @@ class TrainingSet(BaseModel):
     format: Literal["mmdocir_train"] = "mmdocir_train"
     folder: Path
     subsets: tuple[Subset, ...] = Field(min_length=1)
-    questions: int | None = Field(default=None, gt=0, description="at most so many a subset, drawn by seed")
-    page_cache: Path = Field(description="where page pictures are kept, to be made only once")
+    questions: int | None = Field(
+        default=None, gt=0, description="at most this many per subset, sampled with the seed"
+    )
+    page_cache: Path = Field(description="folder where page images are cached")
     max_side: int = Field(default=1024, ge=16, le=16384, description="pixels")
 
     def questions_path(self, subset: str) -> Path:
@@ -62,13 +63,16 @@ class TrainingSet(BaseModel):
 
     @property
     def inputs(self) -> list[Path]:
-        """The files whose hashes stand in the manifest. Not the 49 GB of pages: documents.jsonl has hashes."""
+        """The files whose hashes are written to the manifest.
+
+        The parquets (49 GB) are not among them: documents.jsonl has a hash of each document.
+        """
         return [self.questions_path(subset) for subset in self.subsets]
 
 
 class _Passage(BaseModel):
     doc_name: str = Field(min_length=1)
-    page_id: Annotated[int, Field(ge=0)]  # an integer, or one as text
+    page_id: Annotated[int, Field(ge=0)]  # an integer, or its decimal text
 
 
 class _Line(BaseModel):
@@ -80,23 +84,24 @@ class _Line(BaseModel):
 
 
 def read_training_annotations(corpus: TrainingSet, seed: int, skipped: list[Skipped]) -> list[Annotation]:
-    """The documents that questions ask about, subset by subset. What can't be used is added to `skipped`.
+    """The documents of the questions, subset by subset. Adds unusable questions to `skipped`.
 
-    At most `corpus.questions` of a subset are drawn from those that can be used; seed and subset decide which.
-    Raises `InputError` for an absent folder or file and a line that is no JSON object.
+    If a subset has more than `corpus.questions` usable questions, that many are sampled; the sample depends on the
+    seed and the subset. Raises `InputError` if the folder or a file does not exist, and for a line that is not a
+    JSON object.
     """
     if not corpus.folder.is_dir():
-        raise InputError(f"{corpus.folder}: no such folder; say where the training set is with corpus.folder=…")
+        raise InputError(f"{corpus.folder}: no such folder; set corpus.folder=… to the folder of the training set")
     annotations = []
     for subset in corpus.subsets:
         questions = list(_subset_questions(corpus.questions_path(subset), subset, skipped))
         if corpus.questions is not None and len(questions) > corpus.questions:
-            drawn = random.Random(f"{seed}/{subset}").sample(range(len(questions)), corpus.questions)
-            questions = [questions[i] for i in sorted(drawn)]
-        of_document: dict[str, list[Question]] = {}
+            sample = random.Random(f"{seed}/{subset}").sample(range(len(questions)), corpus.questions)
+            questions = [questions[i] for i in sorted(sample)]
+        by_document: dict[str, list[Question]] = {}
         for question in questions:
-            of_document.setdefault(question.doc_name, []).append(question)
-        annotations += [Annotation(name, subset, tuple(asked)) for name, asked in of_document.items()]
+            by_document.setdefault(question.doc_name, []).append(question)
+        annotations += [Annotation(name, subset, tuple(group)) for name, group in by_document.items()]
     return annotations
 
 
@@ -110,11 +115,11 @@ def _subset_questions(path: Path, subset: str, skipped: list[Skipped]) -> Iterat
             skipped.append(Skipped(file=str(path), reason="question can't be understood", detail=detail))
             continue
         query_id, content = f"{subset}/{line.query_id}", hash(json.dumps(value, sort_keys=True))
-        first, same = seen.setdefault(query_id, (number, content))
+        first, first_content = seen.setdefault(query_id, (number, content))
         if first != number:
-            reason = "duplicate line" if same == content else "query id already used"
-            detail = f"line {number}: {query_id} stands in line {first}" + (
-                "" if same == content else ", other words"
+            reason = "duplicate line" if first_content == content else "query id already used"
+            detail = f"line {number}: {query_id} is already in line {first}" + (
+                "" if first_content == content else ", with other content"
             )
             skipped.append(Skipped(file=str(path), reason=reason, detail=detail))
             continue
@@ -137,21 +142,21 @@ def _subset_questions(path: Path, subset: str, skipped: list[Skipped]) -> Iterat
 def read_training_documents(
     corpus: TrainingSet, annotations: list[Annotation], skipped: list[Skipped]
 ) -> Iterator[Document]:
-    """The annotated documents, in the order in which the parquets complete them.
+    """Yields the annotated documents, each when its last row has been read.
 
-    Raises `InputError` at once where one of the parquets can't be used.
+    Raises `InputError` at the call, not at the first document, if a parquet can't be used.
     """
     paths = {subset: corpus.pages_path(subset) for subset in corpus.subsets}
     for path in paths.values():
         open_table(path, ["file_name", "page", "layouts"], image="image").close()
-    # There is no PDF to render, so the resolution decides nothing; it is part of a picture's name.
+    # dpi has no effect on image bytes, but it is part of the cache key.
     cache = PageCache(corpus.page_cache, dpi=150, max_side=corpus.max_side)
 
     def read() -> Iterator[Document]:
         for subset, path in paths.items():
-            asked = {annotation.doc_name: annotation for annotation in annotations if annotation.domain == subset}
+            by_name = {a.doc_name: a for a in annotations if a.domain == subset}
             with open_table(path, [], image="image") as table:
-                yield from _read_subset(path, table, subset, cache, asked, skipped)
+                yield from _read_subset(path, table, subset, cache, by_name, skipped)
 
     return read()
 
@@ -161,55 +166,56 @@ def _read_subset(
     table: pq.ParquetFile,
     subset: str,
     cache: PageCache,
-    asked: dict[str, Annotation],
+    annotations: dict[str, Annotation],
     skipped: list[Skipped],
 ) -> Iterator[Document]:
-    place, left = _locate_rows(path, table, subset, asked, skipped)
-    found: dict[str, dict[int, ReadPage]] = {}
-    for row, values in wanted_rows(path, table, ["image", "layouts"], set(place)):
-        name, page = place[row]
-        pages = found.setdefault(name, {})
+    location, missing_rows = _locate_rows(path, table, subset, annotations, skipped)
+    pages_of: dict[str, dict[int, ReadPage]] = {}
+    for row, values in read_rows(path, table, ["image", "layouts"], set(location)):
+        name, page = location[row]
+        pages = pages_of.setdefault(name, {})
         texts = (layout_text(values["layouts"]), "")
-        pages[page] = read_page(path, cache, asked[name], page, image_data(values["image"]), texts, row, skipped)
-        left[name] -= 1
-        if not left[name]:
-            pages = found.pop(name)
-            yield from_pages(asked[name], max(pages) + 1, pages, skipped)
+        data = image_data(values["image"])
+        pages[page] = read_page(path, cache, annotations[name], page, data, texts, row, skipped)
+        missing_rows[name] -= 1
+        if not missing_rows[name]:
+            del pages_of[name]
+            yield assemble_document(annotations[name], max(pages) + 1, pages, skipped)
 
 
 def _locate_rows(
-    path: Path, table: pq.ParquetFile, subset: str, asked: dict[str, Annotation], skipped: list[Skipped]
+    path: Path, table: pq.ParquetFile, subset: str, annotations: dict[str, Annotation], skipped: list[Skipped]
 ) -> tuple[dict[int, tuple[str, int]], dict[str, int]]:
-    """row → (document, page), and how many such rows each document has. Documents without any are left out."""
+    """row → (document, page), and the number of rows of each document. Skips documents without rows."""
     keys = table.read(columns=["file_name", "page"])
     rows_of: dict[str, tuple[list[int], list[int]]] = {}
     for row, (file_name, page) in enumerate(
         zip(keys["file_name"].to_pylist(), keys["page"].to_pylist(), strict=True)
     ):
         name = f"{subset}/{file_name}"
-        if name not in asked:
+        if name not in annotations:
             continue
         if not str(page).isdecimal():
-            detail = f"row {row}: page {page!r} of {name} is no page number"
+            detail = f"row {row}: page {page!r} of {name} is not a page number"
             skipped.append(Skipped(file=str(path), reason="page can't be shown", detail=detail))
             continue
         rows, pages = rows_of.setdefault(name, ([], []))
         rows.append(row)
         pages.append(int(page))
-    place: dict[int, tuple[str, int]] = {}
-    left = {}
-    for name, annotation in asked.items():
+    location: dict[int, tuple[str, int]] = {}
+    n_rows = {}
+    for name, annotation in annotations.items():
         if name not in rows_of:
-            skip_document(annotation, path, f"{name}: no row holds a page of it", skipped)
+            skip_document(annotation, path, f"{name}: the parquet has no row for it", skipped)
             continue
-        located = first_rows(path, annotation, *rows_of[name], skipped)
-        place |= {row: (name, page) for row, page in located.items()}
-        left[name] = len(located)
-    return place, left
+        page_of_row = first_rows(path, annotation, *rows_of[name], skipped)
+        location |= {row: (name, page) for row, page in page_of_row.items()}
+        n_rows[name] = len(page_of_row)
+    return location, n_rows
 
 
 def layout_text(layouts: Any) -> str:
-    """The words of a page's layouts: a list of structs with text, or the same as JSON text. None has none."""
+    """The text of a page's layouts: a list of structs, or its JSON text. "" for any other value."""
     if isinstance(layouts, str):
         try:
             layouts = json.loads(layouts)

@@ -1,15 +1,15 @@
-"""Dense first stages: a visual retriever reads the page pictures, vectors are compared here.
+"""Dense first stage: a visual retriever encodes the page images, and their vectors are compared here.
 
     python -m data_construction.candidates retriever=dense retriever.model=vidore/colqwen2-v1.0 …
 
-ColPali and ColQwen2 give a page and a question one vector a token, DSE and GME one vector each. One score serves
-both: for each vector of the question its best match on the page, summed (late interaction, ColPali, arXiv
-2407.01449, section 3.2); with one vector each that is their dot product. The models come through
-sentence-transformers, an extra: `pip install '.[dense]'`. It loads no code from a model's repository here.
+ColPali and ColQwen2 encode a page or a question as one vector per token, DSE and GME as a single vector. The score
+is the same for both: the maximum dot product over the page's vectors, summed over the question's vectors (late
+interaction, ColPali, arXiv 2407.01449, section 3.2). With single vectors it is their dot product. The models are
+loaded by sentence-transformers, an extra (`pip install '.[dense]'`), without code from the model's repository.
 
-Vectors of pages are kept on disk, in half precision, a safetensors file a document, named after the model and the
-bytes of the pictures: a second run reads them, a changed picture or model does not find them. A page of ColQwen2
-takes about 200 kB.
+Page vectors are stored on disk in half precision, one safetensors file per document. Its name depends on the model
+and the bytes of the images, so a second run reads the file, and a run with other images or another model does not.
+A page of ColQwen2 takes about 200 kB.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from data_construction.corpus.documents import Document
 from mmr5_train.common.files import InputError, atomic_write, file_hash
 
 Vectors = np.ndarray
-"""(vectors, dimensions), float32: of one page or one question."""
+"""Shape (vectors, dimensions), float32: the vectors of one page or one question."""
 
 ScorePages = Callable[[Document], list[list[float]]]
-"""For each question of a document the scores of its pages, in page order."""
+"""Returns, for each question of a document, the scores of its pages in page order."""
 
 
 class Dense(BaseModel):
@@ -42,27 +42,27 @@ class Dense(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Literal["dense"]
-    model: str = Field(description="hub name or folder, of a model that sentence-transformers loads")
-    multi_vector: bool = Field(description="one vector a token (ColPali, ColQwen2), or one a page (DSE, GME)")
-    index: Path = Field(description="folder where vectors of pages are kept")
-    batch_size: int = Field(default=4, gt=0, description="pages at once")
+    model: str = Field(description="hub name or folder of a model that sentence-transformers can load")
+    multi_vector: bool = Field(description="one vector per token (ColPali, ColQwen2), or one per page (DSE, GME)")
+    index: Path = Field(description="folder where page vectors are stored")
+    batch_size: int = Field(default=4, gt=0, description="pages per batch")
 
     @property
     def inputs(self) -> list[Path]:
-        """The files whose hashes stand in the manifest: none, the model is named in the config."""
+        """The files whose hashes are written to the manifest: none, since the config names the model."""
         return []
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What turns pictures and questions into vectors."""
+    """Functions that encode page images and questions."""
 
     pages: Callable[[Sequence[Path]], list[Vectors]]
     questions: Callable[[Sequence[str]], list[Vectors]]
 
 
 def load_encoder(config: Dense) -> Encoder:
-    """The model. Raises `InputError` where sentence-transformers is not installed or can't load it."""
+    """Loads the model. Raises `InputError` if sentence-transformers is not installed or can't load it."""
     try:
         from sentence_transformers import MultiVectorEncoder, SentenceTransformer
     except ImportError as error:
@@ -76,7 +76,7 @@ def load_encoder(config: Dense) -> Encoder:
         raise InputError(f"retriever.model {config.model}: can't be loaded ({error})") from None
 
     def vectors(encoded: Sequence[Any]) -> list[Vectors]:
-        return [np.atleast_2d(np.asarray(of_one, dtype=np.float32)) for of_one in encoded]
+        return [np.atleast_2d(np.asarray(output, dtype=np.float32)) for output in encoded]
 
     options = {"batch_size": config.batch_size, "convert_to_numpy": True, "show_progress_bar": False}
     return Encoder(
@@ -86,7 +86,7 @@ def load_encoder(config: Dense) -> Encoder:
 
 
 def open_dense(config: Dense) -> ScorePages:
-    """Loads the model; the result scores one document after the other."""
+    """Loads the model and returns the function that scores the pages of a document."""
     encoder = load_encoder(config)
     folder = config.index / model_folder(config.model)
 
@@ -94,43 +94,44 @@ def open_dense(config: Dense) -> ScorePages:
         if not document.questions or not document.pages:
             return [[] for _ in document.questions]
         pages = page_vectors(document, encoder, folder)
-        asked = encoder.questions([question.query for question in document.questions])
-        return [[max_sim(question, page) for page in pages] for question in asked]
+        questions = encoder.questions([question.query for question in document.questions])
+        return [[max_sim(question, page) for page in pages] for question in questions]
 
     return score
 
 
 def max_sim(question: Vectors, page: Vectors) -> float:
-    """The sum, over the vectors of the question, of the best dot product with a vector of the page."""
+    """Late interaction: the maximum dot product over the page's vectors, summed over the question's vectors."""
     return float((question @ page.T).max(axis=1).sum())
 
 
 def page_vectors(document: Document, encoder: Encoder, folder: Path) -> list[Vectors]:
-    """The vectors of each page of a document, from `folder` or from the encoder, which then writes them there.
+    """The vectors of each page of a document: read from `folder`, or encoded and then stored there.
 
-    Raises `InputError` where the folder can't be written.
+    Raises `InputError` if the folder can't be written.
     """
     images = [Path(page.image) for page in document.pages]
     key = hashlib.sha256("".join(file_hash(image) for image in images).encode()).hexdigest()
     path = folder / f"{key[:32]}.safetensors"
     names = [str(page.page) for page in document.pages]
     try:
-        kept = load_file(path)
-        return [kept[name].astype(np.float32) for name in names]
-    except (FileNotFoundError, SafetensorError, KeyError):  # absent, cut off, or other page numbers: made anew
-        made = [vectors.astype(np.float16) for vectors in encoder.pages(images)]
+        stored = load_file(path)
+        return [stored[name].astype(np.float32) for name in names]
+    except (FileNotFoundError, SafetensorError, KeyError):  # no file, a truncated one, or other page numbers
+        encoded = [vectors.astype(np.float16) for vectors in encoder.pages(images)]
     try:
         with atomic_write(path, "wb", sync=False) as stream:
-            stream.write(save(dict(zip(names, made, strict=True))))
+            stream.write(save(dict(zip(names, encoded, strict=True))))
     except OSError as error:
         raise InputError(
             f"{folder}: vectors can't be written ({error.strerror}); choose another folder with retriever.index=…"
         ) from None
-    return [vectors.astype(np.float32) for vectors in made]  # rounded as those on disk: the same scores next time
+    # Rounded to half precision like the stored vectors, so that the next run has the same scores.
+    return [vectors.astype(np.float32) for vectors in encoded]
 
 
 def model_folder(model: str) -> str:
-    """A folder name for a model; of a model on disk, other weights give another name."""
+    """A folder name for a model. For a model on disk, it changes when the files change."""
     files = sorted(path for path in Path(model).rglob("*") if path.is_file()) if Path(model).is_dir() else []
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     digest = hashlib.sha256(f"{model} {stats}".encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Documents that must stay out of a corpus, because questions about them are kept for evaluation.
+"""Excludes documents from a corpus, because questions about them are reserved for evaluation.
 
-Compared by name and by content. Names are compared without folder or subset, ".pdf", upper case, and an arXiv
-version (`ArxivQA/2303.08559` is `2303.08559v2.pdf`); contents by the hash in documents.jsonl, which is equal where
-the PDF files are equal, or where both come from parquets with the same page images.
+Documents are compared by name and by content. The comparison of names ignores the folder or subset, ".pdf", case,
+and the arXiv version (`ArxivQA/2303.08559` equals `2303.08559v2.pdf`). The comparison of contents uses the hashes
+in documents.jsonl. They are equal for equal PDF files, and for two parquets with the same page images.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _ARXIV_VERSION = re.compile(r"(\d{4}\.\d{4,5})v\d+")
 
 
 @dataclass(frozen=True)
-class Excluded:
-    """Names, as `plain_name` gives them, and content hashes."""
+class ExcludedDocuments:
+    """The names (from `normalize_name`) and content hashes of the excluded documents."""
 
     names: frozenset[str]
     hashes: frozenset[str]
@@ -38,17 +38,19 @@ class _Line(BaseModel):
     split: str = "heldout"
 
 
-def plain_name(doc_name: str) -> str:
-    """The part of a document's name by which two corpora can be compared."""
+def normalize_name(doc_name: str) -> str:
+    """The form of a document's name that is compared between corpora."""
     name = doc_name.rpartition("/")[2].casefold().removesuffix(".pdf")
     arxiv = _ARXIV_VERSION.fullmatch(name)
     return arxiv[1] if arxiv else name
 
 
-def read_excluded(paths: Iterable[Path]) -> Excluded:
-    """The held-out documents of documents.jsonl files (names and contents) and MMDocIR annotations (names).
+def read_excluded(paths: Iterable[Path]) -> ExcludedDocuments:
+    """Reads the documents to exclude.
 
-    Raises `InputError` for a file that is absent, broken or of another kind.
+    `paths` are documents.jsonl files, whose held-out documents are excluded by name and content, and MMDocIR
+    annotations, whose documents are all excluded by name. Raises `InputError` if a file does not exist, is broken
+    or has another format.
     """
     names: set[str] = set()
     hashes: set[str] = set()
@@ -58,29 +60,35 @@ def read_excluded(paths: Iterable[Path]) -> Excluded:
                 line = _Line.model_validate(value)
             except ValidationError as error:
                 raise InputError(
-                    f"{path}, line {number}: {validation_message(error)}; exclude=… takes the documents.jsonl "
-                    "of a data folder, or MMDocIR_annotations.jsonl"
+                    f"{path}, line {number}: {validation_message(error)}; exclude=… takes documents.jsonl "
+                    "of a candidates folder, or MMDocIR_annotations.jsonl"
                 ) from None
             if line.split == "heldout":
-                names.add(plain_name(line.doc_name))
+                names.add(normalize_name(line.doc_name))
                 hashes.update([line.sha256] if line.sha256 else [])
-    return Excluded(frozenset(names), frozenset(hashes))
+    return ExcludedDocuments(frozenset(names), frozenset(hashes))
 
 
-def exclude_names(asked: list[Annotation], excluded: Excluded, skipped: list[Skipped]) -> list[Annotation]:
-    """The documents whose names are not excluded; the others go to `skipped`, before a page of them is read."""
+def exclude_names(
+    annotations: list[Annotation], excluded: ExcludedDocuments, skipped: list[Skipped]
+) -> list[Annotation]:
+    """The documents whose names are not excluded. Adds the others to `skipped`, before any page is read."""
     kept = []
-    for annotation in asked:
-        if plain_name(annotation.doc_name) in excluded.names:
-            skip_document(annotation, Path(annotation.doc_name), "exclude names it", skipped, SAME_NAME)
+    for annotation in annotations:
+        if normalize_name(annotation.doc_name) in excluded.names:
+            skip_document(
+                annotation, Path(annotation.doc_name), "its name is in a file of exclude", skipped, SAME_NAME
+            )
         else:
             kept.append(annotation)
     return kept
 
 
-def exclude_contents(read: Iterable[Document], excluded: Excluded, skipped: list[Skipped]) -> Iterator[Document]:
-    """The documents whose content is not excluded; the others go to `skipped`."""
-    for document in read:
+def exclude_contents(
+    documents: Iterable[Document], excluded: ExcludedDocuments, skipped: list[Skipped]
+) -> Iterator[Document]:
+    """Yields the documents whose content is not excluded. Adds the others to `skipped`."""
+    for document in documents:
         if document.sha256 not in excluded.hashes:
             yield document
             continue

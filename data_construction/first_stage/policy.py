@@ -1,9 +1,9 @@
-"""Which pages of a first-stage ranking become the candidates of a training question.
+"""Chooses the candidates of a training question from a first-stage ranking.
 
-`rule: top` is MM-R5's data construction (arXiv 2506.12364): the best n pages, whatever they are.
-`rule: all_relevant` is the second rule its authors describe: all relevant pages, filled up with the best
-irrelevant ones. The other options choose the irrelevant pages, for either rule. Candidates stand in first-stage
-order; the order in the prompt is chosen later, by the stage that builds it.
+`rule: top` is MM-R5's data construction (arXiv 2506.12364): the best n pages, relevant or not.
+`rule: all_relevant` is the second rule that its authors describe: all relevant pages, then the best irrelevant
+ones. The other options choose the irrelevant pages, for both rules. Candidates are in first-stage order; the stage
+that builds the prompt chooses the order in the prompt.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from mmr5_train.ranking.records import Candidate, PageId
 
 
 class Policy(BaseModel):
-    """Section `policy` of configs/candidates.yaml. Held-out questions always have the first stage's best pages."""
+    """Section `policy` of configs/candidates.yaml. Held-out questions always get the first stage's best pages."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     rule: Literal["top", "all_relevant"] = "top"
     insert_missed: bool = Field(
         default=False,
-        description="train only: where no relevant page is among the candidates, the best one replaces the last",
+        description="train only: if no candidate is relevant, the best relevant page replaces the last candidate",
     )
     skip_irrelevant: int = Field(
         default=0,
         ge=0,
-        description="so many of the best irrelevant pages are passed over: they may be unlabelled answers",
+        description="skip this many of the best irrelevant pages, since they may be unlabeled answers",
     )
     draw_from: int | None = Field(
         default=None,
         gt=0,
-        description="irrelevant pages are drawn by seed from so many of the best; None: best first",
+        description="sample irrelevant pages, with the seed, from this many of the best; None: take the best",
     )
 
-    def reach(self, n: int) -> int:
-        """How many irrelevant pages of a ranking can matter for n candidates."""
+    def max_irrelevant(self, n: int) -> int:
+        """Number of irrelevant pages of a ranking that can influence the choice of n candidates."""
         return self.skip_irrelevant + max(n, self.draw_from or 0)
 
 
-def choose(
+def choose_candidates(
     ranked: Sequence[Candidate], positives: Sequence[PageId], n: int, policy: Policy, insert: bool, seed: str
 ) -> tuple[Candidate, ...]:
     """At most n candidates of a ranking, in its order.
 
-    `ranked` holds at least the first n pages, every relevant page, and the best `policy.reach(n)` irrelevant.
-    `insert`: whether `policy.insert_missed` counts here. `seed` decides what is drawn.
+    `ranked` contains at least the first n pages, every relevant page, and the best `policy.max_irrelevant(n)`
+    irrelevant pages. `insert`: apply `policy.insert_missed`. `seed` is for the sampling of irrelevant pages.
     """
     gold = set(positives)
     relevant = [i for i, page in enumerate(ranked) if page.id in gold]
@@ -57,8 +57,8 @@ def choose(
     chosen = relevant[:n] if policy.rule == "all_relevant" else [i for i in relevant if i < n]
     if not chosen and insert and policy.insert_missed:
         chosen = relevant[:1]
-    wanted = n - len(chosen)
+    n_irrelevant = n - len(chosen)
     if policy.draw_from is not None:
         pool = irrelevant[: policy.draw_from]
-        irrelevant = random.Random(seed).sample(pool, min(wanted, len(pool)))
-    return tuple(ranked[i] for i in sorted(chosen + irrelevant[:wanted]))
+        irrelevant = random.Random(seed).sample(pool, min(n_irrelevant, len(pool)))
+    return tuple(ranked[i] for i in sorted(chosen + irrelevant[:n_irrelevant]))

@@ -1,4 +1,4 @@
-"""Reads the scores of any first stage: JSON Lines, TREC runs, and the JSON of MM-R5's released pipeline.
+"""Reads first-stage scores from files: JSON Lines, TREC runs, and the JSON of MM-R5's released pipeline.
 
 Formats: docs/data_formats.md, "First-stage scores".
 """
@@ -23,53 +23,52 @@ Scores = dict[str, dict[int, float]]
 
 
 def score_files(path: Path) -> list[Path]:
-    """The files of `retriever.file`: itself, or the score JSON files in that folder."""
+    """The files of `retriever.file`: the file itself, or the JSON files in the folder."""
     return sorted(path.glob("*.json")) if path.is_dir() else [path]
 
 
 class ScoreLine(RunLine):
-    """A line of a JSON Lines score file: what a run holds, and whatever else its writer put there."""
+    """A line of a JSON Lines score file: the fields of a run; other fields are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 def read_scores(path: Path, questions: Sequence[Question], skipped: list[Skipped]) -> Scores:
-    """The scores of these questions: from JSON Lines, a TREC run, or MM-R5's JSON (a file, or a folder of them).
+    """The scores of these questions, from JSON Lines, a TREC run, or MM-R5's JSON (a file, or a folder of files).
 
-    Raises `InputError` for a broken or repeated line, a page of another document, and a question that has no
-    score; of MM-R5's JSON see `_read_pipeline_scores`. Scores of questions that are not asked are passed over and
-    noted in `skipped`.
+    Ignores scores of other questions and records them in `skipped`. Raises `InputError` for an invalid or repeated
+    line, a page of another document, and a question without a score; for MM-R5's JSON see `_read_pipeline_scores`.
     """
-    asked = {question.query_id: question for question in questions}
+    by_id = {question.query_id: question for question in questions}
     if path.is_dir() or path.suffix == ".json":
-        return _read_pipeline_scores(path, asked, skipped)
-    scores: Scores = {query_id: {} for query_id in asked}
+        return _read_pipeline_scores(path, by_id, skipped)
+    scores: Scores = {query_id: {} for query_id in by_id}
     unknown: dict[str, None] = {}
     for number, line in _score_lines(path):
-        if line.query_id not in asked:
+        if line.query_id not in by_id:
             unknown[line.query_id] = None
             continue
-        question = asked[line.query_id]
+        question = by_id[line.query_id]
         if line.doc_name.removesuffix(".pdf") != question.doc_name.removesuffix(".pdf"):
             raise InputError(
-                f"{path}, line {number}: scores a page of {line.doc_name!r} for {line.query_id}, which asks about "
+                f"{path}, line {number}: scores a page of {line.doc_name!r} for {line.query_id}, a question on "
                 f"{question.doc_name!r}"
             )
         if line.page in scores[line.query_id]:
             page = PageId(doc_name=line.doc_name, page=line.page)
             raise InputError(f"{path}, line {number}: a second score of page {page} for {line.query_id}")
         scores[line.query_id][line.page] = line.score
-    lacking = [query_id for query_id in asked if not scores[query_id]]
-    if lacking:
+    missing = [query_id for query_id in by_id if not scores[query_id]]
+    if missing:
         raise InputError(
-            f"{path}: lacks scores for {len(lacking)} of {len(asked)} questions, the first is {lacking[0]!r}; "
-            'query ids are those of docs/data_formats.md, "First-stage scores"'
+            f"{path}: has no scores for {len(missing)} of {len(by_id)} questions, the first is {missing[0]!r}; "
+            'docs/data_formats.md, "First-stage scores", describes the query ids'
         )
-    _note_unknown(path, unknown, skipped)
+    _record_unknown(path, unknown, skipped)
     return scores
 
 
-def _note_unknown(path: Path, unknown: dict[str, None], skipped: list[Skipped]) -> None:
+def _record_unknown(path: Path, unknown: dict[str, None], skipped: list[Skipped]) -> None:
     if unknown:
         detail = f"{len(unknown)} questions, the first is {next(iter(unknown))}"
         skipped.append(Skipped(file=str(path), reason="scores of questions not in the corpus", detail=detail))
@@ -95,84 +94,88 @@ def _score_lines(path: Path) -> Iterator[tuple[int, RunLine]]:
 
 
 class _PipelineEntry(BaseModel):
-    """A page of a question. `query` is passed over: two questions may have the same words."""
+    """The score of one page. The field `query` is ignored: two questions may have the same text."""
 
     image_path: str
     tag: Literal["positive", "negative"] | None = None
     score: float = Field(allow_inf_nan=False)
 
 
-def _read_pipeline_scores(path: Path, asked: dict[str, Question], skipped: list[Skipped]) -> Scores:
-    """`{query_id: [{image_path, query, tag, score}, …]}`, one file a subset, named after it: `DUDE.json`.
+def _read_pipeline_scores(path: Path, by_id: dict[str, Question], skipped: list[Skipped]) -> Scores:
+    """Reads `{query_id: [{image_path, query, tag, score}, …]}`, one file per subset, with its name: `DUDE.json`.
 
-    Our query ids begin with the subset; those in the file need not. The page is read from the image's name, as
-    `page_number` says; pages of other documents are passed over, and noted. A question without a score has no
-    candidate. Labels come from the corpus; the tags are compared with them, since page numbers that are off by one
-    show there alone.
+    The query ids of this project begin with the subset; those in the file may omit it. `page_number` reads the
+    page from the name of the image. Pages of other documents are ignored and recorded in `skipped`. A question
+    without a score gets no candidates. Labels come from the corpus; the tags are only compared with them, since
+    nothing else would reveal page numbers that are off by one.
 
-    Raises `InputError` for a file that is absent or of another form, and for tags that contradict the labels.
+    Raises `InputError` if a file does not exist or has another format, and if the tags contradict the labels.
     """
-    scores: Scores = {query_id: {} for query_id in asked}
-    domains = sorted({question.domain for question in asked.values()}, key=len, reverse=True)
+    scores: Scores = {query_id: {} for query_id in by_id}
+    domains = sorted({question.domain for question in by_id.values()}, key=len, reverse=True)
     unknown: dict[str, None] = {}
-    elsewhere: list[str] = []
+    other_documents: list[str] = []
     tagged: list[tuple[bool, bool, str]] = []  # tagged positive, labelled relevant, which page
     for file in score_files(path):
         subset = next((domain for domain in domains if file.stem.startswith(domain)), "")
         for name, entries in _read_json(file).items():
-            query_id = name if name in asked else f"{subset}/{name}"
-            if query_id not in asked:
+            query_id = name if name in by_id else f"{subset}/{name}"
+            if query_id not in by_id:
                 unknown[query_id if subset else name] = None
                 continue
-            question = asked[query_id]
+            question = by_id[query_id]
             relevant = {page.page for page in question.positives}
             for entry in _pipeline_entries(file, name, entries):
                 page = page_number(entry.image_path, question.doc_name)
                 if page is None:
-                    elsewhere.append(entry.image_path)
+                    other_documents.append(entry.image_path)
                     continue
                 scores[query_id][page] = entry.score
                 if entry.tag is not None and (entry.tag == "positive" or page in relevant):
                     tagged.append((entry.tag == "positive", page in relevant, f"{entry.image_path} of {query_id}"))
     if not any(scores.values()):
-        found = f"the first image_path is {elsewhere[0]!r}" if elsewhere else "no question of the corpus is there"
+        found = (
+            f"the first image_path is {other_documents[0]!r}"
+            if other_documents
+            else "it has no question of the corpus"
+        )
         raise InputError(
-            f"{path}: holds no score of a page of a question's document: {found}; expected image names like "
-            "<doc_name>_<page>.jpg, in files named after their subset, such as DUDE.json"
+            f"{path}: contains no score for a page of a question's document: {found}; expected image names like "
+            "<doc_name>_<page>.jpg, in files with the name of their subset, such as DUDE.json"
         )
     _check_tags(path, tagged, skipped)
-    if elsewhere:
-        detail = f"{len(elsewhere)} scores, the first is of {elsewhere[0]}"
+    if other_documents:
+        detail = f"{len(other_documents)} scores, the first is of {other_documents[0]}"
         skipped.append(Skipped(file=str(path), reason="scores of pages of other documents", detail=detail))
-    _note_unknown(path, unknown, skipped)
+    _record_unknown(path, unknown, skipped)
     return scores
 
 
 def page_number(image_path: str, doc_name: str) -> int | None:
     """The page in an image's name, `<doc_name>_<page>.jpg` or `<doc_name>/<page>.jpg`; None for another document.
 
-    The subset in front of the document's name and ".pdf" may be absent, and "/" in it may be "_".
+    The subset before the document's name and ".pdf" may be missing, and "/" may be "_".
     """
     path = PurePosixPath(image_path.replace("\\", "/"))
     name, _, page = path.stem.rpartition("_")
     if not name:
         name = path.parent.name
-    ours = {
+    accepted = {
         full.removesuffix(".pdf").replace("/", "_") for full in (doc_name, doc_name.partition("/")[2] or doc_name)
     }
-    return int(page) if page.isdecimal() and name.removesuffix(".pdf") in ours else None
+    return int(page) if page.isdecimal() and name.removesuffix(".pdf") in accepted else None
 
 
 def _check_tags(path: Path, tagged: list[tuple[bool, bool, str]], skipped: list[Skipped]) -> None:
-    """Some tags that contradict the labels are noted; most of them mean that pages are counted otherwise."""
+    """Compares tags with labels. Records some contradictions in `skipped`; raises `InputError` for a majority."""
     wrong = [page for positive, relevant, page in tagged if positive != relevant]
     if len(wrong) * 2 > len(tagged):
         raise InputError(
-            f"{path}: of {len(tagged)} pages tagged positive or labelled relevant, {len(wrong)} are not both, the "
-            f"first is {wrong[0]}; are its pages counted as in the corpus?"
+            f"{path}: of {len(tagged)} pages tagged positive or labeled relevant, {len(wrong)} are not both, the "
+            f"first is {wrong[0]}; check that the file counts pages as the corpus does"
         )
     if wrong:
-        detail = f"{len(wrong)} of {len(tagged)}, the first is {wrong[0]}; the labels count"
+        detail = f"{len(wrong)} of {len(tagged)}, the first is {wrong[0]}; the labels are used"
         skipped.append(Skipped(file=str(path), reason="tags that contradict the labels", detail=detail))
 
 

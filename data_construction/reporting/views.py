@@ -1,4 +1,4 @@
-"""What the data report's template shows, made from the folders of the data stages: plain dicts."""
+"""Prepares the data of the data report's template, as plain dicts, from the folders of the data stages."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from mmr5_train.reporting.views import STAGES, flat_counts, words
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
 
-BINS = 8
-"""Most rows of a histogram."""
+MAX_BINS = 8
+"""Maximum number of rows of a histogram."""
 
 
 @dataclass(frozen=True)
 class StageFolder:
-    """What a stage says about its own work; empty where it has not run (yet)."""
+    """The manifest and skipped records of one stage; empty if the stage has not run."""
 
     name: str
     manifest: Mapping[str, Any]
@@ -44,7 +44,7 @@ class StageFolder:
 
 @dataclass(frozen=True)
 class DataFolder:
-    """What the candidates stage wrote."""
+    """The output of the candidates stage."""
 
     stage: StageFolder
     tasks: Mapping[str, Sequence[RankingTask]]  # by split
@@ -71,17 +71,17 @@ def read_data(folder: Path) -> DataFolder:
 
 
 def read_stage(folder: Path | None, name: str) -> StageFolder:
-    """The manifest and the list of what was left out. Raises `InputError` for another stage's folder."""
+    """The manifest and the skipped records of a folder. Raises `InputError` if another stage wrote it."""
     if folder is None:
         return StageFolder(name, {}, ())
     manifest = read_manifest(folder)
     if manifest.get("stage") != name:
-        raise InputError(f"{folder}: written by the stage {manifest.get('stage')}, expected one of {name}")
+        raise InputError(f"{folder}: was written by the stage {manifest.get('stage')}, expected {name}")
     return StageFolder(name, manifest, _records(folder / "skipped.jsonl", Skipped, unique=None))
 
 
 def _records(path: Path, kind: type[RecordT], unique: str | None = "query_id") -> list[RecordT]:
-    """The records of a file that may be absent, or empty: a split without questions, nothing left out."""
+    """The records of a file; none if the file does not exist or is empty."""
     return read_records(path, kind, unique) if path.is_file() and path.stat().st_size else []
 
 
@@ -92,30 +92,32 @@ def headline(data: DataFolder, traces: Sequence[Trace]) -> str:
     return f"{sum(map(len, data.tasks.values())):,} questions about {documents}"
 
 
-def cards(data: DataFolder, made: StageFolder, chosen: StageFolder) -> list[dict[str, str]]:
-    """The counts that say how much there is."""
+def cards(data: DataFolder, traces: StageFolder, select: StageFolder) -> list[dict[str, str]]:
+    """The main counts, shown at the top of the page."""
     splits = ", ".join(f"{split} {len(tasks):,}" for split, tasks in data.tasks.items())
-    found = [
+    counts = [
         ("Documents", len(data.documents), f"{len(data.pages):,} pages"),
         ("Questions", sum(map(len, data.tasks.values())), splits),
     ]
-    if made.manifest:
-        found.append(("Reasoning traces", made.counts["traces"], f"of {made.counts['questions']:,} questions"))
-    if chosen.manifest:
-        before = chosen.counts["questions_before"]
-        found.append(("Selected for GRPO", chosen.counts["questions"], f"of {before:,} questions"))
-    return [{"name": name, "value": f"{value:,}", "under": under} for name, value, under in found]
+    if traces.manifest:
+        counts.append(
+            ("Reasoning traces", traces.counts["traces"], f"of {traces.counts['questions']:,} questions")
+        )
+    if select.manifest:
+        before = select.counts["questions_before"]
+        counts.append(("Selected for GRPO", select.counts["questions"], f"of {before:,} questions"))
+    return [{"name": name, "value": f"{value:,}", "under": under} for name, value, under in counts]
 
 
-def steps(data: DataFolder, made: StageFolder, chosen: StageFolder) -> list[dict[str, Any]]:
-    """What went into each stage and what came out, with each reason for the rest and a case of it."""
+def steps(data: DataFolder, traces: StageFolder, select: StageFolder) -> list[dict[str, Any]]:
+    """Questions before and after each stage, and the reasons for the dropped ones, each with an example."""
     kept = sum(map(len, data.tasks.values()))
-    lost = len({skip.query_id for skip in data.stage.skipped if skip.query_id})
-    flows = [(data.stage, kept + lost, kept, "skipped")]
-    if made.manifest:
-        flows.append((made, made.counts["questions"], made.counts["traces"], "skipped"))
-    if chosen.manifest:
-        flows.append((chosen, chosen.counts["questions_before"], chosen.counts["questions"], "dropped"))
+    dropped = len({skip.query_id for skip in data.stage.skipped if skip.query_id})
+    stages = [(data.stage, kept + dropped, kept, "skipped")]
+    if traces.manifest:
+        stages.append((traces, traces.counts["questions"], traces.counts["traces"], "skipped"))
+    if select.manifest:
+        stages.append((select, select.counts["questions_before"], select.counts["questions"], "dropped"))
     return [
         {
             "name": STAGES[stage.name],
@@ -124,21 +126,21 @@ def steps(data: DataFolder, made: StageFolder, chosen: StageFolder) -> list[dict
             "share": after / before if before else 0,
             "reasons": _reasons(stage, stage.counts.get(key) or {}),
         }
-        for stage, before, after, key in flows
+        for stage, before, after, key in stages
     ]
 
 
 def _reasons(stage: StageFolder, counts: Mapping[str, int]) -> list[dict[str, Any]]:
-    cases: dict[str, str] = {}
+    examples: dict[str, str] = {}
     for skip in stage.skipped:
-        what = ": ".join(part for part in (skip.query_id or skip.file, skip.detail) if part)
-        cases.setdefault(skip.reason, what)
+        text = ": ".join(part for part in (skip.query_id or skip.file, skip.detail) if part)
+        examples.setdefault(skip.reason, text)
     by_count = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return [{"reason": reason, "count": count, "case": cases.get(reason, "")} for reason, count in by_count]
+    return [{"reason": reason, "count": count, "example": examples.get(reason, "")} for reason, count in by_count]
 
 
 def domains(data: DataFolder, traces: Sequence[Trace]) -> dict[str, Any]:
-    """A row a domain: its documents, pages, questions by split and traces; the most questions first."""
+    """One row per domain with its documents, pages, questions by split, and traces; most questions first."""
     columns: dict[str, Counter[str]] = {
         "Documents": Counter(document.domain for document in data.documents),
         "Pages": Counter(page.domain for page in data.pages.values()),
@@ -154,36 +156,36 @@ def domains(data: DataFolder, traces: Sequence[Trace]) -> dict[str, Any]:
 
 
 def lengths(data: DataFolder, traces: Sequence[Trace]) -> list[dict[str, Any]]:
-    """Histograms of what a prompt and a think block hold."""
+    """Histograms of the lengths of prompts and think blocks."""
     tasks = [task for split in ("train", "select") for task in data.tasks[split]]
     relevant = [len({c.id for c in task.candidates} & set(task.positives)) for task in tasks]
     pixels = [page.width * page.height // 1000 for page in data.pages.values()]
-    found: list[tuple[str, str, Sequence[int]]] = [
-        ("Pages a document", "", [document.pages for document in data.documents]),
+    histograms: list[tuple[str, str, Sequence[int]]] = [
+        ("Pages per document", "", [document.pages for document in data.documents]),
         ("Page size", "thousand pixels", pixels),
-        ("Candidates a question", "train and select", [len(task.candidates) for task in tasks]),
-        ("Relevant candidates a question", "train and select", relevant),
+        ("Candidates per question", "train and select", [len(task.candidates) for task in tasks]),
+        ("Relevant candidates per question", "train and select", relevant),
     ]
     if traces:
-        places = [i for trace in traces for i in trace.positive_ids]
-        words = [len(note.split()) for trace in traces for note in trace.notes]
-        reasoning = [len(trace.think.split()) for trace in traces]
-        found += [
-            ("Place of the relevant pages", "image number in the prompt; even is good", places),
-            ("Words a note", "the teacher’s, one a page", words),
-            ("Words a think block", "what the model learns to write", reasoning),
+        positions = [i for trace in traces for i in trace.positive_ids]
+        note_words = [len(note.split()) for trace in traces for note in trace.notes]
+        think_words = [len(trace.think.split()) for trace in traces]
+        histograms += [
+            ("Position of relevant pages", "image number in the prompt; should be uniform", positions),
+            ("Words per note", "written by the teacher, one note per page", note_words),
+            ("Words per think block", "written by the model after SFT", think_words),
         ]
     return [
         {"title": title, "note": note, "rows": histogram(values), "mean": f"{sum(values) / len(values):.1f}"}
-        for title, note, values in found
+        for title, note, values in histograms
         if values
     ]
 
 
 def histogram(values: Sequence[int]) -> list[dict[str, Any]]:
-    """A row a value, or a span of values where those are too many; the share is that of the longest bar."""
+    """One row per value, or per range of values if there are many. `share` is relative to the longest bar."""
     low, high = min(values), max(values)
-    width = span_width(high - low + 1)
+    width = bin_width(high - low + 1)
     start = low // width * width if width > 1 else low
     counts = Counter((value - start) // width for value in values)
     longest = max(counts.values())
@@ -195,18 +197,18 @@ def histogram(values: Sequence[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def span_width(values: int) -> int:
-    """The least of 1, 2, 5, 10, 20, 50 … of which `BINS` spans hold so many successive values."""
+def bin_width(values: int) -> int:
+    """The smallest of 1, 2, 5, 10, 20, 50 … such that `MAX_BINS` bins cover this many successive values."""
     exponent = 0
     while True:
         for digit in (1, 2, 5):
-            if digit * 10**exponent * BINS >= values:
+            if digit * 10**exponent * MAX_BINS >= values:
                 return digit * 10**exponent
         exponent += 1
 
 
 def teacher_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Who explained, and all that the manifest counts of the work: requests, tokens, dollars, what there is."""
+    """The teacher, its settings, and all counts of its work in the manifest, such as requests, tokens and cost."""
     config, counts = manifest.get("config") or {}, manifest.get("counts") or {}
     teacher = config.get("teacher") or {}
     facts = [(key, str(teacher[key])) for key in ("name", "model") if teacher.get(key)]
@@ -219,7 +221,7 @@ def teacher_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     cost = work.pop("cost_usd", None)
     facts += [(name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in flat_counts(work)]
     if cost is not None:
-        facts += [("cost", _dollars(cost)), ("cost a trace", _dollars(cost / counts["traces"]))]
+        facts += [("cost", _dollars(cost)), ("cost per trace", _dollars(cost / counts["traces"]))]
     return facts
 
 
@@ -228,7 +230,7 @@ def _dollars(value: float) -> str:
 
 
 def selection(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The histograms of the select stage, before and after, each on a scale of its own longest bar."""
+    """Histograms of the select stage, before and after. `share` is relative to the longest bar of a histogram."""
     counts = manifest.get("counts") or {}
     resolution = [
         (f"{group['from_pixels'] / 1000:,.0f} – {group['to_pixels'] / 1000:,.0f}", group)
@@ -239,8 +241,8 @@ def selection(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
         for group in counts.get("difficulty") or []
     ]
     charts = (
-        ("By page resolution", "thousand pixels a page, mean over a question’s candidates", resolution),
-        ("By difficulty", "mean reward of the model’s answers to a question; 1 is the most there is", difficulty),
+        ("By page resolution", "thousand pixels per page, mean over a question’s candidates", resolution),
+        ("By difficulty", "mean reward of the model’s answers to a question; the maximum is 1", difficulty),
     )
     return [{"title": t, "note": note, "rows": _before_after(groups)} for t, note, groups in charts if groups]
 

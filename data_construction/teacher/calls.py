@@ -1,17 +1,17 @@
-"""One call of an OpenAI-compatible server: where it is, what is waited out, what ends the run.
+"""Calls of an OpenAI-compatible chat server: retries, and which errors drop a question or end the run.
 
-| What comes back | What is done | Counted as |
+| Reply | Reaction | Counted as |
 |---|---|---|
-| 429 | waited out as Retry-After says, or longer and longer, `attempts` tries in all | `rate_limit` |
+| 429 | retry after Retry-After or with exponential backoff, at most `attempts` tries | `rate_limit` |
 | 408, 5xx | the same | `server_error` |
-| connection refused, reset or cut off | the same; then the run ends | `lost` |
-| nothing within `timeout` | the same | `timeout` |
-| something else than a chat completion | the same; the run ends if there was never one | `garbage` |
-| a content filter's refusal | its question is dropped | `refused` |
-| a wrong key, no quota, any other status | the run ends at once | – |
+| connection refused, reset or closed early | the same; after the last try, the run ends | `lost` |
+| no reply within `timeout` | the same as 429 | `timeout` |
+| not a chat completion | the same; the run ends if the server never sent a completion | `garbage` |
+| refused by a content filter | drop the question | `refused` |
+| wrong key, no quota, any other status | end the run at once | – |
 
-After the last try the question is dropped (`TeacherFailure`) where nothing else is said. A call that is on its way
-when the run ends is waited for: it will be paid for. The key is in no message.
+Unless the table says that the run ends, the question is dropped after the last try (`TeacherFailure`). When the
+run ends, it waits for the calls in flight, since they will be billed. No message contains the key.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ REFUSAL_CODES = ("content_filter", "content_policy_violation")
 
 
 class TeacherFailure(Exception):
-    """A call gave no answer that can be used: its question is dropped, the run goes on.
+    """A call gave no usable answer. Its question is dropped and the run continues.
 
-    `reason` is the same for all failures of a kind, `detail` is what the server said.
+    `reason` is the same for all failures of a kind; `detail` quotes the server.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -49,11 +49,11 @@ class TeacherFailure(Exception):
 
 
 class NoCompletion(Exception):
-    """A reply that is no chat completion."""
+    """A reply that is not a chat completion."""
 
 
 class CallSettings(Protocol):
-    """What a call needs of a teacher's config."""
+    """The settings of a teacher's config that calls use."""
 
     @property
     def model(self) -> str | None: ...
@@ -66,7 +66,10 @@ class CallSettings(Protocol):
 
 
 class ChatServer:
-    """The server that `OPENAI_BASE_URL` and `OPENAI_API_KEY` name. Raises `InputError` where they are no use."""
+    """The server at `OPENAI_BASE_URL`, used with `OPENAI_API_KEY`.
+
+    Raises `InputError` if one of the two is unusable, or if the config names no model.
+    """
 
     def __init__(self, config: CallSettings) -> None:
         self.config = config
@@ -74,133 +77,139 @@ class ChatServer:
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not self._key:
             raise InputError(
-                "OPENAI_API_KEY is not set: export the server's key (any word for a server that asks for none)"
+                "OPENAI_API_KEY is not set: export the server's key (any word if the server needs no key)"
             )
         if not (self._key.isascii() and self._key.isprintable()):
-            raise InputError("OPENAI_API_KEY holds characters that no key has: export it again")
+            raise InputError("OPENAI_API_KEY contains characters that are not printable ASCII: export it again")
         if not config.model:
             raise InputError("teacher.model is not set: give teacher.model=… or export OPENAI_MODEL")
         base_url = os.environ.get("OPENAI_BASE_URL", "").strip() or "https://api.openai.com/v1"
         url = urlsplit(base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
-            raise InputError("OPENAI_BASE_URL is not a web address; expected one like http://localhost:8000/v1")
+            raise InputError(
+                "OPENAI_BASE_URL is not a web address; expected something like http://localhost:8000/v1"
+            )
         self._server = f"{url.scheme}://{url.netloc.rpartition('@')[2]}{url.path}"
-        # The one time limit is the one around a whole call, in _send.
+        # No timeout here: _send limits the time of a whole call.
         self._client = openai.AsyncOpenAI(api_key=self._key, base_url=base_url, timeout=None, max_retries=0)
-        self._on_the_way: set[asyncio.Task[Answer]] = set()
-        self._answered = False
+        self._in_flight: set[asyncio.Task[Answer]] = set()
+        self._got_completion = False
 
-    async def complete(self, body: bytes, keep: Callable[[Answer], Answer]) -> Answer:
-        """The answer to the JSON body of a chat completion request.
+    async def complete(self, body: bytes, store: Callable[[Answer], Answer]) -> Answer:
+        """Sends the JSON body of a chat completion request and returns the answer.
 
-        `keep` gets it as soon as it is there, and may complete it. Raises `TeacherFailure` and `InputError` as the
-        table above says.
+        `store` is called with the answer as soon as it arrives, and returns it, possibly completed. Raises
+        `TeacherFailure` and `InputError` as the module's table says.
         """
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self.config.attempts),
-            wait=self._pause,
-            retry=retry_if_exception(self._passes),
+            wait=self._seconds_to_wait,
+            retry=retry_if_exception(self._is_worth_retrying),
             reraise=True,
         )
 
         async def send() -> Answer:
-            task = asyncio.create_task(self._send(body, keep))
-            self._on_the_way.add(task)
-            task.add_done_callback(self._on_the_way.discard)
+            task = asyncio.create_task(self._send(body, store))
+            self._in_flight.add(task)
+            task.add_done_callback(self._in_flight.discard)
             return await asyncio.shield(task)
 
         try:
             return await retrying(send)
         except (openai.APIError, TimeoutError, NoCompletion) as error:
-            raise self._meaning(error) from None
+            raise self._final_error(error) from None
 
     async def close(self) -> None:
-        """Waits for the calls on their way, each kept as it arrives, and hangs up."""
-        await asyncio.gather(*self._on_the_way, return_exceptions=True)
+        """Waits for the calls in flight, whose answers are stored, and closes the connection."""
+        await asyncio.gather(*self._in_flight, return_exceptions=True)
         await self._client.close()
 
-    async def _send(self, body: bytes, keep: Callable[[Answer], Answer]) -> Answer:
+    async def _send(self, body: bytes, store: Callable[[Answer], Answer]) -> Answer:
         try:
             async with asyncio.timeout(self.config.timeout):
-                # The body as bytes and the reply as text: half the time that the typed way takes, page and all.
+                # Sending bytes and reading text takes half the time of the client's typed methods.
                 headers = {"Content-Type": "application/json"}
                 reply = await self._client.post(
                     "/chat/completions", cast_to=str, content=body, options={"headers": headers}
                 )
             answer = read_reply(reply)
         except (openai.APIError, TimeoutError, NoCompletion) as error:
-            if name := fault(error):
-                self.faults[name] += 1
+            if kind := fault_kind(error):
+                self.faults[kind] += 1
             raise
-        self._answered = True
-        return keep(answer)
+        self._got_completion = True
+        return store(answer)
 
-    def _passes(self, error: BaseException) -> bool:
-        """Whether the same request may succeed later, and soon enough."""
+    def _is_worth_retrying(self, error: BaseException) -> bool:
+        """Whether the same request may succeed on a retry, within `max_wait` seconds."""
         if isinstance(error, openai.APIStatusError) and (retry_after(error) or 0) > self.config.max_wait:
             return False
-        return fault(error) not in (None, "refused")
+        return fault_kind(error) not in (None, "refused")
 
-    def _pause(self, state: RetryCallState) -> float:
+    def _seconds_to_wait(self, state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
-        told = retry_after(error) if isinstance(error, openai.APIStatusError) else None
-        return told if told is not None else wait_exponential_jitter(0.5, self.config.max_wait, jitter=0.5)(state)
+        seconds = retry_after(error) if isinstance(error, openai.APIStatusError) else None
+        return (
+            seconds
+            if seconds is not None
+            else wait_exponential_jitter(0.5, self.config.max_wait, jitter=0.5)(state)
+        )
 
-    def _meaning(self, error: Exception) -> Exception:
-        """What an error that was not waited out means: the end of the run, or of a question."""
+    def _final_error(self, error: Exception) -> Exception:
+        """The exception after the last try: `InputError` ends the run, `TeacherFailure` drops the question."""
         tries = f"{self.config.attempts} times"
         if isinstance(error, openai.APIStatusError):
-            return self._refusal(error)
+            return self._status_error(error)
         if isinstance(error, TimeoutError):
             return TeacherFailure(
                 "the teacher did not answer", f"nothing within {self.config.timeout:g} s, {tries}"
             )
         if isinstance(error, NoCompletion):
-            said = self._plain(error)
-            if self._answered:
-                return TeacherFailure("the teacher's answer was not a chat completion", f"{tries} ({said})")
+            text = self._one_line(error)
+            if self._got_completion:
+                return TeacherFailure("the teacher's answer was not a chat completion", f"{tries} ({text})")
             return InputError(
-                f"{self._server}: answers, but not with a chat completion ({said}); check that OPENAI_BASE_URL "
-                "ends as the server wants it, mostly in /v1"
+                f"{self._server}: answers, but not with a chat completion ({text}); check that OPENAI_BASE_URL "
+                "ends as the server expects, usually in /v1"
             )
         return InputError(
-            f"{self._server}: can't be reached ({self._plain(error.__cause__ or error)}); "
-            "check the network, OPENAI_BASE_URL and that the server runs"
+            f"{self._server}: can't be reached ({self._one_line(error.__cause__ or error)}); "
+            "check the network and OPENAI_BASE_URL, and that the server is running"
         )
 
-    def _refusal(self, error: openai.APIStatusError) -> Exception:
-        status, said = error.status_code, f"{error.status_code}: {self._plain(error)}"
+    def _status_error(self, error: openai.APIStatusError) -> Exception:
+        status, text = error.status_code, f"{error.status_code}: {self._one_line(error)}"
         if status in (401, 403):
-            return InputError(f"{self._server}: refuses the key in OPENAI_API_KEY ({said}); export a valid one")
+            return InputError(f"{self._server}: refuses the key in OPENAI_API_KEY ({text}); export a valid one")
         if error.code in REFUSAL_CODES:
-            return TeacherFailure("the teacher refused to answer", said)
+            return TeacherFailure("the teacher refused to answer", text)
         if error.code == "insufficient_quota":
-            return InputError(f"{self._server}: the quota of this key is used up ({said})")
-        told = retry_after(error)
-        if told is not None and told > self.config.max_wait:
+            return InputError(f"{self._server}: the quota of this key is used up ({text})")
+        seconds = retry_after(error)
+        if seconds is not None and seconds > self.config.max_wait:
             return InputError(
-                f"{self._server}: asks to wait {told:.0f} s, longer than teacher.max_wait ({said}); run it later"
+                f"{self._server}: asks to wait {seconds:.0f} s, longer than teacher.max_wait ({text}); try later"
             )
-        if fault(error):
-            return TeacherFailure("the teacher's server failed", f"{self.config.attempts} times ({said})")
+        if fault_kind(error):
+            return TeacherFailure("the teacher's server failed", f"{self.config.attempts} times ({text})")
         return InputError(
-            f"{self._server}: refuses the request ({said}); check teacher.model={self.config.model}, that it "
-            "takes images, and that OPENAI_BASE_URL ends as the server wants it, mostly in /v1"
+            f"{self._server}: refuses the request ({text}); check teacher.model={self.config.model}, that the "
+            "model takes images, and that OPENAI_BASE_URL ends as the server expects, usually in /v1"
         )
 
-    def _plain(self, error: BaseException) -> str:
-        """An error's own words on one short line, without the key."""
-        said: object = str(error) or type(error).__name__
+    def _one_line(self, error: BaseException) -> str:
+        """The message of an error on one line of at most 300 characters, without the key."""
+        text: object = str(error) or type(error).__name__
         if isinstance(error, openai.APIStatusError):
             body = error.body
-            said = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
-            said = said or error.response.reason_phrase
-        line = " ".join(str(said).replace(self._key, "[key]").split())
+            text = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
+            text = text or error.response.reason_phrase
+        line = " ".join(str(text).replace(self._key, "[key]").split())
         return line if len(line) <= 300 else line[:300] + "…"
 
 
-def fault(error: BaseException | None) -> str | None:
-    """What a call's error counts as, in the words of the table above; None for one that ends the run at once."""
+def fault_kind(error: BaseException | None) -> str | None:
+    """The "Counted as" of the module's table; None for an error that ends the run at once."""
     if isinstance(error, NoCompletion):
         return "garbage"
     if isinstance(error, TimeoutError):
@@ -217,7 +226,7 @@ def fault(error: BaseException | None) -> str | None:
 
 
 def read_reply(reply: str) -> Answer:
-    """The answer in a chat completion's JSON. Raises `NoCompletion` for anything else, a cut-off text included."""
+    """The answer in the JSON of a chat completion. Raises `NoCompletion` for any other text, or truncated JSON."""
     try:
         completion: Any = json.loads(reply)
         choice = completion["choices"][0]
@@ -236,7 +245,7 @@ def read_reply(reply: str) -> Answer:
 
 
 def retry_after(error: openai.APIStatusError) -> float | None:
-    """Seconds the server asks to wait (header Retry-After: seconds or a date, RFC 9110), None where it doesn't."""
+    """Seconds to wait by the Retry-After header (seconds or a date, RFC 9110); None without a valid header."""
     value = error.response.headers.get("retry-after", "").strip()
     if not value:
         return None

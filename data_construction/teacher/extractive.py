@@ -1,9 +1,9 @@
-"""The offline teacher: it quotes the page. No model, no network, the same words every time.
+"""The offline teacher: it quotes the page. It needs no model and no network, and is deterministic.
 
-A page whose content is known (synthetic pages) is described in exactly those words. Of any other page the
-passage that shares most with the question is quoted, with the heading above it and what the two have in
-common; a page without text is said to have none. The verdict follows the label, as MM-R5's teacher does
-(arXiv 2506.12364, data construction).
+If the page has a description (synthetic pages do), the note is that description. Otherwise the note quotes the
+passage that shares most words with the question, and names the heading above the passage and the shared words. If
+the page has no text, the note says so. The verdict follows the label, as with MM-R5's teacher (arXiv 2506.12364,
+data construction).
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from mmr5_train.ranking.notes import format_note
 from mmr5_train.ranking.prompt import fill_template, neutralize
 from mmr5_train.ranking.records import LocalId, Page
 
-QUOTE_WORDS, HEADING_WORDS, NAMED_WORDS = 20, 6, 3
-ASKING = (
+QUOTE_WORDS, HEADING_WORDS, MAX_NAMED_WORDS = 20, 6, 3
+QUESTION_WORDS = (
     "what", "which", "who", "whom", "whose", "when", "where", "why", "how", "many", "much", "do", "does", "did",
     "has", "have", "had", "were", "can", "from", "page", "document", "according", "about", "all", "its", "your",
     "you", "them", "list", "give", "write", "answer", "please",
 )  # fmt: skip
-_UNTOLD = frozenset((*STOPWORDS_EN, *ASKING))
+_STOP_WORDS = frozenset((*STOPWORDS_EN, *QUESTION_WORDS))
 
 
 class ExtractiveConfig(BaseModel):
-    """`teacher: extractive` (configs/teacher/extractive.yaml): the sentences around a quote.
+    """`teacher: extractive` (configs/teacher/extractive.yaml): sentence templates around a quote.
 
-    `{where}` is one of the two `where…` texts; the verdict ("…, so it helps.") is added to each sentence.
+    `{where}` is filled with one of the two `where…` texts. The verdict ("…, so it helps.") is appended to each
+    sentence.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,7 +52,7 @@ class ExtractiveConfig(BaseModel):
 
 
 class ExtractiveTeacher:
-    """Deterministic, and a `Teacher` like the others."""
+    """A deterministic `Teacher`."""
 
     concurrency = 1
 
@@ -62,29 +63,32 @@ class ExtractiveTeacher:
     async def explain(
         self, query: str, page: Page, image: Path, helps: bool, words: int, problem: str = ""
     ) -> str:
-        """A note of at most `words` words, where the templates leave room for it.
+        """A note of at most `words` words, unless the templates alone are longer.
 
-        `image` is not looked at, and a second try is the same as the first.
+        `image` is not used, and a second try returns the same note as the first.
         """
         if page.description:
             return format_note(page.description, helps)
         lines = _lines(page.text)
         if not lines:
             return format_note(self.config.no_text_helps if helps else self.config.no_text, helps)
-        asked, told = _terms(query), _terms(page.text)
-        best = _best_line(lines, asked)
+        query_terms, page_terms = _terms(query), _terms(page.text)
+        best = _best_line(lines, query_terms)
         passage, heading = _passage(lines, best), _heading(lines, best)
         note = ""
         for size in range(QUOTE_WORDS, 0, -1):
-            note = self._note(asked, told, _window(passage, size, asked), heading, helps)
+            quote = _window(passage, size, query_terms)
+            note = self._note(query_terms, page_terms, quote, heading, helps)
             if len(note.split()) <= words:
                 break
         return note
 
-    def _note(self, asked: dict[str, str], told: dict[str, str], quote: str, heading: str, helps: bool) -> str:
-        quoted = _terms(quote)
-        shared = [word for term, word in asked.items() if term in quoted][:NAMED_WORDS]
-        missing = [word for term, word in asked.items() if term not in told][:NAMED_WORDS]
+    def _note(
+        self, query_terms: dict[str, str], page_terms: dict[str, str], quote: str, heading: str, helps: bool
+    ) -> str:
+        quote_terms = _terms(quote)
+        shared = [word for term, word in query_terms.items() if term in quote_terms][:MAX_NAMED_WORDS]
+        missing = [word for term, word in query_terms.items() if term not in page_terms][:MAX_NAMED_WORDS]
         if helps:
             sentence = self.config.helps if shared else self.config.helps_unnamed
         elif not shared:
@@ -92,53 +96,55 @@ class ExtractiveTeacher:
         else:
             sentence = self.config.partly if missing else self.config.near
         where = fill_template(self.config.where_heading, heading=heading) if heading else self.config.where
-        text = fill_template(sentence, where=where, quote=quote, shared=listed(shared), missing=listed(missing))
+        text = fill_template(
+            sentence, where=where, quote=quote, shared=join_words(shared), missing=join_words(missing)
+        )
         return format_note(text, helps)
 
     async def refine(
         self, query: str, notes: Sequence[str], positives: Sequence[LocalId], words: int, problem: str = ""
     ) -> str:
-        """A sentence on the relevant pages and one on the others, where there are any."""
+        """One sentence on the relevant pages and one on the others; none for an empty group."""
         rest = [i for i in range(1, len(notes) + 1) if i not in positives]
-        sides = ((positives, True), (rest, False))
-        return " ".join(_summary(notes, ids, helps, words // 2) for ids, helps in sides if ids)
+        groups = ((positives, True), (rest, False))
+        return " ".join(_summary(notes, ids, helps, words // 2) for ids, helps in groups if ids)
 
     def status(self) -> str:
         return ""
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: this teacher opens no resources."""
 
 
-def listed(words: Sequence[object]) -> str:
+def join_words(words: Sequence[object]) -> str:
     """ "a", "a and b", "a, b and c"."""
     head = ", ".join(str(word) for word in words[:-1])
     return f"{head} and {words[-1]}" if head else "".join(str(word) for word in words)
 
 
-def pages_named(ids: Sequence[int]) -> str:
+def image_names(ids: Sequence[int]) -> str:
     """ "Image 2", "Images 1, 3 and 4"."""
-    return f"{'Image' if len(ids) == 1 else 'Images'} {listed(ids)}"
+    return f"{'Image' if len(ids) == 1 else 'Images'} {join_words(ids)}"
 
 
 def _summary(notes: Sequence[str], ids: Sequence[int], helps: bool, words: int) -> str:
-    """One sentence of at most about `words` words: what was said of the pages `ids`, each part cut evenly."""
+    """One sentence of about `words` words: the notes on the pages `ids`, each cut to the same number of words."""
     verb = {(True, True): "helps", (True, False): "help", (False, True): "does not help"}.get(
         (helps, len(ids) == 1), "do not help"
     )
-    head = f"{pages_named(ids)} {verb}"
-    each = max(4, (words - len(head.split())) // len(ids))
+    head = f"{image_names(ids)} {verb}"
+    words_per_note = max(4, (words - len(head.split())) // len(ids))
     tail = format_note("", helps)
     parts = []
     for i in ids:
-        said = notes[i - 1].removesuffix(tail).split()
-        part = " ".join(said[:each]) + ("…" if len(said) > each else "")
+        note = notes[i - 1].removesuffix(tail).split()
+        part = " ".join(note[:words_per_note]) + ("…" if len(note) > words_per_note else "")
         parts.append(part + '"' if part.count('"') % 2 else part)
     return f"{head}: {'; '.join(parts)}."
 
 
 def _lines(text: str) -> list[str]:
-    """Lines that hold words: printable, in single spaces, with nothing that could end a quote or act as a tag."""
+    """Lines that contain words: printable, single spaces, no characters that end a quote or form a tag."""
     text = "".join(c if c.isprintable() or c == "\n" else " " for c in text.replace("\r", "\n"))
     text = re.sub(r"\.{4,}|(?:\. ){4,}", "… ", text)  # the leaders of a table of contents
     text = neutralize(re.sub('["“”„«»]', "'", text))
@@ -146,11 +152,11 @@ def _lines(text: str) -> list[str]:
 
 
 def _terms(text: str) -> dict[str, str]:
-    """Content words in order: compared form (lower case, without a plural s) → as written."""
+    """Content words in order of appearance: normalized form (lower case, no plural s) → original form."""
     terms: dict[str, str] = {}
     for word in re.findall(r"[^\W_]+", text):
         term = word.lower()
-        if term in _UNTOLD or (len(term) == 1 and not term.isdigit()):
+        if term in _STOP_WORDS or (len(term) == 1 and not term.isdigit()):
             continue
         if len(term) > 3 and term.endswith("s") and not term.endswith("ss"):
             term = term[:-1]
@@ -158,47 +164,49 @@ def _terms(text: str) -> dict[str, str]:
     return terms
 
 
-def _passage(lines: Sequence[str], at: int) -> list[str]:
-    """The words from a line on, to the end of its sentence or until they are enough for a quote."""
-    words = lines[at].split()
-    for line in lines[at + 1 :]:
+def _passage(lines: Sequence[str], start: int) -> list[str]:
+    """The words from line `start` to the end of its sentence, or until there are enough for a quote."""
+    words = lines[start].split()
+    for line in lines[start + 1 :]:
         if len(words) >= QUOTE_WORDS or words[-1].endswith((".", "!", "?", ":")):
             break
         words += line.split()
     return words
 
 
-def _best_line(lines: Sequence[str], asked: dict[str, str]) -> int:
-    """Where the passage starts that shares most with the question; a word on few lines counts more."""
-    found = [asked.keys() & _terms(" ".join(_passage(lines, at))).keys() for at in range(len(lines))]
-    often = Counter(term for terms in found for term in terms)
-    # Summed in a stated order: a set's own order changes from run to run, and the last digit with it.
-    scores = [sum(1 / often[term] for term in sorted(terms)) for terms in found]
-    at = scores.index(max(scores))
-    while at + 1 < len(lines) and _is_heading(lines[at]) and scores[at + 1] == scores[at]:
-        at += 1  # the words are below the heading, which is named before the quote
-    return at
+def _best_line(lines: Sequence[str], query_terms: dict[str, str]) -> int:
+    """First line of the passage that shares most terms with the question; rare terms count more."""
+    shared = [query_terms.keys() & _terms(" ".join(_passage(lines, i))).keys() for i in range(len(lines))]
+    passages_with = Counter(term for terms in shared for term in terms)
+    # Sorted, so that rounding is the same in every run: the order of a set differs between runs.
+    scores = [sum(1 / passages_with[term] for term in sorted(terms)) for terms in shared]
+    best = scores.index(max(scores))
+    while best + 1 < len(lines) and _is_heading(lines[best]) and scores[best + 1] == scores[best]:
+        best += 1  # skip the heading: the shared terms are below it, and the note names it before the quote
+    return best
 
 
-def _window(words: Sequence[str], size: int, asked: dict[str, str]) -> str:
-    """The `size` words in a row with the most of the question's words, "…" where the passage goes on."""
+def _window(words: Sequence[str], size: int, query_terms: dict[str, str]) -> str:
+    """The `size` successive words with most terms of the question; "…" marks where the passage is cut."""
     starts = range(max(1, len(words) - size + 1))
-    shared = [len(asked.keys() & _terms(" ".join(words[at : at + size])).keys()) for at in starts]
+    shared = [len(query_terms.keys() & _terms(" ".join(words[i : i + size])).keys()) for i in starts]
     first = shared.index(max(shared))
     tied = next((k for k, count in enumerate(shared[first:]) if count < shared[first]), len(shared) - first)
-    at = first and first + tied // 2  # the middle of equally good places: words around the match on both sides
-    cut = " ".join(words[at : at + size])
-    return ("…" if at else "") + cut + ("…" if at + size < len(words) else "")
+    # The middle of equally good windows, so that there is context on both sides of the match.
+    start = first and first + tied // 2
+    quote = " ".join(words[start : start + size])
+    return ("…" if start else "") + quote + ("…" if start + size < len(words) else "")
 
 
-def _heading(lines: Sequence[str], at: int) -> str:
-    """The nearest heading above a line, "" where there is none."""
-    return next((" ".join(x.split()[:HEADING_WORDS]) for x in reversed(lines[:at]) if _is_heading(x)), "")
+def _heading(lines: Sequence[str], index: int) -> str:
+    """The first words of the nearest heading above a line; "" without a heading."""
+    above = reversed(lines[:index])
+    return next((" ".join(line.split()[:HEADING_WORDS]) for line in above if _is_heading(line)), "")
 
 
 def _is_heading(line: str) -> bool:
-    """Whether a line looks like a heading: short, unpunctuated, mostly capitalised words."""
+    """Whether a line looks like a heading: short, no punctuation at the end, mostly capitalized words."""
     words = re.findall(r"[^\W\d_]+", line)
-    capital = sum(word[0].isupper() for word in words)
+    capitalized = sum(word[0].isupper() for word in words)
     short = len(line.split()) <= 8 and line[0].isalnum() and line[-1] not in ".,;:?!"
-    return short and sum(map(len, words)) >= 3 and 2 * capital >= len(words)
+    return short and sum(map(len, words)) >= 3 and 2 * capitalized >= len(words)

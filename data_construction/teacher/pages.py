@@ -1,4 +1,4 @@
-"""Page pictures as a request carries them: a JPEG of bounded size, as it lies on the disk where that will do."""
+"""Page images as a request carries them: JPEG data URLs of bounded size."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from PIL import Image
 
 from mmr5_train.common.files import InputError
 
-KEPT_URLS = 256  # some 100 MB at most; the questions on a page stand near each other
-_ORIENTATION = 0x0112  # Exif: how a viewer should turn the picture
+MAX_CACHED_URLS = 256  # about 100 MB at most; questions on the same page are close together in the data
+_EXIF_ORIENTATION = 0x0112
 
 
-class PagePictures:
-    """What was read and encoded once, for the pages that many questions share. Raises as the functions below."""
+class PageImages:
+    """Caches hashes and data URLs of page images, since many questions share a page.
+
+    Both methods raise `InputError` as `page_hash` and `image_url` do.
+    """
 
     def __init__(self, max_pixels: int) -> None:
         self._max_pixels = max_pixels
@@ -33,29 +36,31 @@ class PagePictures:
     async def url(self, path: Path) -> str:
         if path not in self._urls:
             self._urls[path] = await asyncio.to_thread(image_url, path, self._max_pixels)
-            if len(self._urls) > KEPT_URLS:
+            if len(self._urls) > MAX_CACHED_URLS:
                 self._urls.popitem(last=False)
         return self._urls[path]
 
 
 def page_hash(path: Path) -> str:
-    """SHA-256 of the file in hexadecimal. Raises `InputError` for one that can't be read."""
+    """SHA-256 of the file in hexadecimal. Raises `InputError` if it can't be read."""
     return hashlib.sha256(_read(path)).hexdigest()
 
 
 def image_url(path: Path, max_pixels: int) -> str:
     """A page image of at most `max_pixels` pixels as a JPEG data URL. Raises `InputError` naming the file.
 
-    A JPEG that is small enough goes as it is: nothing is lost in it, and no time. Any other picture is decoded,
-    put on white, made smaller where it must be and encoded.
+    A JPEG file that is small enough is sent unchanged, which loses no quality and takes no time. Any other image
+    is decoded, put on a white background, shrunk if necessary, and encoded.
     """
     data = _read(path)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if not _fits(image, data, max_pixels):
-                data = _encoded(image, max_pixels)
+            if not _can_send_unchanged(image, data, max_pixels):
+                data = _encode(image, max_pixels)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: not an image that can be read ({error}); make it anew") from None
+        raise InputError(
+            f"{path}: not a readable image ({error}); run the stage that writes the candidates again"
+        ) from None
     return "data:image/jpeg;base64," + base64.b64encode(data).decode("ascii")
 
 
@@ -68,14 +73,14 @@ def _read(path: Path) -> bytes:
         raise InputError(f"{path}: can't be read ({error.strerror})") from None
 
 
-def _fits(image: Image.Image, data: bytes, max_pixels: int) -> bool:
-    """Whether a file can go as it is: a whole JPEG (end marker and all), upright, in colours or grey."""
-    whole = image.format == "JPEG" and data.endswith(b"\xff\xd9")
-    upright = image.getexif().get(_ORIENTATION, 1) == 1
-    return whole and upright and image.mode in ("RGB", "L") and image.width * image.height <= max_pixels
+def _can_send_unchanged(image: Image.Image, data: bytes, max_pixels: int) -> bool:
+    """Whether the file is a complete JPEG (it has the end marker), upright, in RGB or grey, and small enough."""
+    complete = image.format == "JPEG" and data.endswith(b"\xff\xd9")
+    upright = image.getexif().get(_EXIF_ORIENTATION, 1) == 1
+    return complete and upright and image.mode in ("RGB", "L") and image.width * image.height <= max_pixels
 
 
-def _encoded(image: Image.Image, max_pixels: int) -> bytes:
+def _encode(image: Image.Image, max_pixels: int) -> bytes:
     page = image.convert("RGBA" if image.has_transparency_data else "RGB")
     if page.mode == "RGBA":
         page = Image.alpha_composite(Image.new("RGBA", page.size, "white"), page).convert("RGB")

@@ -1,9 +1,9 @@
-"""Every answer of a paid teacher, kept as it arrives: what was paid for once is never asked for again.
+"""Stores every answer of a paid teacher as it arrives, so that no request is paid for twice.
 
-One SQLite file. An answer is found by the hash of all that decides it (`request_key`), so the file may serve any
-number of runs, and two processes at a time: a request that one of them has on its way is claimed, and the other
-waits for its answer. `kill -9` at any moment loses no answer that had been written. (A power cut may lose those of
-the last seconds, but no more than those: the file stays whole.)
+The store is one SQLite file. The key of an answer is a hash of everything that determines the request
+(`request_key`), so any number of runs can share the file, also at the same time: a process claims a request before
+it sends it, and other processes wait for the answer. `kill -9` loses no answer that had been written. A power cut
+may lose the answers of the last seconds, but does not corrupt the file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CREATE TABLE settings (value TEXT NOT NULL UNIQUE);
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server replied, as far as it is used. `finish` is the reply's finish_reason, or "refusal"."""
+    """The parts of a server's reply that are used. `finish` is the reply's finish_reason, or "refusal"."""
 
     text: str
     finish: str
@@ -53,7 +53,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Spent:
-    """All that a model's answers in a store took."""
+    """Totals over all answers of a model in a store."""
 
     answers: int = 0
     prompt_tokens: int = 0
@@ -67,8 +67,11 @@ def request_key(request: Mapping[str, Any]) -> str:
 
 
 class AnswerStore:
-    """The answers in one file, made where it is absent. Every method raises `InputError` for a file that can't be
-    read or written: a full disk, another program that holds it, something else than a store."""
+    """The answers in one file, which is created if it does not exist.
+
+    Every method raises `InputError` if the file can't be read or written: the disk is full, another program has
+    locked the file, or the file is not a store.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,10 +82,10 @@ class AnswerStore:
             self._db = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
         except (OSError, sqlite3.Error) as error:
             raise InputError(
-                f"{path}: can't be made or opened ({error}); give answers=… in another folder"
+                f"{path}: can't be created or opened ({error}); choose another file with answers=…"
             ) from None
-        with self._clear():
-            _waiting(self._db.execute, "PRAGMA journal_mode = WAL")
+        with self._sqlite_errors():
+            _retry_if_busy(self._db.execute, "PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
         with self._transaction():
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -92,46 +95,47 @@ class AnswerStore:
                 self._db.execute(f"PRAGMA user_version = {_VERSION}")
             elif version != _VERSION:
                 raise InputError(
-                    f"{path}: is no store of answers that this version can read; give another answers=…"
+                    f"{path}: is not a store of answers that this version can read; choose another with answers=…"
                 )
 
-    def expect(self, settings: Mapping[str, Any], accept: bool) -> None:
-        """Notes the settings under which answers are asked for.
+    def register_settings(self, settings: Mapping[str, Any], accept_other_settings: bool) -> None:
+        """Records the settings that the requests of this run depend on.
 
-        Raises `InputError` saying how they differ from those it was last used with, unless they were used in it
-        before, or `accept`.
+        Raises `InputError`, listing the differences to the last recorded settings, if the store was used before,
+        but not with these settings. `accept_other_settings` turns that check off.
         """
         value = json.dumps(settings, sort_keys=True, ensure_ascii=False)
         with self._transaction():
             known = [row[0] for row in self._db.execute("SELECT value FROM settings ORDER BY rowid")]
-            if known and value not in known and not accept:
+            if known and value not in known and not accept_other_settings:
                 last = json.loads(known[-1])
                 raise InputError(
-                    f"{self.path}: holds {self.count()} answers to other settings, so they would be paid for anew:"
+                    f"{self.path}: holds {self.count()} answers to requests with other settings, which this run "
+                    "can't reuse:"
                     + "".join(
-                        f"\n  {name}: {_short(last.get(name))} there, {_short(settings.get(name))} now"
+                        f"\n  {name}: {_short(last.get(name))} in the store, {_short(settings.get(name))} now"
                         for name in sorted({*last, *settings})
                         if last.get(name) != settings.get(name)
                     )
-                    + "\nPut the settings back, or begin a store of their own with answers=…, or go on in this "
-                    "one with overwrite=true: it keeps what it has and uses it wherever a request is the same"
+                    + "\nRestore the settings, or start a new store with answers=…, or use this store with "
+                    "overwrite=true: it keeps its answers and reuses those whose requests are the same"
                 )
             self._db.execute("INSERT OR IGNORE INTO settings VALUES (?)", (value,))
 
     def get(self, key: str) -> Answer | None:
-        with self._clear():
+        with self._sqlite_errors():
             row = self._db.execute(
                 "SELECT text, finish, prompt_tokens, completion_tokens FROM answers WHERE key = ?", (key,)
             ).fetchone()
         return Answer(*row) if row else None
 
     def put(self, key: str, model: str, answer: Answer) -> None:
-        """Keeps an answer, counts what it took and gives its claim up, all or nothing."""
+        """Stores an answer, adds its tokens to the totals and deletes its claim, in one transaction."""
         with self._transaction():
-            kept = self._db.execute(
+            inserted = self._db.execute(
                 "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)", (key, model, *astuple(answer))
             )
-            if kept.rowcount:
+            if inserted.rowcount:
                 self._db.execute(
                     "INSERT INTO spent VALUES (?, 1, ?, ?) ON CONFLICT (model) DO UPDATE SET "
                     "answers = answers + 1, prompt_tokens = prompt_tokens + excluded.prompt_tokens, "
@@ -141,26 +145,26 @@ class AnswerStore:
             self._db.execute("DELETE FROM claims WHERE key = ?", (key,))
 
     def spent(self, model: str) -> Spent:
-        """What the answers of a model took, those of other processes included."""
-        with self._clear():
+        """Totals over the answers of a model, including those of other processes."""
+        with self._sqlite_errors():
             row = self._db.execute(
                 "SELECT answers, prompt_tokens, completion_tokens FROM spent WHERE model = ?", (model,)
             ).fetchone()
         return Spent(*row) if row else Spent()
 
     def count(self) -> int:
-        with self._clear():
+        with self._sqlite_errors():
             (count,) = self._db.execute("SELECT coalesce(sum(answers), 0) FROM spent").fetchone()
         return int(count)
 
     def claim(self, key: str, seconds: float) -> bool:
-        """Whether the caller may send this request: nobody else has it on the way.
+        """Claims a request. Returns False if another process has claimed it.
 
-        A claim ends with its answer, with `release`, after `seconds`, or with the process that made it.
+        A claim ends when its answer is stored, with `release`, after `seconds`, or when its process ends.
         """
         with self._transaction():
             row = self._db.execute("SELECT owner, until FROM claims WHERE key = ?", (key,)).fetchone()
-            if row and row[1] > time.time() and self._lives(row[0]):
+            if row and row[1] > time.time() and self._is_running(row[0]):
                 return False
             self._db.execute(
                 "INSERT OR REPLACE INTO claims VALUES (?, ?, ?)", (key, self._owner, time.time() + seconds)
@@ -172,15 +176,15 @@ class AnswerStore:
             self._db.execute("DELETE FROM claims WHERE key = ? AND owner = ?", (key, self._owner))
 
     def close(self) -> None:
-        """Nothing is lost without it; a claim that was not released ends with the process."""
+        """Optional: without it no answer is lost, and open claims end with the process."""
         self._db.close()
 
-    def _lives(self, owner: str) -> bool:
-        """Whether the process that made a claim still runs; one of another machine is taken to."""
+    def _is_running(self, owner: str) -> bool:
+        """Whether the process that owns a claim is running. A process on another machine counts as running."""
         host, pid, token = owner.split("/")
         if host != self._host:
             return True
-        if int(pid) == os.getpid():  # in a container, a restart often has the same number
+        if int(pid) == os.getpid():  # after a container restart, the new process often has the same id
             return token == self._token
         try:
             os.kill(int(pid), 0)
@@ -192,7 +196,7 @@ class AnswerStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._clear():
+        with self._sqlite_errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -203,13 +207,13 @@ class AnswerStore:
                 raise
 
     @contextmanager
-    def _clear(self) -> Iterator[None]:
+    def _sqlite_errors(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
             raise InputError(
-                f"{self.path}: can't be used ({error}); see that the disk has room, that the file is a store of "
-                "answers and that no other program holds it. The answers in it are kept: the same command goes on"
+                f"{self.path}: can't be used ({error}); check that the disk has space, that the file is a store "
+                "of answers and that no other program locks it. Its answers are kept: run the same command again"
             ) from None
 
 
@@ -224,9 +228,10 @@ def _short(value: Any) -> str:
     stop=stop_after_delay(BUSY_SECONDS),
     reraise=True,
 )
-def _waiting(execute: Callable[[str], Any], statement: str) -> None:
-    """Runs a statement for which SQLite's own timeout does not hold.
+def _retry_if_busy(execute: Callable[[str], Any], statement: str) -> None:
+    """Executes a statement to which SQLite's own busy timeout does not apply.
 
-    Two processes that change the journal mode at once would wait for each other, so one is refused right away.
+    If two processes change the journal mode at the same time, SQLite refuses one of them at once, since waiting
+    would be a deadlock.
     """
     execute(statement)

@@ -1,8 +1,8 @@
-"""What explains a page: the offline extractive teacher, or a vision model behind an OpenAI-compatible server.
+"""The interface of a teacher, and the choice between the two: extractive (offline) and OpenAI-compatible.
 
-Both follow MM-R5 (arXiv 2506.12364, data construction): `explain` says why one page can or cannot help to
-answer a question, in the direction of the label; `refine` turns the notes on all pages of a question into a
-sentence on why the relevant pages help and one on why the others don't.
+Both follow the data construction of MM-R5 (arXiv 2506.12364). `explain` says why one page can or cannot help to
+answer a question; the page's label decides which. `refine` turns the notes on all pages of a question into one
+sentence on the relevant pages and one on the others.
 """
 
 from __future__ import annotations
@@ -14,22 +14,21 @@ from typing import Annotated, Protocol
 
 from pydantic import Field
 
-from data_construction.teacher.calls import ChatServer, TeacherFailure
+from data_construction.teacher.calls import ChatServer
 from data_construction.teacher.extractive import ExtractiveConfig, ExtractiveTeacher
 from data_construction.teacher.store import AnswerStore
 from data_construction.teacher.vision import OpenAIConfig, OpenAITeacher
 from mmr5_train.ranking.records import LocalId, Page
 
-__all__ = ["OpenAIConfig", "Teacher", "TeacherConfig", "TeacherFailure", "make_teacher"]
-
 TeacherConfig = Annotated[ExtractiveConfig | OpenAIConfig, Field(discriminator="name")]
 
 
 class Teacher(Protocol):
-    """Raises `TeacherFailure` where one question fails and `InputError` where none can succeed.
+    """Both methods raise `TeacherFailure` if one question fails, and `InputError` if no question can succeed.
 
-    `problem` says what was wrong with the answer before, where the same is asked a second time. `counts` go into
-    the manifest, so they must be the same however often the run was stopped; `status` is for the progress bar.
+    `words` is the longest answer allowed. `problem` describes what was wrong with the previous answer, if this is
+    a second try; otherwise it is "". `counts` are written to the manifest, so they must not depend on how often
+    the run was interrupted. `status` is for the progress bar.
     """
 
     concurrency: int
@@ -48,15 +47,15 @@ class Teacher(Protocol):
     async def close(self) -> None: ...
 
 
-def make_teacher(config: TeacherConfig, answers: Path, max_words: int, accept_other: bool) -> Teacher:
-    """The teacher that the config names; a paid one keeps its answers in the file `answers`.
+def make_teacher(config: TeacherConfig, answers: Path, max_words: int, accept_other_settings: bool) -> Teacher:
+    """Makes the teacher that the config names. A paid teacher stores its answers in the file `answers`.
 
-    Raises `InputError` for a server or a store that can't be used, and for a store whose answers were asked for
-    with other settings, unless `accept_other`.
+    Raises `InputError` if the server or the store can't be used, and if the answers in the store were requested
+    with other settings, unless `accept_other_settings`.
     """
     if isinstance(config, ExtractiveConfig):
         return ExtractiveTeacher(config)
-    server = ChatServer(config)  # before the store: without a key no file is made
+    server = ChatServer(config)  # before the store, so that a missing key leaves no file behind
     store = AnswerStore(answers)
-    store.expect({**config.asked_with(), "max_words": max_words}, accept_other)
+    store.register_settings({**config.request_settings(), "max_words": max_words}, accept_other_settings)
     return OpenAITeacher(config, server, store)

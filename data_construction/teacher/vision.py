@@ -1,9 +1,9 @@
-"""The teacher behind an OpenAI-compatible server: a vision model sees each page and explains it.
+"""The teacher that asks a vision model on an OpenAI-compatible server to explain each page image.
 
-Where the server is and with which key stand in the environment (`OPENAI_BASE_URL`, `OPENAI_API_KEY`), the
-words that are sent in configs/teacher/openai.yaml. What happens to a call that fails is in calls.py. Every answer
-goes into the store first and is taken from there: the same request is paid for once, whatever happens to the run.
-An answer that can't be used is asked for again, as often as `OpenAITeacher` says, and then fails its question.
+The server and its key come from the environment (`OPENAI_BASE_URL`, `OPENAI_API_KEY`), the prompts from
+configs/teacher/openai.yaml. calls.py handles failed calls. Every answer is written to the store before it is used,
+so an interrupted run never pays twice for the same request. An unusable answer is requested again, as
+`OpenAITeacher` describes; if that does not help, its question is dropped.
 """
 
 from __future__ import annotations
@@ -18,45 +18,49 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_construction.teacher.calls import ChatServer, TeacherFailure
-from data_construction.teacher.cost import PIXELS_A_TOKEN, TOKENS_A_WORD, Budget, Estimate, Price, text_tokens
-from data_construction.teacher.extractive import pages_named
-from data_construction.teacher.pages import PagePictures
+from data_construction.teacher.cost import PIXELS_PER_TOKEN, TOKENS_PER_WORD, Budget, Estimate, Price, text_tokens
+from data_construction.teacher.extractive import image_names
+from data_construction.teacher.pages import PageImages
 from data_construction.teacher.store import Answer, AnswerStore, request_key
 from mmr5_train.ranking.notes import join_notes
 from mmr5_train.ranking.prompt import THINK_CLOSE, THINK_OPEN, fill_template, neutralize
 from mmr5_train.ranking.records import LocalId, Page, PageId, PromptedTask
 
-PROBLEMS = {
+ANSWER_PROBLEMS = {
     "empty": "was empty",
     "cut_off": "was cut off at the token limit",
     "too_long": "was too long",
     "refused": "was a refusal",
 }
-"""What can be wrong with an answer, as manifest counts name it, and as the model is told."""
+"""Problems of an answer: name in the manifest → words that follow "Your last reply" in the prompt."""
 
-REFUSALS = ("content_filter", "refusal")
+REFUSAL_REASONS = ("content_filter", "refusal")
 POLL_SECONDS = 0.1
 
 
 class OpenAIConfig(BaseModel):
     """`teacher: openai` (configs/teacher/openai.yaml).
 
-    Templates may hold {query} and {words}; those of the second step also {notes}, {relevant} and {others}.
+    The templates may contain {query} and {words}; the refine templates also {notes}, {relevant} and {others}.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Literal["openai"]
-    model: str | None = Field(description="the name the server knows the model by")
-    concurrency: int = Field(gt=0, description="requests on the way at once")
-    max_cost_usd: float | None = Field(gt=0, description="dollars that this model's answers in the store may cost")
-    prices: dict[str, Price] = Field(description="dollars for a million tokens, by model")
-    timeout: float = Field(gt=0, description="seconds until a request counts as lost")
-    attempts: int = Field(gt=0, description="tries of a request that a passing fault stopped or left empty")
-    max_wait: float = Field(gt=0, description="longest pause between two tries, seconds")
-    max_tokens: int = Field(gt=0, description="longest answer, a think block included; twice that if asked again")
-    temperature: float | None = Field(ge=0, description="null: not sent, as some models want")
-    max_pixels: int = Field(ge=784, description="larger page images are made smaller")
+    model: str | None = Field(description="name of the model on the server")
+    concurrency: int = Field(gt=0, description="requests in flight at a time")
+    max_cost_usd: float | None = Field(
+        gt=0, description="limit on the cost of this model's answers in the store, dollars"
+    )
+    prices: dict[str, Price] = Field(description="dollars per million tokens, by model")
+    timeout: float = Field(gt=0, description="seconds to wait for a reply")
+    attempts: int = Field(gt=0, description="tries of a request after temporary errors or empty answers")
+    max_wait: float = Field(gt=0, description="longest wait between two tries, seconds")
+    max_tokens: int = Field(
+        gt=0, description="limit of an answer, think block included; doubled when a request is repeated"
+    )
+    temperature: float | None = Field(ge=0, description="null: not sent, which some models require")
+    max_pixels: int = Field(ge=784, description="larger page images are shrunk")
     system: str
     can_help: str
     cannot_help: str
@@ -66,19 +70,20 @@ class OpenAIConfig(BaseModel):
     again: str
 
     @model_validator(mode="after")
-    def _templates_hold_the_question(self) -> OpenAIConfig:
+    def _templates_have_required_fields(self) -> OpenAIConfig:
         explain, refine = ("can_help", "cannot_help"), ("refine", "refine_all", "refine_none")
-        for field, name in {**dict.fromkeys(explain, "{query}"), **dict.fromkeys(refine, "{notes}")}.items():
+        required = {**dict.fromkeys(explain, "{query}"), **dict.fromkeys(refine, "{notes}")}
+        for field, name in required.items():
             if name not in getattr(self, field):
-                raise ValueError(f"{field} must hold {name}")
+                raise ValueError(f"{field} must contain {name}")
         return self
 
     @property
     def price(self) -> Price | None:
         return self.prices.get(self.model or "")
 
-    def asked_with(self) -> dict[str, Any]:
-        """The settings that decide what is asked and how: another value makes other requests."""
+    def request_settings(self) -> dict[str, Any]:
+        """The settings that requests depend on: another value makes other requests."""
         others = {"name", "concurrency", "max_cost_usd", "prices", "timeout", "attempts", "max_wait"}
         return self.model_dump(exclude=others)
 
@@ -93,40 +98,41 @@ class OpenAIConfig(BaseModel):
             query=neutralize(query),
             words=words,
             notes=join_notes(notes),
-            relevant=pages_named(positives),
-            others=pages_named(others),
+            relevant=image_names(positives),
+            others=image_names(others),
         )
 
     def image_tokens(self, page: Page) -> float:
-        """About how many tokens a page has as this model sees it."""
+        """Approximate number of visual tokens of a page for this model."""
         pixels = min(page.width * page.height, self.max_pixels)
-        return pixels / (self.price.pixels_per_token if self.price else PIXELS_A_TOKEN)
+        return pixels / (self.price.pixels_per_token if self.price else PIXELS_PER_TOKEN)
 
     def estimate(
         self, prompted: Sequence[PromptedTask], pages: dict[PageId, Page], refine: bool, words: int
     ) -> Estimate:
-        """What explaining these questions will take if every answer is as long as allowed, and right at once."""
+        """Calls and tokens of these questions, if each answer has the full length and none is requested again."""
         calls = images = text = output = 0.0
         for task in prompted:
-            positives, note = task.local_positives, round(words * TOKENS_A_WORD)
+            positives, note_tokens = task.local_positives, round(words * TOKENS_PER_WORD)
             for i, shown in enumerate(task.shown, 1):
                 images += self.image_tokens(pages[shown.id])
                 text += text_tokens(self.system + self.explain_text(task.task.query, i in positives, words))
             calls += len(task.shown)
-            output += len(task.shown) * note
+            output += len(task.shown) * note_tokens
             if refine:
-                asked = self.refine_text(task.task.query, [""] * len(task.shown), positives, 2 * words)
-                text += text_tokens(self.system + asked) + len(task.shown) * note
+                prompt = self.refine_text(task.task.query, [""] * len(task.shown), positives, 2 * words)
+                text += text_tokens(self.system + prompt) + len(task.shown) * note_tokens
                 calls += 1
-                output += 2 * note
+                output += 2 * note_tokens
         return Estimate(int(calls), round(images), round(text), round(output))
 
 
 class OpenAITeacher:
     """A `Teacher` over HTTP, with a store of its answers.
 
-    An empty answer is asked for again until it has come `attempts` times, one that was cut off or too long once
-    more, a refusal not at all. The model is told what was wrong, and may use twice as many tokens.
+    After an unusable answer, the request is repeated with the problem added to the prompt and twice the token
+    limit: up to `attempts` tries for empty answers, two for answers that are cut off or too long, none after a
+    refusal.
     """
 
     def __init__(self, config: OpenAIConfig, server: ChatServer, store: AnswerStore) -> None:
@@ -135,78 +141,84 @@ class OpenAITeacher:
         self.counts: Counter[str] = Counter()
         self.model = config.model or ""
         self.budget = Budget(self.model, config.price, config.max_cost_usd, lambda: store.spent(self.model))
-        self._may_come = {"empty": config.attempts, "cut_off": 2, "too_long": 2, "refused": 1}
+        self._max_tries = {"empty": config.attempts, "cut_off": 2, "too_long": 2, "refused": 1}
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._used: set[str] = set()
-        self._paid = 0
-        self._pictures = PagePictures(config.max_pixels)
+        self._counted_keys: set[str] = set()
+        self._paid_answers = 0
+        self._images = PageImages(config.max_pixels)
 
     async def explain(
         self, query: str, page: Page, image: Path, helps: bool, words: int, problem: str = ""
     ) -> str:
-        """What the model says of the page picture, in at most `words` words on one line.
+        """The model's note on the page image, on one line of at most `words` words.
 
-        `problem` says what was wrong with the answer before, if this is a second try. Raises `TeacherFailure`, and
-        `InputError` for an image that can't be read or a server that refuses.
+        `problem` describes what was wrong with the previous answer, if this is a second try. Raises
+        `TeacherFailure`, and `InputError` if the image can't be read or the server refuses requests.
         """
-        asked = self.config.explain_text(query, helps, words)
-        return await self._answer(self._again(asked, problem, words), words, image, self.config.image_tokens(page))
+        prompt = self._with_problem(self.config.explain_text(query, helps, words), problem, words)
+        return await self._answer(prompt, words, image, self.config.image_tokens(page))
 
     async def refine(
         self, query: str, notes: Sequence[str], positives: Sequence[LocalId], words: int, problem: str = ""
     ) -> str:
-        """The second step, without images: the notes in two sentences. As `explain` otherwise."""
-        asked = self.config.refine_text(query, notes, positives, words)
-        return await self._answer(self._again(asked, problem, words), words)
+        """Summarizes the notes in one or two sentences, without images. Otherwise like `explain`."""
+        prompt = self._with_problem(self.config.refine_text(query, notes, positives, words), problem, words)
+        return await self._answer(prompt, words)
 
     async def close(self) -> None:
         await self.server.close()
         self.store.close()
 
     def status(self) -> str:
-        """For the progress bar: what was answered and what it cost, this run's and all before it in the store."""
-        spent, dollars = self.store.spent(self.model), self.budget.dollars
+        """For the progress bar: answers, tokens and cost of all runs with this store, and errors of this run."""
+        spent, dollars = self.store.spent(self.model), self.budget.spent_dollars
         parts = [
-            f"{spent.answers:,} answers ({self._paid:,} now)",
+            f"{spent.answers:,} answers ({self._paid_answers:,} in this run)",
             f"{spent.prompt_tokens + spent.completion_tokens:,} tokens",
             f"${dollars:,.2f}" if dollars is not None else "",
             " ".join(f"{name} {count}" for name, count in sorted(self.server.faults.items())),
         ]
         return ", ".join(part for part in parts if part)
 
-    def _again(self, asked: str, problem: str, words: int) -> str:
-        return f"{asked}\n\n{fill_template(self.config.again, problem=problem, words=words)}" if problem else asked
+    def _with_problem(self, prompt: str, problem: str, words: int) -> str:
+        return (
+            f"{prompt}\n\n{fill_template(self.config.again, problem=problem, words=words)}" if problem else prompt
+        )
 
-    async def _answer(self, asked: str, words: int, image: Path | None = None, image_tokens: float = 0) -> str:
-        """The answer's text, asked for again while it can't be used. Raises as `explain` does."""
-        came: Counter[str] = Counter()
+    async def _answer(self, prompt: str, words: int, image: Path | None = None, image_tokens: float = 0) -> str:
+        """The text of a usable answer; repeats the request as the class describes. Raises as `explain` does."""
+        tries: Counter[str] = Counter()  # by problem
         problem = ""
-        while not problem or came[problem] < self._may_come[problem]:
-            text = self._again(asked, PROBLEMS.get(problem, ""), words)
-            limit = self.config.max_tokens * (2 if problem else 1)
-            key, answer = await self._stored_or_paid(text, limit, came.total(), image, image_tokens)
-            read, problem = usable(answer, words)
-            if key not in self._used:  # two questions may ask the same
-                self._used.add(key)
+        while not problem or tries[problem] < self._max_tries[problem]:
+            text = self._with_problem(prompt, ANSWER_PROBLEMS.get(problem, ""), words)
+            max_tokens = self.config.max_tokens * (2 if problem else 1)
+            key, answer = await self._stored_or_paid(text, max_tokens, tries.total(), image, image_tokens)
+            answer_text, problem = read_answer(answer, words)
+            if key not in self._counted_keys:  # two questions may send the same request
+                self._counted_keys.add(key)
                 self.counts.update(
                     answers=1, prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens
                 )
                 if problem:
                     self.counts[problem] += 1
             if not problem:
-                return read
-            came[problem] += 1
-        raise TeacherFailure(f"the teacher's answer {PROBLEMS[problem]}")
+                return answer_text
+            tries[problem] += 1
+        raise TeacherFailure(f"the teacher's answer {ANSWER_PROBLEMS[problem]}")
 
     async def _stored_or_paid(
-        self, text: str, limit: int, tries: int, image: Path | None, image_tokens: float
+        self, text: str, max_tokens: int, tries: int, image: Path | None, image_tokens: float
     ) -> tuple[str, Answer]:
-        """The key of a request and its answer. `tries` tells an answer asked for anew from the one before."""
+        """The key and the answer of a request: from the store, or from the server if it is not stored.
+
+        `tries` is the number of unusable answers so far. It is part of the key, so that a repeated request is not
+        answered from the store with the same unusable answer.
+        """
         config = self.config
-        seen = [await self._pictures.hash(image), config.max_pixels] if image else None
+        page = [await self._images.hash(image), config.max_pixels] if image else None
         key = request_key(
-            {"model": self.model, "temperature": config.temperature, "limit": limit, "system": config.system,
-             "text": text, "page": seen, "tries": tries}
+            {"model": self.model, "temperature": config.temperature, "limit": max_tokens, "system": config.system,
+             "text": text, "page": page, "tries": tries}
         )  # fmt: skip
         while True:
             if answer := self.store.get(key):
@@ -214,55 +226,57 @@ class OpenAITeacher:
             async with self._slots:
                 if self.store.claim(key, config.attempts * (config.timeout + config.max_wait)):
                     try:
-                        # Another process may have stored it between the two lines above.
-                        answer = self.store.get(key) or await self._pay(key, text, limit, image, image_tokens)
+                        # Another process may have stored it after the first `get` and before the claim.
+                        answer = self.store.get(key) or await self._pay(key, text, max_tokens, image, image_tokens)
                         return key, answer
-                    except Exception:  # not when cancelled: the call may still be on its way
+                    except Exception:  # not on cancellation: the call may still be in flight
                         self.store.release(key)
                         raise
             await asyncio.sleep(POLL_SECONDS)
 
-    async def _pay(self, key: str, text: str, limit: int, image: Path | None, image_tokens: float) -> Answer:
-        url = await self._pictures.url(image) if image else None
+    async def _pay(self, key: str, text: str, max_tokens: int, image: Path | None, image_tokens: float) -> Answer:
+        url = await self._images.url(image) if image else None
         prompt_tokens = text_tokens(self.config.system + text) + image_tokens
 
-        def keep(answer: Answer) -> Answer:
-            if not answer.prompt_tokens:  # a server that doesn't count: the budget must not take that for free
+        def store(answer: Answer) -> Answer:
+            if not answer.prompt_tokens:  # the server reports no usage; the budget must not count that as free
                 answer = Answer(answer.text, answer.finish, round(prompt_tokens), text_tokens(answer.text))
             self.store.put(key, self.model, answer)
-            self._paid += 1
+            self._paid_answers += 1
             return answer
 
-        most = await self.budget.reserve(2 * prompt_tokens, limit)  # twice: it is a guess
+        # The prompt tokens are an estimate: reserve twice as many.
+        reserved = await self.budget.reserve(2 * prompt_tokens, max_tokens)
         try:
-            return await self.server.complete(self._body(text, limit, url), keep)
+            return await self.server.complete(self._body(text, max_tokens, url), store)
         finally:
-            await self.budget.settle(most)
+            await self.budget.release(reserved)
 
-    def _body(self, text: str, limit: int, url: str | None) -> bytes:
-        picture = [{"type": "image_url", "image_url": {"url": ""}}] if url else []
+    def _body(self, text: str, max_tokens: int, url: str | None) -> bytes:
+        image_part = [{"type": "image_url", "image_url": {"url": ""}}] if url else []
         request: dict[str, Any] = {
             "model": self.model,
             "messages": [
                 {"role": "system", "content": self.config.system},
-                {"role": "user", "content": [*picture, {"type": "text", "text": text}]},
+                {"role": "user", "content": [*image_part, {"type": "text", "text": text}]},
             ],
-            "max_completion_tokens": limit,
+            "max_completion_tokens": max_tokens,
         }
         if self.config.temperature is not None:
             request["temperature"] = self.config.temperature
-        # The picture is set in afterwards, at the first empty url (in a text, quotes would have a backslash): to
-        # look through a megabyte for characters to escape takes as long as all the rest of a call.
+        # Insert the image after encoding: escaping a megabyte of base64 takes as long as the rest of a call. The
+        # first match is the image's empty url, since json.dumps escapes the quotes in any text.
         head, mark, tail = json.dumps(request).encode().partition(b'"url": "')
         return b"".join([head, mark, url.encode() if url else b"", tail])
 
 
-def usable(answer: Answer, words: int) -> tuple[str, str]:
-    """(text on one line, problem) of an answer; the problem is a key of `PROBLEMS`, or "".
+def read_answer(answer: Answer, words: int) -> tuple[str, str]:
+    """(text on one line, problem) of an answer; the problem is a key of `ANSWER_PROBLEMS`, or "".
 
-    A think block is passed over, whether the server split it off as `reasoning_content` or left it in place.
+    The text does not include a think block. Some servers return it separately, as `reasoning_content`; others
+    leave it in the text.
     """
-    if answer.finish in REFUSALS:
+    if answer.finish in REFUSAL_REASONS:
         return "", "refused"
     if answer.finish == "length":
         return "", "cut_off"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_construction.first_stage.exclusion import plain_name, read_excluded
+from data_construction.first_stage.exclusion import normalize_name, read_excluded
 from mmr5_train.common.files import InputError
 
 
@@ -20,7 +20,7 @@ from mmr5_train.common.files import InputError
     ],
 )
 def test_names_that_mean_the_same(name: str, plain: str) -> None:
-    assert plain_name(name) == plain
+    assert normalize_name(name) == plain
 
 
 def test_documents_and_annotations(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_construction.first_stage.policy import Policy, choose
+from data_construction.first_stage.policy import Policy, choose_candidates
 from mmr5_train.ranking.records import Candidate, PageId
 
 RANKED = tuple(Candidate(doc_name="a", page=page, image="a.jpg", score=-page) for page in range(12))
@@ -11,7 +11,7 @@ RANKED = tuple(Candidate(doc_name="a", page=page, image="a.jpg", score=-page) fo
 
 def chosen(policy: Policy, *positives: int, n: int = 5, insert: bool = True, seed: str = "s") -> list[int]:
     gold = [PageId(doc_name="a", page=page) for page in positives]
-    return [candidate.page for candidate in choose(RANKED, gold, n, policy, insert, seed)]
+    return [candidate.page for candidate in choose_candidates(RANKED, gold, n, policy, insert, seed)]
 
 
 def test_the_best_pages_whatever_they_are() -> None:
@@ -64,8 +64,8 @@ def test_the_part_of_a_ranking_that_is_kept_is_enough(
         {"rule": rule, "skip_irrelevant": skip, "draw_from": draw, "insert_missed": True}
     )
     positives = [PageId(doc_name="a", page=page) for page in gold]
-    reach = max(n, policy.reach(n) + len(gold))
+    reach = max(n, policy.max_irrelevant(n) + len(gold))
     part = [page for i, page in enumerate(RANKED) if i < reach or page.page in gold]
-    whole = choose(RANKED, positives, n, policy, True, "s")
-    assert choose(part, positives, n, policy, True, "s") == whole
+    whole = choose_candidates(RANKED, positives, n, policy, True, "s")
+    assert choose_candidates(part, positives, n, policy, True, "s") == whole
     assert len(set(whole)) == len(whole) <= n

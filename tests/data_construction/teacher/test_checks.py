@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from data_construction.teacher.checks import Rules, failed_checks, label_word, named_pages, other_language
+from data_construction.teacher.checks import Rules, failed_checks, find_label_word, named_images, other_language
 from mmr5_train.ranking.records import LocalId, Page
 
 PAGE = Page(doc_name="d", page=0, domain="x", image="i", width=1, height=1, text="Positive results, by sector")
@@ -26,17 +26,17 @@ PAGE = Page(doc_name="d", page=0, domain="x", image="i", width=1, height=1, text
     ],
 )
 def test_words_that_give_the_label_away(text: str, found: str | None):
-    told = label_word(text, "What grew?", [PAGE])
+    told = find_label_word(text, "What grew?", [PAGE])
     assert told is None if found is None else found in str(told)
 
 
 def test_words_of_the_question_give_nothing_away():
-    assert label_word("It names the label.", "Who signed to the label?", [PAGE]) is None
+    assert find_label_word("It names the label.", "Who signed to the label?", [PAGE]) is None
 
 
 def test_named_pages():
-    assert named_pages("Image 2 helps. Images 1, 3 and 4 do not; nor do images 5 & 6.") == {1, 2, 3, 4, 5, 6}
-    assert named_pages("No image of 12 pages helps.") == set()
+    assert named_images("Image 2 helps. Images 1, 3 and 4 do not; nor do images 5 & 6.") == {1, 2, 3, 4, 5, 6}
+    assert named_images("No image of 12 pages helps.") == set()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_construction.teacher.extractive import ExtractiveConfig, ExtractiveTeacher, listed, pages_named
+from data_construction.teacher.extractive import ExtractiveConfig, ExtractiveTeacher, image_names, join_words
 from mmr5_train.common.config import CONFIGS
 from mmr5_train.ranking.notes import join_notes, read_verdict
 from mmr5_train.ranking.prompt import neutralize
@@ -130,10 +130,10 @@ def test_refined_notes_stay_short_and_keep_their_quotes_closed():
 
 
 def test_lists_read_as_english():
-    assert listed([]) == ""
-    assert listed(["a"]) == "a"
-    assert listed(["a", "b"]) == "a and b"
-    assert pages_named([1, 3, 4]) == "Images 1, 3 and 4"
+    assert join_words([]) == ""
+    assert join_words(["a"]) == "a"
+    assert join_words(["a", "b"]) == "a and b"
+    assert image_names([1, 3, 4]) == "Images 1, 3 and 4"
     assert join_notes(["x"]) == "Image 1: x"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_construction.teacher.store import Answer, AnswerStore, Spent, _waiting, request_key
+from data_construction.teacher.store import Answer, AnswerStore, Spent, _retry_if_busy, request_key
 from mmr5_train.common.files import InputError
 
 ANSWER = Answer("It shows a table.", "stop", 1300, 9)
@@ -95,27 +95,27 @@ def test_a_refusal_that_sqlite_does_not_wait_out_is_waited_out():
         if statement == "broken":
             raise broken
 
-    _waiting(execute, "PRAGMA journal_mode = WAL")
+    _retry_if_busy(execute, "PRAGMA journal_mode = WAL")
     assert len(said) == 3
     with pytest.raises(sqlite3.OperationalError, match="disk I/O"):
-        _waiting(execute, "broken")
+        _retry_if_busy(execute, "broken")
     assert len(said) == 4
 
 
 def test_other_settings_are_named(path: Path):
     store = AnswerStore(path)
-    store.expect({"model": "m", "system": "Be brief. " * 20}, accept=False)
+    store.register_settings({"model": "m", "system": "Be brief. " * 20}, accept=False)
     store.put("a", "m", ANSWER)
-    store.expect({"model": "m", "system": "Be brief. " * 20}, accept=False)
+    store.register_settings({"model": "m", "system": "Be brief. " * 20}, accept=False)
     with pytest.raises(
         InputError, match=r'holds 1 answers .*\n  model: "m" there, "n" now\n  system: .*…'
     ) as caught:
-        store.expect({"model": "n", "system": "Be long."}, accept=False)
+        store.register_settings({"model": "n", "system": "Be long."}, accept=False)
     assert "answers=…" in str(caught.value)
     assert "overwrite=true" in str(caught.value)
-    store.expect({"model": "n", "system": "Be long."}, accept=True)
-    store.expect({"model": "n", "system": "Be long."}, accept=False)
-    store.expect({"model": "m", "system": "Be brief. " * 20}, accept=False)
+    store.register_settings({"model": "n", "system": "Be long."}, accept=True)
+    store.register_settings({"model": "n", "system": "Be long."}, accept=False)
+    store.register_settings({"model": "m", "system": "Be brief. " * 20}, accept=False)
     assert store.get("a") == ANSWER
 
 

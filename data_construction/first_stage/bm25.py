@@ -1,0 +1,34 @@
+"""BM25 over the page texts of one document, built in: needs no model and no index on disk."""
+
+from __future__ import annotations
+
+import bm25s
+
+from data_construction.corpus.documents import Document
+from mmr5_train.ranking.records import Page
+
+
+def rank_by_bm25(document: Document) -> list[list[tuple[Page, float]]]:
+    """For each question of the document, its pages with their scores, best first.
+
+    bm25s is used with its default parameters and English stop words. Pages with equal scores are in page order;
+    pages without text come after all others. So a scan without any text stays in page order.
+    """
+    pages = document.pages
+    tokens = bm25s.tokenize([page.text for page in pages], stopwords="en", show_progress=False)
+    index = None
+    if any(tokens.ids):
+        index = bm25s.BM25()
+        index.index(tokens, show_progress=False)
+    queries = bm25s.tokenize(
+        [question.query for question in document.questions],
+        stopwords="en",
+        return_ids=False,
+        show_progress=False,
+    )
+    rankings = []
+    for words in queries:
+        scores = [float(score) for score in index.get_scores(words)] if index and words else [0.0] * len(pages)
+        order = sorted(range(len(pages)), key=lambda i: (not pages[i].text.strip(), -scores[i], i))
+        rankings.append([(pages[i], scores[i]) for i in order])
+    return rankings

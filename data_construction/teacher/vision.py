@@ -181,9 +181,10 @@ class OpenAITeacher:
         return ", ".join(part for part in parts if part)
 
     def _with_problem(self, prompt: str, problem: str, words: int) -> str:
-        return (
-            f"{prompt}\n\n{fill_template(self.config.again, problem=problem, words=words)}" if problem else prompt
-        )
+        """The prompt of a repeated request, or the same prompt if there is no problem."""
+        if not problem:
+            return prompt
+        return f"{prompt}\n\n{fill_template(self.config.again, problem=problem, words=words)}"
 
     async def _answer(self, prompt: str, words: int, image: Path | None = None, image_tokens: float = 0) -> str:
         """The text of a usable answer; repeats the request as the class describes. Raises as `explain` does."""

@@ -1,4 +1,4 @@
-"""Fixtures for tests that read corpora; what makes small ones is in sample_corpora.py."""
+"""Fixtures for tests that read corpora. sample_corpora.py writes small corpora."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 @pytest.fixture
 def slice_folder() -> Path:
-    """The real slice of MMDocIR."""
+    """The slice of MMDocIR with real PDFs."""
     default = Path(__file__).resolve().parents[3] / "shared" / "mmdocir"
     folder = Path(os.environ.get("MMDOCIR_SLICE", default))
     if not (folder / "MMDocIR_annotations.jsonl").is_file():
@@ -23,7 +23,7 @@ def slice_folder() -> Path:
 
 @pytest.fixture
 def no_render(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Call it, and from then on the test fails where a page is rendered or an image encoded."""
+    """After it is called, the test fails if a page is rendered or an image is encoded."""
 
     def forbid() -> None:
         def fail(*_: Any, **__: Any) -> None:

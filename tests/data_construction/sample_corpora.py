@@ -29,7 +29,7 @@ SCHEMA = pa.schema(
 
 
 def write_pdf(path: Path, texts: Sequence[str], size: tuple[float, float] = (300, 400)) -> None:
-    """A PDF with one page a text; an empty text gives a page without a text layer."""
+    """Writes a PDF with one page per text. An empty text gives a page without a text layer."""
     pdf = pypdfium2.PdfDocument.new()
     for text in texts:
         page = pdf.new_page(*size)
@@ -53,7 +53,7 @@ def image_bytes(color: str = "white", size: tuple[int, int] = (60, 80), kind: st
 def page_row(
     doc_name: str, page: int | str, text: str = "", image: bytes | None = None, **more: Any
 ) -> dict[str, Any]:
-    """A row of the page parquet; every page has its own colour unless image bytes are given."""
+    """A row of the page parquet. Every page has its own colour unless image bytes are given."""
     number = int(page) if str(page).isdigit() else 0
     data = image_bytes(f"rgb({40 * number % 256}, 200, {len(doc_name)})") if image is None else image
     row = {
@@ -85,10 +85,10 @@ def line(
 
 
 def write_lines(folder: Path, *lines: dict[str, Any] | str) -> None:
-    """The annotations file; a string is written as it is."""
+    """Writes the annotations file. A string is lines_text unchanged, to test invalid lines."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [value if isinstance(value, str) else json.dumps(value) for value in lines]
-    (folder / "MMDocIR_annotations.jsonl").write_text("\n".join(written) + "\n")
+    lines_text = [value if isinstance(value, str) else json.dumps(value) for value in lines]
+    (folder / "MMDocIR_annotations.jsonl").write_text("\n".join(lines_text) + "\n")
 
 
 # The training set.
@@ -98,7 +98,7 @@ IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def train_page(file_name: str, page: Any, text: str = "", image: Any = None) -> dict[str, Any]:
-    """A row of a subset's parquet, one layout a line of `text`. No two pages look alike."""
+    """A row of a subset's parquet, with one layout per line of `text`. Every page has its own image."""
     shade = sum(f"{file_name}{page}".encode())
     layouts = [{"type": "text", "bbox": [0.0, 0.0, 60.0, 8.0], "text": line} for line in text.split("\n")]
     return {
@@ -125,7 +125,7 @@ def write_subset(
     struct: bool = False,
     rows_a_group: int = 4,
 ) -> None:
-    """A subset of the training set. `struct`: images stand in a struct with `bytes`, as `datasets` writes them."""
+    """Writes a subset of the training set. `struct`: images are structs with `bytes`, as `datasets` writes them."""
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
     if struct:
         columns["image"] = pa.array([{"bytes": data, "path": None} for data in columns["image"]], IMAGE)
@@ -134,5 +134,5 @@ def write_subset(
     pq.write_table(pa.table(columns), folder / f"parquet/{subset}_filter.parquet", row_group_size=rows_a_group)
     questions = folder / f"annotations_top1_negative/{subset}_train.jsonl"
     questions.parent.mkdir(exist_ok=True)
-    written = [value if isinstance(value, str) else json.dumps(value) for value in lines]
-    questions.write_text("\n".join(written) + "\n")
+    lines_text = [value if isinstance(value, str) else json.dumps(value) for value in lines]
+    questions.write_text("\n".join(lines_text) + "\n")

@@ -1,4 +1,4 @@
-"""A few made-up questions on documents of four coloured pages, and the traces stage run on them."""
+"""Small sets of questions on documents of four coloured pages, and helpers to run the traces stage on them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLORS = ("red", "green", "blue", "orange")
 
 
 def make_data(folder: Path, questions: int = 3, described: bool = True, positives: tuple[int, ...] = (1,)) -> Path:
-    """train.jsonl, pages.jsonl and images/ for `questions` questions on a document of four pages each."""
+    """Writes train.jsonl, pages.jsonl and images/ for `questions` documents with four pages and one question."""
     (folder / "images").mkdir(parents=True)
     tasks, pages = [], []
     for q in range(questions):
@@ -57,5 +57,5 @@ def skipped(out: Path) -> list[Skipped]:
     return read_records(out / "skipped.jsonl", Skipped, unique=None)
 
 
-def by_bytes(folder: Path) -> dict[str, bytes]:
+def file_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}

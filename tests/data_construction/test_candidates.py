@@ -85,7 +85,7 @@ def test_heldout_keeps_every_question_and_all_gold_pages(orchard: Path) -> None:
     assert (out / "train.jsonl").read_text() == (out / "select.jsonl").read_text() == ""
 
 
-def test_image_paths_lead_from_the_file_to_the_picture(orchard: Path) -> None:
+def test_image_paths_are_relative_to_the_output_folder(orchard: Path) -> None:
     out = run(orchard, "deep/er/data")
     pages = read_records(out / "pages.jsonl", Page, unique="id")
     assert len(pages) == 9
@@ -95,7 +95,7 @@ def test_image_paths_lead_from_the_file_to_the_picture(orchard: Path) -> None:
         assert (out / image).is_file()
 
 
-def test_train_keeps_only_what_can_be_learned_from(orchard: Path) -> None:
+def test_train_has_only_complete_tasks_with_a_relevant_candidate(orchard: Path) -> None:
     out = run(orchard, split=ALL_TRAIN)
     tasks = read_records(out / "train.jsonl", RankingTask)
     assert [task.query_id for task in tasks] == [f"fruit.pdf/{k}" for k in range(7)]
@@ -112,19 +112,19 @@ def test_train_keeps_only_what_can_be_learned_from(orchard: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "select"])
-def test_what_the_first_stage_missed_may_be_kept(split: str, orchard: Path) -> None:
-    all_of_it = {"train": 0, "select": 0, "heldout": 0, split: 1}
-    kept = run(orchard, "kept", split=all_of_it, candidates=1, missed="keep")
+def test_missed_keep(split: str, orchard: Path) -> None:
+    only_split = {"train": 0, "select": 0, "heldout": 0, split: 1}
+    kept = run(orchard, "kept", split=only_split, candidates=1, missed="keep")
     assert "small.pdf/1" in {task.query_id for task in read_records(kept / f"{split}.jsonl", RankingTask)}
     assert not read_all(kept / "skipped.jsonl", Skipped)
 
 
-def test_heldout_may_have_more_candidates(orchard: Path) -> None:
+def test_n_heldout(orchard: Path) -> None:
     tasks = read_records(run(orchard, n_heldout=6) / "heldout.jsonl", RankingTask)
     assert [len(task.candidates) for task in tasks] == [6] * 7 + [2] * 2
 
 
-def test_scores_of_another_retriever(orchard: Path) -> None:
+def test_scores_from_a_file(orchard: Path) -> None:
     sizes = {"fruit.pdf": (7, 7), "small.pdf": (2, 2)}  # pages, questions
     with (orchard / "scores.jsonl").open("w") as stream:
         for name, (n_pages, n_questions) in sizes.items():
@@ -140,7 +140,7 @@ def test_scores_of_another_retriever(orchard: Path) -> None:
 
 def test_first_stage_results(orchard: Path) -> None:
     results = json.loads((run(orchard) / "first_stage.json").read_text())
-    # Every fruit is found; of the small document, half of two gold pages, and page 1 behind page 0.
+    # Every fruit is first; in the small document, one of two gold pages, then page 1 after page 0.
     assert results["questions"] == 9
     assert results["eligible"] == 9
     assert results["micro"]["recall@1"] == pytest.approx(7.5 / 9)
@@ -167,7 +167,7 @@ def test_documents_record_their_split_and_hash(tmp_path: Path) -> None:
     write_lines(tmp_path, *(line(f"{name}.pdf", None, question("Where are the figs?", [0])) for name in names))
     for i, name in enumerate(names):
         write_pdf(tmp_path / f"documents/{name}.pdf", [f"figs {i}", "one", "two"])
-    for name in ("d1", "d2", "d3"):  # the same file under other names
+    for name in ("d1", "d2", "d3"):  # copies under other names
         shutil.copy(tmp_path / "documents/d0.pdf", tmp_path / f"documents/{name}.pdf")
     out = run(tmp_path, split={"train": 0.5, "select": 0.25, "heldout": 0.25})
     documents = read_records(out / "documents.jsonl", SplitDocument, unique="doc_name")
@@ -196,7 +196,7 @@ def test_equal_documents_share_a_split(hashes: dict[str, str], shares: tuple[flo
         assert share > 0 or name not in placed.values()
 
 
-def test_shares_are_met_where_documents_differ() -> None:
+def test_splits_have_the_configured_shares() -> None:
     hashes = {f"d{i}": str(i) for i in range(100)}
     split = Split(train=0.7, select=0.2, heldout=0.1)
     counts = Counter(split_documents(hashes, split, 1).values())
@@ -208,28 +208,26 @@ def test_shares_are_met_where_documents_differ() -> None:
     "split",
     [{"train": 0.5}, {"train": 0.8, "select": 0.3, "heldout": 0.3}, {"train": -1, "select": 1, "heldout": 1}],
 )
-def test_wrong_shares(tmp_path: Path, split: dict[str, float]) -> None:
+def test_invalid_shares_raise(tmp_path: Path, split: dict[str, float]) -> None:
     with pytest.raises(
         InputError, match=r"split(: .*must be 1, found 1.4|\.train: .*greater|\.select: Field required)"
     ):
         run(tmp_path, split=split)
 
 
-def test_nothing_to_use(tmp_path: Path) -> None:
+def test_corpus_without_usable_questions_raises(tmp_path: Path) -> None:
     write_lines(tmp_path, line("a.pdf", 3, question("Q?", [0]), question("", [0])), line("b.pdf", 3))
     (tmp_path / "documents").mkdir()
-    with pytest.raises(
-        InputError, match=r"not one question can be used: document can't be read \(3\); question can't"
-    ):
+    with pytest.raises(InputError, match=r"no question can be used: document can't be read \(3\); question can't"):
         run(tmp_path)
     assert not json.loads((tmp_path / "data/manifest.json").read_text())["finished"]
     write_lines(tmp_path, line("b.pdf", 1))
     write_pdf(tmp_path / "documents/b.pdf", ["figs"])
-    with pytest.raises(InputError, match=r"not one question can be used: there is none"):
+    with pytest.raises(InputError, match=r"no question can be used: the corpus has no questions"):
         run(tmp_path, "other")
 
 
-def test_output_folders(orchard: Path) -> None:
+def test_output_folder_is_protected(orchard: Path) -> None:
     run(orchard)
     with pytest.raises(InputError, match=r"data: is not empty; choose another folder with out="):
         run(orchard)
@@ -244,7 +242,7 @@ def test_output_folders(orchard: Path) -> None:
         run(orchard, "documents/fruit.pdf/data")
 
 
-def test_mistakes_in_the_input_come_before_an_output_folder(orchard: Path) -> None:
+def test_input_errors_come_before_the_output_folder_is_created(orchard: Path) -> None:
     for more in (
         {"pages": "nothing"},
         {"retriever": {"name": "scores", "file": orchard / "absent.jsonl"}},
@@ -254,7 +252,7 @@ def test_mistakes_in_the_input_come_before_an_output_folder(orchard: Path) -> No
     assert not (orchard / "data").exists()
 
 
-def test_a_page_parquet(tmp_path: Path) -> None:
+def test_reads_a_page_parquet(tmp_path: Path) -> None:
     write_lines(tmp_path, line("a.pdf", 4, question("Where are the figs?", [2])))
     rows = [page_row("a", i, text) for i, text in enumerate(["dates", "", "figs", "limes"])]
     write_parquet(tmp_path / "pages.parquet", rows)
@@ -284,7 +282,7 @@ def run_training(folder: Path, name: str = "data", **more: Any) -> Path:
     return run(folder, name, **({"corpus": corpus, "split": ALL_TRAIN, "candidates": 5} | more))
 
 
-def test_the_training_set_gives_tasks(training_set: Path) -> None:
+def test_tasks_from_the_training_set(training_set: Path) -> None:
     out = run_training(training_set)
     tasks = read_records(out / "train.jsonl", RankingTask)
     assert [task.query_id for task in tasks] == [
@@ -299,8 +297,8 @@ def test_the_training_set_gives_tasks(training_set: Path) -> None:
     assert not (out / ".ranked.jsonl").exists()
 
 
-def test_the_score_json_of_a_released_pipeline(training_set: Path) -> None:
-    """The worst order: the relevant page last. The candidate rule decides what becomes of it."""
+def test_scores_from_mm_r5_json(training_set: Path) -> None:
+    """The relevant page has the lowest score; the policy decides whether it becomes a candidate."""
     for subset in ("DUDE", "Wiki-ss"):
         scores = {
             str(i): [
@@ -327,7 +325,7 @@ def test_the_score_json_of_a_released_pipeline(training_set: Path) -> None:
     assert (out / "train.jsonl").read_text() == ""
     select = {"train": 0, "select": 1, "heldout": 0}
     out = run_training(training_set, "select", policy={"insert_missed": True}, **scored | {"split": select})
-    assert (out / "select.jsonl").read_text() == ""  # GRPO sees what a first stage would show
+    assert (out / "select.jsonl").read_text() == ""  # insert_missed is for train only
     heldout = run_training(
         training_set, "heldout", policy={"rule": "all_relevant"}, **scored | {"split": ALL_HELDOUT}
     )
@@ -335,7 +333,7 @@ def test_the_score_json_of_a_released_pipeline(training_set: Path) -> None:
     assert len(read_manifest(out)["inputs"]) == 4
 
 
-def test_documents_kept_for_evaluation_are_left_out(training_set: Path, orchard: Path) -> None:
+def test_excluded_documents_are_left_out(training_set: Path, orchard: Path) -> None:
     heldout = run_training(training_set, "heldout", split=ALL_HELDOUT)
     lines = (heldout / "documents.jsonl").read_text().splitlines()
     renamed = json.loads(lines[0]) | {"doc_name": "another name.pdf"}
@@ -347,13 +345,11 @@ def test_documents_kept_for_evaluation_are_left_out(training_set: Path, orchard:
     counts = read_manifest(out)["counts"]
     assert list(counts["documents_excluded"].values()) == [0, 1]
     assert counts["skipped"] == {"kept for evaluation: the same content": 8}  # the document and its questions
-    with pytest.raises(
-        InputError, match=r"not one question can be used: kept for evaluation: the same name \(16\)"
-    ):
+    with pytest.raises(InputError, match=r"no question can be used: kept for evaluation: the same name \(16\)"):
         run_training(training_set, "none", exclude=[orchard / "MMDocIR_annotations.jsonl"])
 
 
-def test_own_documents_from_the_command_line(tmp_path: Path) -> None:
+def test_pdf_folder_from_the_command_line(tmp_path: Path) -> None:
     write_pdf(tmp_path / "pdfs/fruit.pdf", [f"A page about {word}" for word in WORDS])
     (tmp_path / "q.csv").write_text("question,document,pages\nWhere are the pears?,fruit.pdf,2\n")
     choices = ["corpus=pdf_folder", f"corpus.folder={tmp_path}/pdfs", f"corpus.questions={tmp_path}/q.csv"]
@@ -369,7 +365,7 @@ def test_own_documents_from_the_command_line(tmp_path: Path) -> None:
     assert list(read_manifest(tmp_path / "data")["inputs"]) == [str(tmp_path / "q.csv")]
 
 
-def test_a_full_disk_is_said_and_the_pictures_stay(orchard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_raises_and_keeps_page_images(orchard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -382,7 +378,7 @@ def test_a_full_disk_is_said_and_the_pictures_stay(orchard: Path, monkeypatch: p
     assert run(orchard, overwrite=True).is_dir()
 
 
-def test_the_command_line(orchard: Path) -> None:
+def test_command_line(orchard: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -396,7 +392,7 @@ def test_the_command_line(orchard: Path) -> None:
     assert done.stdout.startswith("candidates: train ")
 
 
-def test_the_configured_choices_compose() -> None:
+def test_all_config_options_compose() -> None:
     for name in ("synthetic", "mmdocir", "mmdocir_pdf", "mmdocir_train"):
         config = compose_stage(CandidatesStage, "candidates", [f"corpus={name}"])
         assert isinstance(config.corpus, TrainingSet if name == "mmdocir_train" else EvaluationSet)
@@ -414,7 +410,7 @@ SLICE_MICRO = {1: 0.2825, 3: 0.4684, 5: 0.5669, 10: 0.6813, 20: 0.9218}
 SLICE_MACRO = {1: 0.2842, 3: 0.4425, 5: 0.5266, 10: 0.6407, 20: 0.9195}
 
 
-def test_bm25_on_the_real_slice(slice_folder: Path, tmp_path: Path) -> None:
+def test_bm25_recall_on_the_mmdocir_slice(slice_folder: Path, tmp_path: Path) -> None:
     corpus = {
         "format": "mmdocir",
         "folder": slice_folder,

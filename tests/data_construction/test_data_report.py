@@ -1,4 +1,4 @@
-"""The data report on what the data stages themselves make of a small synthetic corpus."""
+"""The data report of a small synthetic corpus, made by the data stages."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from mmr5_train.ranking.records import Trace
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """corpus, data, traces and select of six documents. Teacher counts are those of a paid one."""
-    root = tmp_path_factory.mktemp("made")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folders corpus, data, traces and select of six documents, with the counts of a paid teacher."""
+    root = tmp_path_factory.mktemp("stages")
     for stage, model, entry, overrides in (
         (synthetic, synthetic.SyntheticStage, "synthetic", ["documents=6", "workers=1", f"out={root}/corpus"]),
         (
@@ -52,39 +52,39 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def write(made: Path, out: Path, **more: Any) -> str:
-    parts = {name: made / name for name in ("data", "traces", "select")}
+def write(folders: Path, out: Path, **more: Any) -> str:
+    parts = {name: folders / name for name in ("data", "traces", "select")}
     main(DataReportStage.model_validate({"out": out, **parts, **more}))
     return (out / "data_report.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def html(made: Path) -> str:
-    return write(made, made / "report")
+def html(folders: Path) -> str:
+    return write(folders, folders / "report")
 
 
-def counts(made: Path, stage: str) -> dict[str, Any]:
-    return json.loads((made / stage / "manifest.json").read_text())["counts"]
+def counts(folders: Path, stage: str) -> dict[str, Any]:
+    return json.loads((folders / stage / "manifest.json").read_text())["counts"]
 
 
-def test_it_holds_the_counts_of_every_stage(made: Path, html: str) -> None:
+def test_report_contains_the_counts_of_every_stage(folders: Path, html: str) -> None:
     text = Reader(html).text
-    data, chosen = counts(made, "data"), counts(made, "select")
-    n_traces = counts(made, "traces")["traces"]
+    data, selected = counts(folders, "data"), counts(folders, "select")
+    n_traces = counts(folders, "traces")["traces"]
     assert f"{n_traces} reasoning traces on questions about 6 documents" in text
     assert f"Questions {sum(data['questions'].values())} train {data['questions']['train']}" in text
-    assert f"Selected questions 5 of {chosen['questions_before']} questions" in text
-    for reason, count in (*data["skipped"].items(), *chosen["dropped"].items()):
+    assert f"Selected questions 5 of {selected['questions_before']} questions" in text
+    for reason, count in (*data["skipped"].items(), *selected["dropped"].items()):
         assert f"{reason} {count}" in text
     assert "check direction 2 first: x/0: image 3 <b>helps</b>" in text
     assert "requests 1,234" in text
     assert "prompt tokens 5,000,000" in text
-    assert f"cost $12.50 cost a trace ${12.5 / n_traces:.2g}" in text
-    assert f"480 – 480 {chosen['questions_before']} 5" in text
+    assert f"cost $12.50 cost per trace ${12.5 / n_traces:.2g}" in text
+    assert f"480 – 480 {selected['questions_before']} 5" in text
 
 
-def test_it_shows_traces_with_their_pages_and_notes(made: Path, html: str) -> None:
-    records = read_records(made / "traces/traces.jsonl", Trace)
+def test_report_shows_traces_with_pages_and_notes(folders: Path, html: str) -> None:
+    records = read_records(folders / "traces/traces.jsonl", Trace)
     page = Reader(html)
     shown = [trace for trace in records if trace.query_id in page.text]
     assert 0 < len(shown) == min(30, len(records))
@@ -99,7 +99,7 @@ def test_it_shows_traces_with_their_pages_and_notes(made: Path, html: str) -> No
     assert html.count("data:image/jpeg;base64,") == len({page.id for trace in shown for page in trace.shown})
 
 
-def test_it_is_one_page_that_needs_nothing(made: Path, html: str) -> None:
+def test_report_is_self_contained(folders: Path, html: str) -> None:
     page = Reader(html)
     assert not re.search(r"https?:|//[a-z]", re.sub(r"base64,[\w+/=]+", "", html))
     assert "script" not in {tag for tag, _ in page.tags}
@@ -110,38 +110,40 @@ def test_it_is_one_page_that_needs_nothing(made: Path, html: str) -> None:
     assert len(html.encode()) < 6_000_000
 
 
-def test_the_same_inputs_give_the_same_bytes(made: Path, html: str, tmp_path: Path) -> None:
-    assert write(made, tmp_path / "again") == html
-    assert write(made, tmp_path / "few", shown=3) != write(made, tmp_path / "other", shown=3, seed=1)
+def test_the_same_inputs_give_the_same_bytes(folders: Path, html: str, tmp_path: Path) -> None:
+    assert write(folders, tmp_path / "again") == html
+    assert write(folders, tmp_path / "few", shown=3) != write(folders, tmp_path / "other", shown=3, seed=1)
 
 
-def test_parts_may_be_missing(made: Path, tmp_path: Path) -> None:
-    text = Reader(write(made, tmp_path / "data", traces=None, select=None)).text
+def test_traces_and_select_are_optional(folders: Path, tmp_path: Path) -> None:
+    text = Reader(write(folders, tmp_path / "data", traces=None, select=None)).text
     assert "questions about 6 documents" in text
-    assert not re.search("Reasoning traces|Teacher|Selected|Selection|Place of the relevant", text)
-    text = Reader(write(made, tmp_path / "traces", select=None, shown=0)).text
-    assert "Place of the relevant pages" in text
-    assert "drawn with seed" not in text
+    assert not re.search("Reasoning traces|Teacher|Selected|Selection|Position of relevant", text)
+    text = Reader(write(folders, tmp_path / "traces", select=None, shown=0)).text
+    assert "Position of relevant pages" in text
+    assert "random sample with seed" not in text
     with pytest.raises(InputError, match=r"nowhere/manifest.json: no such file"):
-        write(made, tmp_path / "x", traces=tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"data: written by the stage candidates, expected one of traces"):
-        write(made, tmp_path / "x", traces=made / "data")
+        write(folders, tmp_path / "x", traces=tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"data: was written by the stage candidates, expected traces"):
+        write(folders, tmp_path / "x", traces=folders / "data")
 
 
-def test_hostile_text_stays_text(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostile_text_is_escaped(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hostile = "<script>alert(1)</script> \"><img src=x onerror=alert(2)> ' & {{ 7*7 }}"
-    shutil.copytree(made / "traces", tmp_path / "traces")
+    shutil.copytree(folders / "traces", tmp_path / "traces")
     records = read_records(tmp_path / "traces/traces.jsonl", Trace)
     fields = {"query": hostile, "domain": hostile, "think": hostile, "notes": (hostile,) * 5}
     write_records(tmp_path / "traces/traces.jsonl", [trace.model_copy(update=fields) for trace in records])
-    page = Reader(write(made, tmp_path / "out", traces=tmp_path / "traces"))  # and its pictures are elsewhere
+    page = Reader(
+        write(folders, tmp_path / "out", traces=tmp_path / "traces")
+    )  # a copy, so its page images are missing
     assert not {"script", "img"} & {tag for tag, _ in page.tags}
     assert hostile in page.text
     assert "page image not found" in page.text
-    assert "page pictures could not be shown" in capsys.readouterr().out
+    assert "page images could not be shown" in capsys.readouterr().out
 
 
-def test_a_histogram_has_a_row_a_value_or_a_span() -> None:
+def test_histogram_bins() -> None:
     rows = histogram([1, 1, 3])
     assert [(row["label"], row["count"]) for row in rows] == [("1", 2), ("2", 0), ("3", 1)]
     spans = histogram([7, 19, 20, 95])

@@ -1,4 +1,4 @@
-"""The download command against a small hub of our own, over HTTP."""
+"""The download command against a small local hub server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONTENT = {"MMDocIR_annotations.jsonl": b'{"doc_name": "a.pdf"}\n', "MMDocIR_pag
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    server = Hub({NAME: CONTENT | {"README.md": b"not wanted"}})
+    server = Hub({NAME: CONTENT | {"README.md": b"not needed"}})
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}"
@@ -40,19 +40,17 @@ def config(out: Path, *more: str) -> Download:
     return compose_stage(Download, "download", ["dataset=evaluation", f"out={out}", *more])
 
 
-def test_the_size_comes_first(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shows_only_the_size_without_yes(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     main(config(tmp_path / "new/data"))
-    said = capsys.readouterr().out
-    assert f"{NAME} at {COMMIT}: 2 files" in said
-    assert "to download: 2 files" in said
-    assert "add yes=true" in said
+    output = capsys.readouterr().out
+    assert f"{NAME} at {COMMIT}: 2 files" in output
+    assert "to download: 2 files" in output
+    assert "add yes=true" in output
     assert not (tmp_path / "new").exists()
     assert not hub.sent
 
 
-def test_wanted_files_arrive_and_are_not_fetched_twice(
-    tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_downloads_only_missing_files(tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     main(config(tmp_path, "yes=true"))
     assert {name: (tmp_path / name).read_bytes() for name in CONTENT} == CONTENT
     assert sorted(hub.sent) == sorted(CONTENT)
@@ -62,13 +60,13 @@ def test_wanted_files_arrive_and_are_not_fetched_twice(
     assert "to download: 1 files" in capsys.readouterr().out
 
 
-def test_a_file_that_arrived_broken_is_named(tmp_path: Path, hub: Hub) -> None:
+def test_corrupt_download_raises(tmp_path: Path, hub: Hub) -> None:
     hub.told["MMDocIR_pages.parquet"] = "0" * 64
-    with pytest.raises(InputError, match=r"MMDocIR_pages.parquet differ from the hub's; delete"):
+    with pytest.raises(InputError, match=r"MMDocIR_pages.parquet differ from the hub; delete"):
         main(config(tmp_path, "yes=true"))
 
 
-def test_what_the_hub_lacks_is_named(tmp_path: Path, hub: Hub) -> None:
+def test_file_missing_on_the_hub_raises(tmp_path: Path, hub: Hub) -> None:
     del hub.datasets[NAME]["MMDocIR_pages.parquet"]
     with pytest.raises(InputError, match=r"at main: has no MMDocIR_pages.parquet"):
         main(config(tmp_path, "yes=true"))
@@ -76,12 +74,12 @@ def test_what_the_hub_lacks_is_named(tmp_path: Path, hub: Hub) -> None:
         main(config(tmp_path, "dataset=train", "subsets=[DUDE]"))
 
 
-def test_without_a_network(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_network_raises(tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
-    with pytest.raises(InputError, match=r"can't be downloaded \(.*run it again"):
+    with pytest.raises(InputError, match=r"can't be downloaded \(.*run the same command again"):
         main(config(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"can't be downloaded \(.*offline.*run it again"):
+    with pytest.raises(InputError, match=r"can't be downloaded \(.*offline.*run the same command again"):
         main(config(tmp_path))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_tasks import by_bytes, make_config, make_data, skipped
+from sample_tasks import file_bytes, make_config, make_data, skipped
 from servers import RECITED, OpenAIServer, Reply, ScriptedServer, completion
 
 from data_construction.traces import TracesStage, main
@@ -26,7 +26,7 @@ def openai_config(monkeypatch: pytest.MonkeyPatch) -> Callable[..., TracesStage]
     return make
 
 
-def test_a_real_server_explains_every_page(
+def test_real_server_explains_every_page(
     openai_config: Callable[..., TracesStage],
     openai_server: OpenAIServer,
     reciting_model: Path,
@@ -41,11 +41,11 @@ def test_a_real_server_explains_every_page(
         for trace in read_records(out / "traces.jsonl", Trace):
             assert trace.think == "\n".join(f"Image {i}: {RECITED}" for i in (1, 2, 3, 4))
         assert read_manifest(out)["counts"]["teacher"]["answers"] == 8
-    assert by_bytes(tmp_path / "1") == by_bytes(tmp_path / "4")
+    assert file_bytes(tmp_path / "1") == file_bytes(tmp_path / "4")
 
 
 def scripted_teacher(number: int, body: dict[str, Any]) -> Reply:
-    """Answers that depend on what is asked alone: right, wrong, leaking or failing, and slower or faster."""
+    """Answers depend only on the request: correct, wrong, leaking the label or failing, with various delays."""
     parts = body["messages"][1]["content"]
     text = parts[-1]["text"]
     document = next(q for q in range(30) if f"document {q}?" in text)
@@ -69,7 +69,7 @@ def scripted_teacher(number: int, body: dict[str, Any]) -> Reply:
     )
 
 
-def test_what_fails_is_dropped_and_listed_the_same_whatever_the_concurrency(
+def test_failed_questions_are_skipped_independently_of_concurrency(
     openai_config: Callable[..., TracesStage], scripted_server: ScriptedServer, tmp_path: Path
 ):
     scripted_server.script = scripted_teacher
@@ -77,7 +77,7 @@ def test_what_fails_is_dropped_and_listed_the_same_whatever_the_concurrency(
     for concurrency in (1, 8):
         out = tmp_path / str(concurrency)
         main(openai_config(data, out, "refine=true", f"teacher.concurrency={concurrency}"))
-    assert by_bytes(tmp_path / "1") == by_bytes(tmp_path / "8")
+    assert file_bytes(tmp_path / "1") == file_bytes(tmp_path / "8")
     out = tmp_path / "1"
     assert [trace.query_id for trace in read_records(out / "traces.jsonl", Trace)] == [
         "q0",
@@ -101,7 +101,7 @@ def test_what_fails_is_dropped_and_listed_the_same_whatever_the_concurrency(
     assert KEY not in "".join(path.read_text() for path in out.iterdir())
 
 
-def test_a_server_that_answers_garbage_alone_stops_the_run(
+def test_server_without_any_completion_stops_the_run(
     openai_config: Callable[..., TracesStage], scripted_server: ScriptedServer, tmp_path: Path
 ):
     scripted_server.replies(Reply(body="<html>", headers={"Content-Type": "text/html"}))
@@ -113,10 +113,10 @@ def test_a_server_that_answers_garbage_alone_stops_the_run(
     assert not (out / "traces.jsonl").exists()
 
 
-def test_a_corrupt_page_image_stops_the_run(
+def test_corrupt_page_image_stops_the_run(
     openai_config: Callable[..., TracesStage], scripted_server: ScriptedServer, tmp_path: Path
 ):
     data = make_data(tmp_path / "data")
     (tmp_path / "data" / "images" / "1-2.jpg").write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"1-2\.jpg: not an image that can be read"):
+    with pytest.raises(InputError, match=r"1-2\.jpg: not a readable image"):
         main(openai_config(data, tmp_path / "out"))

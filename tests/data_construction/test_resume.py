@@ -1,4 +1,4 @@
-"""A paid teacher's answers: nothing lost, nothing paid twice, nothing beyond the budget."""
+"""Answers of a paid teacher: none is lost, none is paid for twice, and the cost stays within the budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_tasks import by_bytes, make_config, make_data, skipped
+from sample_tasks import file_bytes, make_config, make_data, skipped
 from servers import Reply, ScriptedServer, completion
 
 from data_construction.teacher.store import AnswerStore
@@ -31,16 +31,16 @@ def openai_config(data: Path, out: Path, *overrides: str) -> TracesStage:
     return make_config(data, out, *OPENAI, *overrides)
 
 
-def stage(data: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
-    """The stage in a process of its own."""
+def start_stage(data: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
+    """Starts the stage in a new process."""
     command = [sys.executable, "-m", "data_construction.traces", f"data='{data}'", f"out='{out}'", *OPENAI]
     return subprocess.Popen(
         [*command, *overrides], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def noted(body: dict[str, Any]) -> Reply:
-    """An answer that depends on the question alone, with its tokens."""
+def answer_with_usage(body: dict[str, Any]) -> Reply:
+    """An answer that depends only on the request, with token usage."""
     text = body["messages"][1]["content"][-1]["text"]
     if "Notes, a page a line" in text:
         named = text.partition("why ")[2].partition(" can help")[0]
@@ -51,19 +51,17 @@ def noted(body: dict[str, Any]) -> Reply:
     return reply
 
 
-def asked(server: ScriptedServer) -> Counter[str]:
+def request_counts(server: ScriptedServer) -> Counter[str]:
     return Counter(json.dumps(request) for request in server.requests)
 
 
-def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bytes(
-    scripted_server: ScriptedServer, tmp_path: Path
-):
+def test_resumed_run_writes_the_same_bytes(scripted_server: ScriptedServer, tmp_path: Path):
     data, out = make_data(tmp_path / "data", questions=5), tmp_path / "out"
     config = openai_config(data, out, "refine=true", "teacher.concurrency=2")
     refused = Reply(401, {"error": {"message": "expired: sk-secret-0123456789"}})
-    scripted_server.script = lambda number, body: noted(body) if number < 11 else refused
+    scripted_server.script = lambda number, body: answer_with_usage(body) if number < 11 else refused
     with pytest.raises(
-        InputError, match=r"refuses the key(.|\n)*is kept in .*out\.answers\.sqlite: the same"
+        InputError, match=r"refuses the key(.|\n)*stored in .*out\.answers\.sqlite; run the same"
     ) as caught:
         main(config)
     assert "sk-secret" not in str(caught.value)
@@ -71,19 +69,19 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bytes(
     with pytest.raises(InputError, match="did not finish"):
         read_manifest(out)
 
-    answered = asked_before = scripted_server.requests[:11]
+    first_requests = scripted_server.requests[:11]
     scripted_server.requests = []
-    scripted_server.script = lambda number, body: noted(body)
+    scripted_server.script = lambda number, body: answer_with_usage(body)
     main(config)
-    assert len(scripted_server.requests) == 5 * 5 - len(answered)
-    assert not asked(scripted_server) & Counter(json.dumps(request) for request in asked_before)
-    ended = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert len(scripted_server.requests) == 5 * 5 - len(first_requests)
+    assert not request_counts(scripted_server) & Counter(json.dumps(request) for request in first_requests)
+    completed = {path.name: path.read_bytes() for path in out.iterdir()}
     assert len(read_records(out / "traces.jsonl", Trace)) == 5
 
     shutil.rmtree(out)
     (tmp_path / "out.answers.sqlite").unlink()
     main(config)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == ended
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == completed
     assert read_manifest(out)["counts"]["teacher"] == {
         "answers": 25,
         "prompt_tokens": 25_000,
@@ -91,26 +89,26 @@ def test_a_run_that_was_stopped_goes_on_and_ends_in_the_same_bytes(
     }
 
 
-def test_a_finished_run_is_written_anew_for_nothing(scripted_server: ScriptedServer, tmp_path: Path):
+def test_rerun_of_a_finished_run_sends_no_requests(scripted_server: ScriptedServer, tmp_path: Path):
     data, out = make_data(tmp_path / "data"), tmp_path / "out"
-    scripted_server.script = lambda number, body: noted(body)
+    scripted_server.script = lambda number, body: answer_with_usage(body)
     main(openai_config(data, out))
-    first = by_bytes(out)
+    first = file_bytes(out)
     with pytest.raises(InputError, match="is not empty"):
         main(openai_config(data, out))
     main(openai_config(data, out, "overwrite=true"))
-    assert by_bytes(out) == first
+    assert file_bytes(out) == first
     main(openai_config(data, tmp_path / "refined", "refine=true", f"answers='{tmp_path / 'out.answers.sqlite'}'"))
-    assert len(scripted_server.requests) == 12 + 3  # the notes are there, three refinements are not
-    assert max(asked(scripted_server).values()) == 1
+    assert len(scripted_server.requests) == 12 + 3  # the notes are stored, three refinements are not
+    assert max(request_counts(scripted_server).values()) == 1
 
 
-def test_answers_to_other_settings_are_not_mixed_in_silently(scripted_server: ScriptedServer, tmp_path: Path):
+def test_store_with_other_settings_raises(scripted_server: ScriptedServer, tmp_path: Path):
     data, out = make_data(tmp_path / "data", questions=1), tmp_path / "out"
-    scripted_server.script = lambda number, body: noted(body)
+    scripted_server.script = lambda number, body: answer_with_usage(body)
     main(openai_config(data, out))
     other = ("teacher.temperature=1", f"answers='{tmp_path / 'out.answers.sqlite'}'")
-    with pytest.raises(InputError, match=r"holds 4 answers .*\n  temperature: 0.0 there, 1.0 now\n"):
+    with pytest.raises(InputError, match=r"holds 4 answers .*\n  temperature: 0.0 in the store, 1.0 now\n"):
         main(openai_config(data, tmp_path / "other", *other))
     assert len(scripted_server.requests) == 4
     main(openai_config(data, tmp_path / "other", *other, "overwrite=true"))
@@ -119,15 +117,15 @@ def test_answers_to_other_settings_are_not_mixed_in_silently(scripted_server: Sc
     assert len(scripted_server.requests) == 8
 
 
-def test_killed_at_random_moments_while_calls_fail(tmp_path: Path):
-    """The benchmark of `make bench-data`, small."""
+def test_resume_after_kill_at_random_moments(tmp_path: Path):
+    """A small run of `make bench-data`."""
     command = [sys.executable, ROOT / "scripts/benchmarks/bench_data.py", "--rows", "faults", "--questions", "24"]
     out = tmp_path / "bench.json"
-    ended = subprocess.run(
+    completed = subprocess.run(
         [*command, "--kills", "3", "--delay", "0.02", "--timeout", "2", "--out", out],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300,
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert completed.returncode == 0, completed.stderr[-3000:]
     (row,) = json.loads(out.read_text())["rows"]
     assert row["traces"] == row["questions"] == 24
     assert row["same_bytes"]
@@ -136,54 +134,56 @@ def test_killed_at_random_moments_while_calls_fail(tmp_path: Path):
     assert sum(row["faults"].values()) > 10
 
 
-def test_two_processes_share_a_store_and_pay_once(scripted_server: ScriptedServer, tmp_path: Path):
+def test_two_processes_share_a_store(scripted_server: ScriptedServer, tmp_path: Path):
     data = make_data(tmp_path / "data", questions=6)
-    scripted_server.script = lambda number, body: noted(body)._replace(delay=0.1)
+    scripted_server.script = lambda number, body: answer_with_usage(body)._replace(delay=0.1)
     store = f"answers='{tmp_path / 'shared.sqlite'}'"
-    runs = [stage(data, tmp_path / name, store, "teacher.concurrency=3") for name in "ab"]
+    runs = [start_stage(data, tmp_path / name, store, "teacher.concurrency=3") for name in "ab"]
     for run in runs:
-        _, said = run.communicate(timeout=120)
-        assert run.returncode == 0, said
+        _, stderr = run.communicate(timeout=120)
+        assert run.returncode == 0, stderr
     assert len(scripted_server.requests) == 24
-    assert max(asked(scripted_server).values()) == 1
-    assert by_bytes(tmp_path / "a") == by_bytes(tmp_path / "b")
+    assert max(request_counts(scripted_server).values()) == 1
+    assert file_bytes(tmp_path / "a") == file_bytes(tmp_path / "b")
 
 
-def test_interrupted_it_waits_for_what_is_on_its_way(scripted_server: ScriptedServer, tmp_path: Path):
+def test_interrupt_waits_for_calls_in_flight(scripted_server: ScriptedServer, tmp_path: Path):
     data, out = make_data(tmp_path / "data", questions=6), tmp_path / "out"
-    scripted_server.script = lambda number, body: noted(body)._replace(delay=1.0)
-    run = stage(data, out, "teacher.concurrency=4")
+    scripted_server.script = lambda number, body: answer_with_usage(body)._replace(delay=1.0)
+    run = start_stage(data, out, "teacher.concurrency=4")
     while len(scripted_server.requests) < 4:
         time.sleep(0.01)
     run.send_signal(signal.SIGINT)
-    printed, said = run.communicate(timeout=60)
+    printed, stderr = run.communicate(timeout=60)
     assert run.returncode == 2
-    assert "the same command goes on from here" in printed
-    assert "Traceback" not in said
+    assert "run the same command again to continue" in printed
+    assert "Traceback" not in stderr
     assert AnswerStore(tmp_path / "out.answers.sqlite").count() == len(scripted_server.requests) == 4
 
 
-def test_the_budget_is_kept_and_the_run_goes_on_with_a_higher_one(scripted_server: ScriptedServer, tmp_path: Path):
+def test_budget_stops_the_run_and_a_higher_one_resumes_it(scripted_server: ScriptedServer, tmp_path: Path):
     data, out = make_data(tmp_path / "data", questions=5), tmp_path / "out"
-    scripted_server.script = lambda number, body: noted(body)._replace(delay=0.02)
+    scripted_server.script = lambda number, body: answer_with_usage(body)._replace(delay=0.02)
     priced = ("+teacher.prices={m:{input:10,output:100,pixels_per_token:1}}", "teacher.max_tokens=100")
-    with pytest.raises(InputError, match=r"teacher.max_cost_usd=0.1 is reached: .*set it higher(.|\n)*is kept in"):
+    with pytest.raises(
+        InputError, match=r"teacher.max_cost_usd=0.1 is reached: .*raise the limit(.|\n)*stored in"
+    ):
         main(openai_config(data, out, *priced, "teacher.max_cost_usd=0.1"))
     answers = len(scripted_server.requests)
-    assert 4 <= answers <= 8  # an answer costs $0.012; the most that one may cost is set aside
+    assert 4 <= answers <= 8  # an answer costs $0.012; more is reserved for each call
     assert AnswerStore(tmp_path / "out.answers.sqlite").count() == answers
     main(openai_config(data, out, *priced, "teacher.max_cost_usd=1"))
     assert len(scripted_server.requests) == 20
 
 
-def test_a_budget_needs_a_price(scripted_server: ScriptedServer, tmp_path: Path):
+def test_budget_without_price_raises(scripted_server: ScriptedServer, tmp_path: Path):
     data = make_data(tmp_path / "data", questions=1)
     with pytest.raises(InputError, match=r"teacher.prices has no 'm': add its price"):
         main(openai_config(data, tmp_path / "out", "teacher.max_cost_usd=1"))
     assert scripted_server.requests == []
 
 
-def test_a_dry_run_needs_no_key_and_writes_nothing(
+def test_dry_run_needs_no_key_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -202,16 +202,16 @@ def test_a_dry_run_needs_no_key_and_writes_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
-def test_a_note_that_fails_a_check_gets_a_second_try(scripted_server: ScriptedServer, tmp_path: Path):
-    def labelled_at_first(number: int, body: dict[str, Any]) -> Reply:
+def test_second_try_after_a_failed_check(scripted_server: ScriptedServer, tmp_path: Path):
+    def fail_first_check(number: int, body: dict[str, Any]) -> Reply:
         text = body["messages"][1]["content"][-1]["text"]
         if "document 0?" in text and "Your last reply" not in text:
             return completion("As image 9 says.")
         if "document 1?" in text:
             return completion("A chart, as the ground truth says.")
-        return noted(body)
+        return answer_with_usage(body)
 
-    scripted_server.script = labelled_at_first
+    scripted_server.script = fail_first_check
     data = make_data(tmp_path / "data", questions=3)
     main(openai_config(data, tmp_path / "once"))
     assert {skip.reason for skip in skipped(tmp_path / "once")} == {"check moved_ids", "check no_label_words"}

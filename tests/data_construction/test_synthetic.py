@@ -29,7 +29,7 @@ def lines(corpus):
     return [json.loads(line) for line in (corpus / "MMDocIR_annotations.jsonl").read_text().splitlines()]
 
 
-def test_has_the_columns_and_fields_of_mmdocir(corpus):
+def test_corpus_has_the_columns_and_fields_of_mmdocir(corpus):
     table = pq.read_table(corpus / "MMDocIR_pages.parquet")
     expected = {"doc_name", "domain", "passage_id", "image_path", "image_binary", "ocr_text", "vlm_text"}
     assert set(table.column_names) == expected
@@ -42,7 +42,7 @@ def test_has_the_columns_and_fields_of_mmdocir(corpus):
         assert line["doc_name"].endswith(".pdf")
 
 
-def test_rows_questions_and_descriptions_agree(corpus):
+def test_rows_questions_and_descriptions_are_consistent(corpus):
     rows = pq.read_table(corpus / "MMDocIR_pages.parquet").to_pylist()
     relevant = Counter()
     for line in lines(corpus):
@@ -57,14 +57,14 @@ def test_rows_questions_and_descriptions_agree(corpus):
     assert relevant[1] > relevant[2] > 0
 
 
-def test_the_words_of_a_page_do_not_tell_what_it_shows(corpus):
+def test_page_text_does_not_describe_the_figure(corpus):
     for row in pq.read_table(corpus / "MMDocIR_pages.parquet").to_pylist():
         words = set(row["ocr_text"].lower().split())
         assert not words & {*COLORS, "bar", "line", "pie", "table", "chart"}
 
 
-def test_negatives_are_hard():
-    """Every page of a section shares its colour or its kind with another that differs."""
+def test_every_page_has_a_hard_negative():
+    """Every page of a section shares exactly one of colour and kind with another page."""
     for index in range(50):
         document = make_document(index, seed=5)
         for topic in {page.title for page in document.pages}:
@@ -83,14 +83,14 @@ def test_same_seed_same_bytes(corpus, tmp_path):
     assert digest(corpus) != digest(other)
 
 
-def test_a_document_does_not_depend_on_how_many_there_are():
+def test_documents_depend_only_on_seed_and_index():
     assert make_document(3, seed=1) == make_document(3, seed=1)
     assert make_document(3, seed=1) != make_document(3, seed=2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("color", COLORS)
-def test_every_figure_is_drawn_in_its_colour(kind, color):
+def test_figures_are_drawn_in_their_colour(kind, color):
     content = PageContent("Alder: water use", ("A line.",), color, kind, "Guidebook", 1, 11)
     assert content.description in (f"a {color} {kind}", f"an {color} {kind}")
     pixels = np.asarray(draw_page(content).crop((40, 300, 560, 745)), dtype=int).reshape(-1, 3)
@@ -102,10 +102,10 @@ def test_every_figure_is_drawn_in_its_colour(kind, color):
         red, green, blue = vivid.mean(0)
         strongest = {"red": red, "green": green, "blue": blue, "orange": red, "purple": blue}[color]
         assert strongest == max(red, green, blue)
-        assert (color == "orange") == (red > green + 40 > blue + 80), "orange alone has red over green over blue"
+        assert (color == "orange") == (red > green + 40 > blue + 80), "only orange has red > green > blue"
 
 
-def test_a_folder_of_someone_else_is_left_alone(tmp_path):
+def test_foreign_folder_is_not_overwritten(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="is not empty"):
         build(tmp_path)

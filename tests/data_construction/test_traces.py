@@ -9,7 +9,7 @@ from pathlib import Path
 import pypdfium2
 import pytest
 from PIL import Image
-from sample_tasks import COLORS, by_bytes, make_config, make_data, run, skipped
+from sample_tasks import COLORS, file_bytes, make_config, make_data, run, skipped
 
 from mmr5_train.common.config import CONFIGS
 from mmr5_train.common.files import InputError, read_manifest, read_records, write_records
@@ -18,7 +18,7 @@ from mmr5_train.ranking.records import Candidate, Page, PageId, RankingTask
 # --- the offline teacher
 
 
-def test_a_trace_says_what_is_on_each_page_in_prompt_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_notes_describe_pages_in_prompt_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     traces = run(make_data(tmp_path / "data"), tmp_path / "out")
     assert [trace.query_id for trace in traces] == ["q0", "q1", "q2"]
     orders = set()
@@ -46,14 +46,14 @@ def test_a_trace_says_what_is_on_each_page_in_prompt_order(tmp_path: Path, capsy
     ]
 
 
-def test_images_are_found_from_the_output_folder(tmp_path: Path):
+def test_image_paths_are_relative_to_the_output_folder(tmp_path: Path):
     for trace in run(make_data(tmp_path / "data"), tmp_path / "some" / "out"):
         for page in trace.shown:
             with Image.open(tmp_path / "some" / "out" / page.image) as image:
                 assert image.size == (30, 40)
 
 
-def test_the_prompt_shows_the_pages_as_the_task_says(tmp_path: Path):
+def test_pages_are_in_the_prompt_order_of_the_task(tmp_path: Path):
     data = make_data(tmp_path / "data")
     for task, trace in zip(read_records(data, RankingTask), run(data, tmp_path / "a", "seed=7"), strict=True):
         assert [page.id for page in trace.shown] == [page.id for page in task.in_prompt_order("shuffled", 7).shown]
@@ -65,17 +65,17 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path):
     data = make_data(tmp_path / "data", questions=8)
     out = tmp_path / "out"
     run(data, out)
-    first = by_bytes(out) | {"manifest.json": (out / "manifest.json").read_bytes()}
+    first = file_bytes(out) | {"manifest.json": (out / "manifest.json").read_bytes()}
     run(data, out, "overwrite=true")
-    second = by_bytes(out) | {"manifest.json": (out / "manifest.json").read_bytes()}
+    second = file_bytes(out) | {"manifest.json": (out / "manifest.json").read_bytes()}
     assert {
         name: text.replace(b'"overwrite": true', b'"overwrite": false') for name, text in second.items()
     } == first
     run(data, tmp_path / "other", "seed=1")
-    assert by_bytes(tmp_path / "other")["traces.jsonl"] != first["traces.jsonl"]
+    assert file_bytes(tmp_path / "other")["traces.jsonl"] != first["traces.jsonl"]
 
 
-def test_refined_reasoning_is_two_sentences_on_local_ids(tmp_path: Path):
+def test_refined_reasoning_has_two_sentences(tmp_path: Path):
     for trace in run(make_data(tmp_path / "data", positives=(1, 2)), tmp_path / "out", "refine=true"):
         helping, others = trace.positive_ids, trace.answer[2:]
         colors = {i: COLORS[page.page] for i, page in enumerate(trace.shown, 1)}
@@ -86,13 +86,13 @@ def test_refined_reasoning_is_two_sentences_on_local_ids(tmp_path: Path):
         assert all(note.endswith(("so it does not help.", "so it helps.")) for note in trace.notes)
 
 
-def test_pages_without_a_known_content_are_quoted(tmp_path: Path):
+def test_pages_without_description_are_quoted(tmp_path: Path):
     for trace in run(make_data(tmp_path / "data", described=False), tmp_path / "out"):
         helping = trace.notes[trace.positive_ids[0] - 1]
         assert helping == 'Under "Chart" the page says "This page is green.", on green, so it helps.'
 
 
-def test_a_question_without_a_relevant_candidate_is_listed(tmp_path: Path):
+def test_question_without_relevant_candidate_is_skipped(tmp_path: Path):
     data = make_data(tmp_path / "data")
     tasks = read_records(data, RankingTask)
     lost = tasks[1].model_copy(update={"positives": (PageId(doc_name="doc 1", page=77),)})
@@ -104,7 +104,7 @@ def test_a_question_without_a_relevant_candidate_is_listed(tmp_path: Path):
 
 
 @pytest.mark.parametrize("refine", [False, True])
-def test_or_it_is_explained_that_no_page_helps(tmp_path: Path, refine: bool):
+def test_question_without_relevant_candidate_can_be_kept(tmp_path: Path, refine: bool):
     data = make_data(tmp_path / "data")
     (task, *_) = read_records(data, RankingTask)
     write_records(data, [task.model_copy(update={"positives": (PageId(doc_name="doc 0", page=77),)})])
@@ -115,8 +115,8 @@ def test_or_it_is_explained_that_no_page_helps(tmp_path: Path, refine: bool):
     assert trace.think.startswith("Images 1, 2, 3 and 4 do not help: ") == refine
 
 
-def test_every_question_of_the_real_slice_is_explained(tmp_path: Path, slice_folder: Path):
-    """178 expert questions on real text layers: each relevant page with four others of its document."""
+def test_all_questions_of_the_mmdocir_slice_get_traces(tmp_path: Path, slice_folder: Path):
+    """178 expert questions on real text layers, each with a relevant page and four other pages of its document."""
     (tmp_path / "images").mkdir()
     Image.new("RGB", (30, 40)).save(tmp_path / "images" / "page.jpg")
     tasks: list[RankingTask] = []
@@ -152,7 +152,7 @@ def test_every_question_of_the_real_slice_is_explained(tmp_path: Path, slice_fol
 # --- wrong input
 
 
-def test_a_missing_image_is_named_before_anything_is_written(tmp_path: Path):
+def test_missing_image_raises_before_the_output_is_created(tmp_path: Path):
     data = make_data(tmp_path / "data")
     (tmp_path / "data" / "images" / "1-2.jpg").unlink()
     with pytest.raises(InputError, match=r"train\.jsonl, question q1: page doc 1#2: no image .*1-2\.jpg; run the"):
@@ -160,7 +160,7 @@ def test_a_missing_image_is_named_before_anything_is_written(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_page_that_is_not_in_pages_jsonl_is_named(tmp_path: Path):
+def test_candidate_missing_in_pages_file_raises(tmp_path: Path):
     data = make_data(tmp_path / "data")
     pages = tmp_path / "data" / "pages.jsonl"
     pages.write_text("".join(line for line in pages.open() if '"doc 2","page":3' not in line))
@@ -169,7 +169,7 @@ def test_a_page_that_is_not_in_pages_jsonl_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "pages.jsonl"])
-def test_missing_empty_and_broken_files_are_named(tmp_path: Path, name: str):
+def test_missing_empty_and_invalid_files_raise(tmp_path: Path, name: str):
     data = make_data(tmp_path / "data")
     file = tmp_path / "data" / name
     lines = file.read_text().splitlines()
@@ -189,13 +189,13 @@ def test_missing_empty_and_broken_files_are_named(tmp_path: Path, name: str):
     assert not (tmp_path / "out").exists()
 
 
-def test_another_pages_file_can_be_given(tmp_path: Path):
+def test_pages_file_can_be_configured(tmp_path: Path):
     data = make_data(tmp_path / "data")
     (tmp_path / "data" / "pages.jsonl").rename(tmp_path / "elsewhere.jsonl")
     assert len(run(data, tmp_path / "out", f"pages='{tmp_path / 'elsewhere.jsonl'}'")) == 3
 
 
-def test_the_data_folder_is_not_overwritten(tmp_path: Path):
+def test_input_folder_is_not_overwritten(tmp_path: Path):
     data = make_data(tmp_path / "data")
     (tmp_path / "data" / "manifest.json").write_text('{"finished": true}')
     with pytest.raises(InputError, match="which this stage reads"):
@@ -210,14 +210,16 @@ def test_the_data_folder_is_not_overwritten(tmp_path: Path):
         (["teacher=openai", "teacher.concurency=2"], "did you mean concurrency?"),
     ],
 )
-def test_the_command_line_speaks_plainly(overrides: list[str], message: str, tmp_path: Path):
+def test_command_line_errors_are_short(overrides: list[str], message: str, tmp_path: Path):
     command = [sys.executable, "-m", "data_construction.traces", f"out={tmp_path / 'out'}", *overrides]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=CONFIGS.parent, env=os.environ, timeout=60)
-    assert ended.returncode != 0
-    assert message in ended.stderr
-    assert "Traceback" not in ended.stderr
+    completed = subprocess.run(
+        command, capture_output=True, text=True, cwd=CONFIGS.parent, env=os.environ, timeout=60
+    )
+    assert completed.returncode != 0
+    assert message in completed.stderr
+    assert "Traceback" not in completed.stderr
 
 
-def test_a_wrong_choice_names_the_choices(tmp_path: Path):
+def test_error_lists_valid_choices(tmp_path: Path):
     with pytest.raises(InputError, match=r"order: Input should be 'score' or 'shuffled', found 'random'"):
         make_config(tmp_path, tmp_path, "order=random")

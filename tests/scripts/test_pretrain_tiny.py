@@ -6,7 +6,7 @@ from mmr5_train.ranking.prompt import render_completion
 from scripts import pretrain_tiny as recipe
 
 
-def test_the_shipped_model_is_small_and_loads_alone():
+def test_tiny_model_is_small_and_loads_with_transformers():
     assert sum(path.stat().st_size for path in TINY.iterdir()) < 6_000_000
     model = AutoModelForImageTextToText.from_pretrained(TINY)
     assert type(model) is Qwen2_5_VLForConditionalGeneration
@@ -15,7 +15,7 @@ def test_the_shipped_model_is_small_and_loads_alone():
     assert model.config.image_token_id == processor.image_token_id
 
 
-def test_the_tokenizer_carries_tags_and_any_text(processor):
+def test_tokenizer_has_tag_tokens_and_round_trips_any_text(processor):
     tokenizer = processor.tokenizer
     for token in (*recipe.SPECIAL, *recipe.TAGS):
         assert tokenizer(token).input_ids == [tokenizer.convert_tokens_to_ids(token)]
@@ -23,7 +23,7 @@ def test_the_tokenizer_carries_tags_and_any_text(processor):
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
-def test_the_recipe_rebuilds_a_model(tmp_path):
+def test_pretraining_writes_the_same_architecture(tmp_path):
     config = compose_stage(recipe.TinyStage, "tiny", [f"out={tmp_path}/tiny", "pages=48"])
     short = {name: phase.model_copy(update={"steps": 2}) for name, phase in config.phases.items()}
     recipe.main(config.model_copy(update={"phases": short}))

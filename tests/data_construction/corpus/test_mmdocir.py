@@ -33,7 +33,7 @@ def texts(document: Document) -> list[str]:
 # Page parquet.
 
 
-def test_pages_come_from_the_parquet(tmp_path: Path) -> None:
+def test_reads_pages_from_parquet(tmp_path: Path) -> None:
     write_lines(
         tmp_path, line("a.pdf", 2, question("Q?", [1])), line("b.pdf", 3, question("R?", [0]), first_row=2)
     )
@@ -44,21 +44,21 @@ def test_pages_come_from_the_parquet(tmp_path: Path) -> None:
     assert (a.doc_name, a.n_pages, texts(a)) == ("a.pdf", 2, ["a0", "a1"])
     assert texts(b) == ["b0", "b1", "b2"]
     assert [page.page for page in b.pages] == [0, 1, 2]
-    assert {page.description for page in a.pages} == {""}  # a model's reading is not a known truth
+    assert {page.description for page in a.pages} == {""}  # vlm_text is not used by default
     assert Path(a.pages[0].image).read_bytes() == rows[0]["image_binary"]
     assert (a.pages[0].width, a.pages[0].height) == (60, 80)
     assert [q.query_id for q in b.questions] == ["b.pdf/0"]
 
 
-def test_descriptions_are_read_where_they_are_exact(tmp_path: Path) -> None:
+def test_descriptions_are_read_if_configured(tmp_path: Path) -> None:
     write_lines(tmp_path, line("a", 1, question("Q?", [0])))
     write_parquet(tmp_path / PARQUET, [page_row("a", 0, vlm_text="a red bar chart")])
     (a,), _ = read(tmp_path, descriptions=True)
     assert a.pages[0].description == "a red bar chart"
 
 
-def test_documents_keep_the_order_of_the_annotations(tmp_path: Path) -> None:
-    """Rows in any order, rows of documents that nobody asks about, and large row groups make no difference."""
+def test_documents_are_in_the_order_of_the_annotations(tmp_path: Path) -> None:
+    """The order does not depend on the order of rows, rows of other documents, or the size of row groups."""
     write_lines(tmp_path, line("b", 2, question("Q?", [0])), line("a", 2, question("R?", [0])))
     rows = [
         page_row("a", 1, "a1"),
@@ -75,24 +75,24 @@ def test_documents_keep_the_order_of_the_annotations(tmp_path: Path) -> None:
         assert not skipped
 
 
-def test_row_groups_of_other_documents_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unneeded_row_groups_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_lines(tmp_path, line("b", 2, question("Q?", [0])))
     write_parquet(tmp_path / PARQUET, [page_row(name, i) for name in "abc" for i in range(2)], rows_a_group=2)
     groups_read: list[int] = []
     original = pq.ParquetFile.iter_batches
 
-    def spied(self: pq.ParquetFile, *args: Any, **more: Any) -> Any:
+    def spy(self: pq.ParquetFile, *args: Any, **more: Any) -> Any:
         groups_read.extend(more["row_groups"])
         return original(self, *args, **more)
 
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spied)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
     read(tmp_path)
     assert groups_read == [1]
 
 
 @pytest.mark.parametrize("ids", [["0", "1", "2"], ["1", "2", "3"], ["p-a", "p-b", "p-c"]])
 def test_page_numbers_from_passage_ids(tmp_path: Path, ids: list[str]) -> None:
-    """Counted from 0, from 1, or no numbers: then the distance from the first row of page_indices counts."""
+    """Ids count from 0 or from 1. If they are not numbers, the row number relative to page_indices is used."""
     write_lines(tmp_path, line("a", 3, question("Q?", [0]), first_row=1))
     rows = [page_row("x", 0)] + [page_row("a", name, text) for name, text in zip(ids, "rst", strict=True)]
     write_parquet(tmp_path / PARQUET, rows)
@@ -101,15 +101,17 @@ def test_page_numbers_from_passage_ids(tmp_path: Path, ids: list[str]) -> None:
     assert not skipped
 
 
-def test_passage_id_counts_before_row_order(tmp_path: Path) -> None:
+def test_passage_id_takes_precedence_over_row_order(tmp_path: Path) -> None:
     write_lines(tmp_path, line("a", 2, question("Q?", [0])))
     write_parquet(tmp_path / PARQUET, [page_row("a", 1, "second"), page_row("a", 0, "first")])
     (a,), _ = read(tmp_path)
     assert texts(a) == ["first", "second"]
 
 
-def test_a_corrupt_page_image_is_left_out_and_listed(tmp_path: Path) -> None:
-    write_lines(tmp_path, line("a", 3, question("lost", [1]), question("found", [2]), question("half", [1, 2])))
+def test_corrupt_page_images_are_skipped(tmp_path: Path) -> None:
+    write_lines(
+        tmp_path, line("a", 3, question("unreadable", [1]), question("readable", [2]), question("half", [1, 2]))
+    )
     rows = [page_row("a", 0), page_row("a", 1, image=b"\xff\xd8 broken"), page_row("a", 2)]
     write_parquet(tmp_path / PARQUET, rows)
     for _ in range(2):  # the second time from the cache
@@ -122,10 +124,10 @@ def test_a_corrupt_page_image_is_left_out_and_listed(tmp_path: Path) -> None:
             ("a/2", "relevant page can't be shown"),
         ]
         assert skipped[0].file == str(tmp_path / PARQUET)
-        assert "page 1 of a: its image bytes are no image" in skipped[0].detail
+        assert "page 1 of a: its bytes are not an image" in skipped[0].detail
 
 
-def test_rows_that_lack_repeat_or_do_not_fit(tmp_path: Path) -> None:
+def test_missing_repeated_and_extra_rows_are_skipped(tmp_path: Path) -> None:
     write_lines(
         tmp_path,
         line("gone", 2, question("Q?", [0])),
@@ -140,15 +142,15 @@ def test_rows_that_lack_repeat_or_do_not_fit(tmp_path: Path) -> None:
     assert texts(documents[1]) == ["first"]
     assert [q.query_id for q in documents[0].questions] == ["gap/1"]
     assert [s.detail for s in skipped if s.query_id is None] == [
-        "gone: no row holds a page of it",
+        "gone: the parquet has no row for it",
         "row 3 repeats row 2: page 0 of twice",
-        "long: row 5 is no page of it: it has 1",
-        "page 1 of gap: no row holds it",
+        "long: row 5 is not one of its 1 pages",
+        "page 1 of gap: the parquet has no row for it",
     ]
     assert {s.query_id for s in skipped if s.reason == "document can't be read"} == {None, "gone/0", "long/0"}
 
 
-def test_a_page_beyond_the_document(tmp_path: Path) -> None:
+def test_question_with_page_beyond_the_document_is_skipped(tmp_path: Path) -> None:
     write_lines(tmp_path, line("a", 2, question("Q?", [0, 2]), question("R?", [1])))
     write_parquet(tmp_path / PARQUET, [page_row("a", i) for i in range(2)])
     (a,), skipped = read(tmp_path)
@@ -158,40 +160,40 @@ def test_a_page_beyond_the_document(tmp_path: Path) -> None:
     ]
 
 
-def test_an_unusable_parquet(tmp_path: Path) -> None:
+def test_unusable_parquet_raises(tmp_path: Path) -> None:
     write_lines(tmp_path, line("a", 1, question("Q?", [0])))
-    with pytest.raises(InputError, match=r"MMDocIR_pages.parquet: no such file or folder; corpus.pages names"):
+    with pytest.raises(InputError, match=r"MMDocIR_pages.parquet: no such file or folder; set corpus.pages="):
         read(tmp_path)
     (tmp_path / PARQUET).write_bytes(b"PAR1 and nothing else")
     with pytest.raises(InputError, match="not a readable parquet file"):
         read(tmp_path)
     rows = pa.Table.from_pylist([page_row("a", 0)])
     pq.write_table(rows.drop_columns(["ocr_text", "vlm_text"]), tmp_path / PARQUET)
-    with pytest.raises(InputError, match="lacks the column ocr_text; found doc_name, domain, passage_id"):
+    with pytest.raises(InputError, match="has no column ocr_text; found doc_name, domain, passage_id"):
         read(tmp_path)
-    with pytest.raises(InputError, match="lacks the column ocr_text, vlm_text"):
+    with pytest.raises(InputError, match="has no column ocr_text, vlm_text"):
         read(tmp_path, descriptions=True)
     paths = rows.set_column(rows.schema.get_field_index("image_binary"), "image_binary", [["a.jpg"]])
     pq.write_table(paths, tmp_path / PARQUET)
-    with pytest.raises(InputError, match="column image_binary must hold bytes, found string"):
+    with pytest.raises(InputError, match="column image_binary must contain bytes, found string"):
         read(tmp_path)
 
 
-def test_a_parquet_broken_in_the_middle(tmp_path: Path) -> None:
+def test_corrupt_row_group_raises(tmp_path: Path) -> None:
     write_lines(tmp_path, line("a", 4, question("Q?", [0])))
     write_parquet(tmp_path / PARQUET, [page_row("a", i) for i in range(4)])
     data = bytearray((tmp_path / PARQUET).read_bytes())
     start = data.index(image_bytes("rgb(0, 200, 1)")[:20])
     data[start - 60 : start - 1] = b"\xff" * 59  # the page header of the first image column chunk
     (tmp_path / PARQUET).write_bytes(data)
-    with pytest.raises(InputError, match=r"MMDocIR_pages.parquet: broken near row \d+"):
+    with pytest.raises(InputError, match=r"MMDocIR_pages.parquet: corrupt near row \d+"):
         read(tmp_path)
 
 
 # PDFs.
 
 
-def test_pages_come_from_pdfs(tmp_path: Path, no_render: Callable[[], None]) -> None:
+def test_reads_pages_from_pdfs(tmp_path: Path, no_render: Callable[[], None]) -> None:
     write_lines(
         tmp_path,
         line("a.pdf", 2, question("Q?", [1])),
@@ -223,7 +225,7 @@ def test_equal_documents_have_equal_hashes(tmp_path: Path) -> None:
     assert a.sha256 == b.sha256 != c.sha256
 
 
-def test_pdfs_that_cannot_be_used_are_listed(tmp_path: Path) -> None:
+def test_unusable_pdfs_are_skipped(tmp_path: Path) -> None:
     write_lines(
         tmp_path,
         line("missing.pdf", 2, question("Q?", [0])),
@@ -243,12 +245,12 @@ def test_pdfs_that_cannot_be_used_are_listed(tmp_path: Path) -> None:
     files = {Path(s.file or "").name: s.detail for s in skipped if s.query_id is None}
     assert list(files) == ["missing.pdf", "corrupt.pdf", "empty.pdf", "edition.pdf", "good.pdf"]
     assert "no such file" in files["missing.pdf"]
-    assert "not a PDF that can be opened" in files["corrupt.pdf"]
-    assert "not a PDF that can be opened" in files["empty.pdf"]
-    assert "has 2 pages, page_indices tell of 5" in files["edition.pdf"]
+    assert "not a readable PDF" in files["corrupt.pdf"]
+    assert "not a readable PDF" in files["empty.pdf"]
+    assert "has 2 pages, but page_indices 5" in files["edition.pdf"]
     assert "plain file name" in files["good.pdf"]
-    lost = [s.query_id for s in skipped if s.query_id]
-    assert lost == [
+    skipped_ids = [s.query_id for s in skipped if s.query_id]
+    assert skipped_ids == [
         "missing.pdf/0",
         "corrupt.pdf/0",
         "corrupt.pdf/1",
@@ -258,7 +260,7 @@ def test_pdfs_that_cannot_be_used_are_listed(tmp_path: Path) -> None:
     ]
 
 
-def test_the_synthetic_corpus_is_read_by_the_same_reader(tmp_path: Path) -> None:
+def test_reads_the_synthetic_corpus(tmp_path: Path) -> None:
     from data_construction import synthetic
 
     synthetic.main(synthetic.SyntheticStage(out=tmp_path / "corpus", documents=3, workers=1))

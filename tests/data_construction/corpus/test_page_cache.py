@@ -25,7 +25,7 @@ def render(cache: PageCache, path: Path, number: int = 0, source: str = "hash") 
         return cache.from_pdf("a.pdf", number, pdf[number], source).path
 
 
-def test_image_bytes_that_fit_are_kept(tmp_path: Path) -> None:
+def test_small_images_are_stored_unchanged(tmp_path: Path) -> None:
     for kind, suffix in (("JPEG", ".jpg"), ("PNG", ".png")):
         data = image_bytes("red", kind=kind)
         image = cache_in(tmp_path).from_bytes("a", 3, data)
@@ -34,7 +34,7 @@ def test_image_bytes_that_fit_are_kept(tmp_path: Path) -> None:
         assert (image.width, image.height) == (60, 80)
 
 
-def test_large_and_unusual_images_become_jpeg(tmp_path: Path) -> None:
+def test_large_and_transparent_images_become_jpeg(tmp_path: Path) -> None:
     large = cache_in(tmp_path, max_side=40).from_bytes("a", 0, image_bytes("red"))
     assert (large.width, large.height, large.path.suffix) == (30, 40, ".jpg")
     stream = io.BytesIO()
@@ -42,14 +42,14 @@ def test_large_and_unusual_images_become_jpeg(tmp_path: Path) -> None:
     clear = cache_in(tmp_path).from_bytes("a", 1, stream.getvalue())
     with Image.open(clear.path) as image:
         assert image.mode == "RGB"
-        assert image.getpixel((5, 5)) == (255, 255, 255)  # transparent shows paper, not red
+        assert image.getpixel((5, 5)) == (255, 255, 255)  # transparent pixels become white
 
 
-def test_bytes_that_are_no_whole_image(tmp_path: Path) -> None:
+def test_invalid_and_truncated_images_raise(tmp_path: Path) -> None:
     cache = cache_in(tmp_path)
-    with pytest.raises(UnreadablePageError, match="no image"):
+    with pytest.raises(UnreadablePageError, match="not an image"):
         cache.from_bytes("a", 0, b"nothing like it")
-    with pytest.raises(UnreadablePageError, match="no image"):
+    with pytest.raises(UnreadablePageError, match="not an image"):
         cache.from_bytes("a", 0, b"")
     noise = Image.effect_noise((80, 80), 90).convert("RGB")
     for kind in ("JPEG", "PNG"):
@@ -60,7 +60,7 @@ def test_bytes_that_are_no_whole_image(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_rendering_respects_both_limits(tmp_path: Path) -> None:
+def test_rendering_respects_dpi_and_max_side(tmp_path: Path) -> None:
     write_pdf(tmp_path / "a.pdf", ["one"], size=(300, 400))
     with pypdfium2.PdfDocument(tmp_path / "a.pdf") as pdf:
         small = cache_in(tmp_path / "c", dpi=72, max_side=500).from_pdf("a", 0, pdf[0], "h")
@@ -76,7 +76,7 @@ def test_a_page_is_rendered_once(tmp_path: Path, no_render: Callable[[], None]) 
     assert [render(cache_in(tmp_path / "c"), tmp_path / "a.pdf", number) for number in (0, 1)] == first
 
 
-def test_what_changes_the_picture_changes_the_name(tmp_path: Path) -> None:
+def test_file_name_depends_on_source_and_settings(tmp_path: Path) -> None:
     write_pdf(tmp_path / "a.pdf", ["one", "two"])
     names = {
         render(cache_in(tmp_path / "c"), tmp_path / "a.pdf"),
@@ -95,21 +95,21 @@ def test_the_same_page_gives_the_same_bytes(tmp_path: Path) -> None:
     assert paths[0].relative_to(tmp_path / "c") == paths[1].relative_to(tmp_path / "d")
 
 
-def test_a_damaged_cache_file_is_written_again(tmp_path: Path) -> None:
+def test_damaged_cache_file_is_rewritten(tmp_path: Path) -> None:
     write_pdf(tmp_path / "a.pdf", ["one"])
     path = render(cache_in(tmp_path / "c"), tmp_path / "a.pdf")
-    whole = path.read_bytes()
+    original = path.read_bytes()
     path.write_bytes(b"")
-    assert render(cache_in(tmp_path / "c"), tmp_path / "a.pdf").read_bytes() == whole
+    assert render(cache_in(tmp_path / "c"), tmp_path / "a.pdf").read_bytes() == original
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_unwritable_cache_folder_raises(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"page images can't be written .*corpus.page_cache="):
         cache_in(tmp_path / "file").from_bytes("a", 0, image_bytes())
 
 
-def test_text_layer(tmp_path: Path) -> None:
+def test_page_text(tmp_path: Path) -> None:
     write_pdf(tmp_path / "a.pdf", ["First line\nsecond line", ""])
     with pypdfium2.PdfDocument(tmp_path / "a.pdf") as pdf:
         assert page_text(pdf[0]) == "First line\nsecond line"

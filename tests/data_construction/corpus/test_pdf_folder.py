@@ -13,7 +13,7 @@ from mmr5_train.common.files import InputError
 from mmr5_train.ranking.records import Question, Skipped
 
 
-def asked(folder: Path, name: str, text: str | bytes) -> tuple[list[Question], list[Skipped]]:
+def read_questions(folder: Path, name: str, text: str | bytes) -> tuple[list[Question], list[Skipped]]:
     path = folder / name
     path.write_bytes(text.encode() if isinstance(text, str) else text)
     skipped: list[Skipped] = []
@@ -27,22 +27,22 @@ def pages(question: Question) -> list[int]:
     return [page.page for page in question.positives]
 
 
-def test_pages_count_from_one_in_the_file_and_from_zero_inside(tmp_path: Path) -> None:
+def test_page_numbers_are_converted_to_zero_based(tmp_path: Path) -> None:
     text = 'question,document,pages\nHow many days?,handbook.pdf,5\n"Which sites, and why?",report,"12, 1; 3 3"\n'
-    (first, second), skipped = asked(tmp_path, "q.csv", text)
+    (first, second), skipped = read_questions(tmp_path, "q.csv", text)
     assert (first.query_id, first.query, first.domain) == ("handbook.pdf/2", "How many days?", "documents")
     assert pages(first) == [4]
     assert (second.doc_name, second.query, pages(second)) == ("report.pdf", "Which sites, and why?", [11, 0, 2])
     assert not skipped
 
 
-def test_json_lines_say_the_same(tmp_path: Path) -> None:
+def test_json_lines_questions(tmp_path: Path) -> None:
     rows = [
         {"question": "A?", "document": "a.pdf", "pages": [5, 6], "domain": "Law"},
         {"question": "B?", "document": "a.pdf", "pages": 1},
         {"question": "C?", "document": "b.pdf", "pages": "2"},
     ]
-    questions, _ = asked(tmp_path, "q.jsonl", "\n".join(json.dumps(row) for row in rows))
+    questions, _ = read_questions(tmp_path, "q.jsonl", "\n".join(json.dumps(row) for row in rows))
     assert [(q.query_id, pages(q), q.domain) for q in questions] == [
         ("a.pdf/1", [4, 5], "Law"),
         ("a.pdf/2", [0], "Law"),  # a document has one domain
@@ -51,22 +51,22 @@ def test_json_lines_say_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
-def test_what_a_spreadsheet_saves(tmp_path: Path, separator: str) -> None:
+def test_csv_variants_of_spreadsheets(tmp_path: Path, separator: str) -> None:
     """A byte order mark, other separators, Windows line ends, other columns in any order, empty cells."""
     header = separator.join(["pages", "note", " document ", "question", "domain"])
     row = separator.join(["3", "mine", "a.pdf", "Ärger?", ""])
-    (question,), skipped = asked(tmp_path, "q.csv", f"\ufeff{header}\r\n{row}\r\n")
+    (question,), skipped = read_questions(tmp_path, "q.csv", f"\ufeff{header}\r\n{row}\r\n")
     assert (question.query, pages(question), question.domain) == ("Ärger?", [2], "documents")
     assert not skipped
 
 
-def test_a_wrong_header_names_what_was_found_and_expected(tmp_path: Path) -> None:
+def test_wrong_csv_header_raises(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"q.csv: its first line must name the columns question, document, pages .*found Q, file"
+        InputError, match=r"q.csv: the first line must name the columns question, document, pages .*found Q, file"
     ):
-        asked(tmp_path, "q.csv", "Q,file\nWhere?,a.pdf\n")
+        read_questions(tmp_path, "q.csv", "Q,file\nWhere?,a.pdf\n")
     with pytest.raises(InputError, match="found nothing"):
-        asked(tmp_path, "q.csv", "")
+        read_questions(tmp_path, "q.csv", "")
 
 
 @pytest.mark.parametrize(
@@ -76,12 +76,12 @@ def test_a_wrong_header_names_what_was_found_and_expected(tmp_path: Path) -> Non
         ("Where?,a.pdf,four", "line 3: field pages.0: .*integer"),
         ("Where?,a.pdf,", "line 3: field pages: .*at least 1"),
         (",a.pdf,4", "line 3: field question: "),
-        ("Where?,a.pdf,12, 13", "line 3: .*more fields than the header has"),
+        ("Where?,a.pdf,12, 13", "line 3: .*more fields than the header"),
         ("Where?", "line 3: field document: "),
     ],
 )
-def test_rows_that_cannot_be_understood_are_listed(tmp_path: Path, row: str, message: str) -> None:
-    questions, (skip,) = asked(tmp_path, "q.csv", f"question,document,pages\nGood?,a.pdf,1\n{row}\n")
+def test_invalid_rows_are_skipped(tmp_path: Path, row: str, message: str) -> None:
+    questions, (skip,) = read_questions(tmp_path, "q.csv", f"question,document,pages\nGood?,a.pdf,1\n{row}\n")
     assert [question.query for question in questions] == ["Good?"]
     assert skip.reason == "question can't be understood"
     assert skip.file == str(tmp_path / "q.csv")
@@ -90,19 +90,19 @@ def test_rows_that_cannot_be_understood_are_listed(tmp_path: Path, row: str, mes
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"q.xlsx: the name of a questions file must end in .csv or .jsonl"):
-        asked(tmp_path, "q.xlsx", "")
+        read_questions(tmp_path, "q.xlsx", "")
     with pytest.raises(InputError, match=r"q.csv: not UTF-8 text .*save it as UTF-8"):
-        asked(tmp_path, "q.csv", "question,document,pages\nÄrger?,a.pdf,1\n".encode("latin-1"))
-    with pytest.raises(InputError, match=r"holds no question that can be understood; first: line 2: "):
-        asked(tmp_path, "q.csv", "question,document,pages\nWhere?,a.pdf,x\n")
+        read_questions(tmp_path, "q.csv", "question,document,pages\nÄrger?,a.pdf,1\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"contains no valid question; first: line 2: "):
+        read_questions(tmp_path, "q.csv", "question,document,pages\nWhere?,a.pdf,x\n")
     corpus = PdfFolder(folder=tmp_path, questions=tmp_path / "absent.csv", page_cache=tmp_path / "cache")
-    with pytest.raises(InputError, match=r"absent.csv: no such file; corpus.questions="):
+    with pytest.raises(InputError, match=r"absent.csv: no such file; set corpus.questions="):
         read_pdf_folder_annotations(corpus, [])
     with pytest.raises(InputError, match=r"nowhere: no such folder; .*corpus.folder="):
         read_pdf_folder_annotations(corpus.model_copy(update={"folder": tmp_path / "nowhere"}), [])
 
 
-def test_documents_and_pages_that_are_not_there_are_listed(tmp_path: Path) -> None:
+def test_missing_documents_and_pages_are_skipped(tmp_path: Path) -> None:
     write_pdf(tmp_path / "a.pdf", ["figs", "dates"])
     text = "question,document,pages\nGood?,a,2\nBeyond?,a.pdf,7\nAbsent?,b.pdf,1\n"
     (tmp_path / "q.csv").write_text(text)
@@ -113,6 +113,6 @@ def test_documents_and_pages_that_are_not_there_are_listed(tmp_path: Path) -> No
     assert [page.text for page in a.pages] == ["figs", "dates"]
     assert [(skip.query_id, skip.reason, skip.detail) for skip in skipped] == [
         ("a.pdf/3", "page beyond the document", "page [7] of a document with 2 pages, counted from 1"),
-        (None, "document can't be read", "no such file; put the PDF there"),
+        (None, "document can't be read", "no such file; copy the PDF there"),
         ("b.pdf/4", "document can't be read", str(tmp_path / "b.pdf")),
     ]

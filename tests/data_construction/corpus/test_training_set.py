@@ -34,10 +34,10 @@ def pages_of(name: str, n: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("struct", [False, True])
-def test_pages_and_questions_are_read(tmp_path: Path, struct: bool) -> None:
+def test_reads_pages_and_questions(tmp_path: Path, struct: bool) -> None:
     lines = [train_line("7", "Where?", ("a/b", 1), ("a/b", 2), ("a/b", 1)), train_line("8", "Why?", ("c", 0))]
     write_subset(
-        tmp_path, "DUDE", pages_of("a/b", 3) + pages_of("nobody asks", 2) + pages_of("c", 1), lines, struct
+        tmp_path, "DUDE", pages_of("a/b", 3) + pages_of("no questions", 2) + pages_of("c", 1), lines, struct
     )
     (a, c), skipped = read(tmp_path)
     assert not skipped
@@ -49,7 +49,7 @@ def test_pages_and_questions_are_read(tmp_path: Path, struct: bool) -> None:
     assert [str(page) for page in question.positives] == ["DUDE/a/b#1", "DUDE/a/b#2"]
 
 
-def test_query_ids_and_documents_of_two_subsets_do_not_collide(tmp_path: Path) -> None:
+def test_names_of_two_subsets_do_not_collide(tmp_path: Path) -> None:
     for subset in ("DUDE", "SlideVQA"):
         write_subset(tmp_path, subset, pages_of("a", 2), [train_line(0, f"{subset}?", ("a", 0))])
     documents, skipped = read(tmp_path, "DUDE", "SlideVQA")
@@ -58,7 +58,7 @@ def test_query_ids_and_documents_of_two_subsets_do_not_collide(tmp_path: Path) -
     assert not skipped
 
 
-def test_repeated_lines_and_rows_count_once(tmp_path: Path) -> None:
+def test_repeated_lines_and_rows_are_skipped(tmp_path: Path) -> None:
     line = train_line("train_54030", "Where?", ("a", "1"))  # page numbers may be text
     other = train_line("train_54030", "Another question?", ("a", "0"))
     rows = [train_page("a", str(i), f"row {k}") for k, i in enumerate((0, 1, 1))]
@@ -67,10 +67,10 @@ def test_repeated_lines_and_rows_count_once(tmp_path: Path) -> None:
     assert [page.text for page in a.pages] == ["row 0", "row 1"]
     assert [question.query for question in a.questions] == ["Where?"]
     assert [skip.reason for skip in skipped] == ["duplicate line", "query id already used", "duplicate row"]
-    assert "line 3: Wiki-ss/train_54030 stands in line 1, other words" in skipped[1].detail
+    assert "line 3: Wiki-ss/train_54030 is already in line 1, with other content" in skipped[1].detail
 
 
-def test_what_cannot_be_used_is_listed_and_the_rest_kept(tmp_path: Path) -> None:
+def test_unusable_questions_and_pages_are_skipped(tmp_path: Path) -> None:
     lines = [
         train_line(0, "Good?", ("a", 3)),
         train_line(1, "Its page is broken?", ("a", 70)),
@@ -99,13 +99,13 @@ def test_what_cannot_be_used_is_listed_and_the_rest_kept(tmp_path: Path) -> None
     details = [skip.detail for skip in skipped]
     assert "line 6: field positive_passages" in details[1]
     assert "line 7: field query" in details[2]
-    assert "DUDE/gone: no row holds a page of it" in details[3]
+    assert "DUDE/gone: the parquet has no row for it" in details[3]
     assert "page 70 of DUDE/a: " in details[5]
     assert "(row 70)" in details[5]
 
 
-def test_rows_of_documents_may_be_mixed(tmp_path: Path) -> None:
-    """Documents come in the order in which they are complete, and no other is held back for it."""
+def test_rows_of_documents_may_be_interleaved(tmp_path: Path) -> None:
+    """Documents are yielded in the order in which their last rows are read."""
     rows = [train_page("a", 0), train_page("b", 1), train_page("b", 0), train_page("a", 1)]
     write_subset(tmp_path, "DUDE", rows, [train_line(0, "A?", ("a", 0)), train_line(1, "B?", ("b", 0))])
     documents, _ = read(tmp_path)
@@ -113,41 +113,41 @@ def test_rows_of_documents_may_be_mixed(tmp_path: Path) -> None:
     assert [[page.page for page in document.pages] for document in documents] == [[0, 1], [0, 1]]
 
 
-def test_at_most_so_many_questions_a_subset(tmp_path: Path) -> None:
+def test_questions_per_subset_are_sampled(tmp_path: Path) -> None:
     lines = [train_line(k, f"Question {k}?", (f"d{k}", 0)) for k in range(30)]
     rows = [train_page(f"d{k}", 0) for k in range(30)]
     for subset in ("DUDE", "Wiki-ss"):
         write_subset(tmp_path, subset, rows, lines)
-    drawn = []
+    samples = []
     for seed in (42, 42, 1):
         documents, skipped = read(tmp_path, "DUDE", "Wiki-ss", seed=seed, questions=10)
-        drawn.append([question.query_id for document in documents for question in document.questions])
+        samples.append([question.query_id for document in documents for question in document.questions])
         assert not skipped
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert [sum(name.startswith(subset) for name in drawn[0]) for subset in ("DUDE", "Wiki-ss")] == [10, 10]
+    assert samples[0] == samples[1] != samples[2]
+    assert [sum(name.startswith(subset) for name in samples[0]) for subset in ("DUDE", "Wiki-ss")] == [10, 10]
     assert len(read(tmp_path, "DUDE", questions=40)[0]) == 30
 
 
 @pytest.mark.parametrize("column", ["file_name", "page", "image", "layouts"])
-def test_a_parquet_without_a_column(tmp_path: Path, column: str) -> None:
+def test_missing_parquet_column_raises(tmp_path: Path, column: str) -> None:
     write_subset(tmp_path, "DUDE", pages_of("a", 1), [train_line(0, "Where?", ("a", 0))])
     path = tmp_path / "parquet/DUDE_filter.parquet"
     pq.write_table(pq.read_table(path).drop_columns([column]), path)
-    with pytest.raises(InputError, match=rf"DUDE_filter.parquet: lacks the column {column}; found .*page_size"):
+    with pytest.raises(InputError, match=rf"DUDE_filter.parquet: has no column {column}; found .*page_size"):
         read(tmp_path)
 
 
-def test_images_of_another_type(tmp_path: Path) -> None:
+def test_image_column_of_wrong_type_raises(tmp_path: Path) -> None:
     write_subset(tmp_path, "DUDE", pages_of("a", 1), [train_line(0, "Where?", ("a", 0))])
     path = tmp_path / "parquet/DUDE_filter.parquet"
     table = pq.read_table(path)
     at = table.schema.get_field_index("image")
     pq.write_table(table.set_column(at, "image", pa.array([{"path": "a.jpg"}])), path)
-    with pytest.raises(InputError, match=r"column image must hold bytes, found struct"):
+    with pytest.raises(InputError, match=r"column image must contain bytes, found struct"):
         read(tmp_path)
 
 
-def test_absent_files_are_named(tmp_path: Path) -> None:
+def test_missing_files_raise(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent: no such folder; .*corpus.folder="):
         read(tmp_path / "absent")
     with pytest.raises(InputError, match=r"DUDE_train.jsonl: no such file"):
@@ -158,8 +158,8 @@ def test_absent_files_are_named(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_the_words_of_layouts() -> None:
+def test_layout_text() -> None:
     layouts = [{"text": "one", "bbox": [0, 1]}, {"text": None, "ocr_text": "two"}, {"text": " "}]
     assert layout_text(layouts) == layout_text(json.dumps(layouts)) == "one\ntwo"
-    for nothing in (None, [], "not JSON", "__import__('os')", [[0, 0, 1, 1]], 3):
-        assert layout_text(nothing) == ""
+    for value in (None, [], "not JSON", "__import__('os')", [[0, 0, 1, 1]], 3):
+        assert layout_text(value) == ""

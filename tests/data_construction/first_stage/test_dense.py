@@ -1,4 +1,4 @@
-"""Scores and the index on disk, with a stand-in for the model: a page's vector is its picture's mean colour."""
+"""Scores and the index on disk, with a fake encoder: the vectors of a page are the colours of its pixels."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mmr5_train.ranking.records import Page, PageId, Question
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
-class Colors:
-    """Counts the pages it reads."""
+class ColorEncoder:
+    """A fake encoder that counts the pages it encodes."""
 
     def __init__(self) -> None:
-        self.read = 0
+        self.pages_encoded = 0
 
     def pages(self, paths: Sequence[Path]) -> list[np.ndarray]:
-        self.read += len(paths)
+        self.pages_encoded += len(paths)
         return [np.asarray(Image.open(path), dtype=np.float32).reshape(-1, 3)[:2] / 255 for path in paths]
 
     def questions(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -35,11 +35,11 @@ class Colors:
 
 
 @pytest.fixture
-def colors(monkeypatch: pytest.MonkeyPatch) -> Colors:
-    stand_in = Colors()
-    encoder = Encoder(pages=stand_in.pages, questions=stand_in.questions)
+def colors(monkeypatch: pytest.MonkeyPatch) -> ColorEncoder:
+    fake = ColorEncoder()
+    encoder = Encoder(pages=fake.pages, questions=fake.questions)
     monkeypatch.setattr(dense, "load_encoder", lambda config: encoder)
-    return stand_in
+    return fake
 
 
 def document(folder: Path, colors: Sequence[str], *queries: str) -> Document:
@@ -59,57 +59,57 @@ def config(folder: Path, model: str = "vidore/colqwen2-v1.0") -> Dense:
     return Dense(name="dense", model=model, multi_vector=True, index=folder / "index")
 
 
-def test_late_interaction_and_dot_product() -> None:
+def test_max_sim() -> None:
     page = np.array([[1, 0], [0, 2], [0.5, 0.5]], np.float32)
     assert max_sim(np.array([[1, 0], [0, 1], [1, 1]], np.float32), page) == 1 + 2 + 2
     assert max_sim(np.array([[3, 4]], np.float32), np.array([[1, 2]], np.float32)) == 11
 
 
-def test_pages_are_ranked_by_their_vectors(tmp_path: Path, colors: Colors) -> None:
+def test_pages_are_ranked_by_their_vectors(tmp_path: Path, colors: ColorEncoder) -> None:
     rank = open_retriever(config(tmp_path), [], [])
     ranked = rank(document(tmp_path, ["red", "blue", "green", "blue"], "a blue chart", "green and red"))
     assert [[page.page for page, _ in one] for one in ranked] == [[1, 3, 0, 2], [0, 2, 1, 3]]
     assert [score for _, score in ranked[0]] == [255, 255, 0, 0]
 
 
-def test_vectors_are_read_from_disk_the_second_time(tmp_path: Path, colors: Colors) -> None:
-    made = document(tmp_path, ["red", "blue"], "blue")
-    first = open_retriever(config(tmp_path), [], [])(made)
-    assert open_retriever(config(tmp_path), [], [])(made) == first
-    assert colors.read == 2
-    open_retriever(config(tmp_path, "another/model"), [], [])(made)
-    assert colors.read == 4
-    open_retriever(config(tmp_path), [], [])(document(tmp_path, ["red", "green"], "blue"))  # another picture
-    assert colors.read == 6
+def test_vectors_are_cached_on_disk(tmp_path: Path, colors: ColorEncoder) -> None:
+    red_and_blue = document(tmp_path, ["red", "blue"], "blue")
+    first = open_retriever(config(tmp_path), [], [])(red_and_blue)
+    assert open_retriever(config(tmp_path), [], [])(red_and_blue) == first
+    assert colors.pages_encoded == 2
+    open_retriever(config(tmp_path, "another/model"), [], [])(red_and_blue)
+    assert colors.pages_encoded == 4
+    open_retriever(config(tmp_path), [], [])(document(tmp_path, ["red", "green"], "blue"))  # another image
+    assert colors.pages_encoded == 6
 
 
-def test_a_broken_index_is_made_anew(tmp_path: Path, colors: Colors) -> None:
-    made = document(tmp_path, ["red", "blue"], "blue")
-    first = open_retriever(config(tmp_path), [], [])(made)
+def test_corrupt_vector_file_is_rewritten(tmp_path: Path, colors: ColorEncoder) -> None:
+    red_and_blue = document(tmp_path, ["red", "blue"], "blue")
+    first = open_retriever(config(tmp_path), [], [])(red_and_blue)
     (path,) = (tmp_path / "index").rglob("*.safetensors")
     path.write_bytes(path.read_bytes()[:40])
-    assert open_retriever(config(tmp_path), [], [])(made) == first
-    assert colors.read == 4
+    assert open_retriever(config(tmp_path), [], [])(red_and_blue) == first
+    assert colors.pages_encoded == 4
 
 
-def test_an_index_that_cannot_be_written(tmp_path: Path, colors: Colors) -> None:
+def test_unwritable_index_raises(tmp_path: Path, colors: ColorEncoder) -> None:
     (tmp_path / "index").write_text("a file")
     with pytest.raises(InputError, match=r"vectors can't be written .*retriever.index="):
         open_retriever(config(tmp_path), [], [])(document(tmp_path, ["red"], "blue"))
 
 
-def test_a_document_without_questions_is_not_read(tmp_path: Path, colors: Colors) -> None:
+def test_document_without_questions_is_not_encoded(tmp_path: Path, colors: ColorEncoder) -> None:
     assert open_retriever(config(tmp_path), [], [])(document(tmp_path, ["red"])) == []
-    assert colors.read == 0
+    assert colors.pages_encoded == 0
 
 
-def test_without_sentence_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_sentence_transformers_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(InputError, match=r"needs sentence-transformers .*pip install '.\[dense\]'"):
         open_retriever(config(tmp_path), [], [])
 
 
-def test_other_weights_in_a_folder_have_another_index(tmp_path: Path) -> None:
+def test_model_folder_changes_with_the_weights(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"1")
     first = model_folder(str(tmp_path))
     assert model_folder(str(tmp_path)) == first

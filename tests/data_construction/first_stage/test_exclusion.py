@@ -10,7 +10,7 @@ from mmr5_train.common.files import InputError
 
 
 @pytest.mark.parametrize(
-    ("name", "plain"),
+    ("name", "normalized"),
     [
         ("Report 2020.PDF", "report 2020"),
         ("DUDE/Report 2020", "report 2020"),
@@ -19,11 +19,11 @@ from mmr5_train.common.files import InputError
         ("plan v2.pdf", "plan v2"),
     ],
 )
-def test_names_that_mean_the_same(name: str, plain: str) -> None:
-    assert normalize_name(name) == plain
+def test_normalize_name(name: str, normalized: str) -> None:
+    assert normalize_name(name) == normalized
 
 
-def test_documents_and_annotations(tmp_path: Path) -> None:
+def test_reads_documents_and_annotations(tmp_path: Path) -> None:
     lines = [
         {"doc_name": "a.pdf", "sha256": "1", "split": "heldout", "domain": "d", "pages": 1},
         {"doc_name": "b.pdf", "sha256": "2", "split": "train", "domain": "d", "pages": 1},
@@ -34,9 +34,9 @@ def test_documents_and_annotations(tmp_path: Path) -> None:
     assert (excluded.names, excluded.hashes) == ({"a", "c"}, {"1"})
 
 
-def test_another_file_is_named(tmp_path: Path) -> None:
+def test_other_files_raise(tmp_path: Path) -> None:
     (tmp_path / "tasks.jsonl").write_text('{"query_id": "1"}')
-    with pytest.raises(InputError, match=r"tasks.jsonl, line 1: field doc_name.*takes the documents.jsonl"):
+    with pytest.raises(InputError, match=r"tasks.jsonl, line 1: field doc_name.*takes documents.jsonl"):
         read_excluded([tmp_path / "tasks.jsonl"])
     with pytest.raises(InputError, match="no such file"):
         read_excluded([tmp_path / "absent.jsonl"])

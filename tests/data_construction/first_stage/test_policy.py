@@ -14,39 +14,39 @@ def chosen(policy: Policy, *positives: int, n: int = 5, insert: bool = True, see
     return [candidate.page for candidate in choose_candidates(RANKED, gold, n, policy, insert, seed)]
 
 
-def test_the_best_pages_whatever_they_are() -> None:
+def test_top_rule_takes_the_best_pages() -> None:
     assert chosen(Policy(), 3) == [0, 1, 2, 3, 4]
     assert chosen(Policy(), 7) == [0, 1, 2, 3, 4]
     assert chosen(Policy(), 1, n=2) == [0, 1]
     assert chosen(Policy(), 1, n=20) == list(range(12))
 
 
-def test_a_missed_page_replaces_the_last_candidate() -> None:
+def test_insert_missed_replaces_the_last_candidate() -> None:
     policy = Policy(insert_missed=True)
     assert chosen(policy, 9, 7) == [0, 1, 2, 3, 7]  # the better one of two
-    assert chosen(policy, 9, 2) == [0, 1, 2, 3, 4]  # one is there already
+    assert chosen(policy, 9, 2) == [0, 1, 2, 3, 4]  # page 2 is a candidate already
     assert chosen(policy, 9, insert=False) == [0, 1, 2, 3, 4]
-    assert chosen(policy, 40) == [0, 1, 2, 3, 4]  # the first stage never saw it
+    assert chosen(policy, 40) == [0, 1, 2, 3, 4]  # not in the ranking
 
 
-def test_all_relevant_pages_then_the_best_irrelevant_ones() -> None:
+def test_all_relevant_rule() -> None:
     policy = Policy(rule="all_relevant")
     assert chosen(policy, 9, 2, 11) == [0, 1, 2, 9, 11]
     assert chosen(policy, *range(6, 12)) == [6, 7, 8, 9, 10]
 
 
-def test_the_best_irrelevant_pages_may_be_passed_over() -> None:
+def test_skip_irrelevant() -> None:
     assert chosen(Policy(skip_irrelevant=2), 1) == [1, 3, 4, 5, 6]
     assert chosen(Policy(skip_irrelevant=10), 1) == [1, 11]
 
 
-def test_irrelevant_pages_may_be_drawn() -> None:
+def test_draw_from() -> None:
     policy = Policy(rule="all_relevant", skip_irrelevant=1, draw_from=8)
-    drawn = {seed: chosen(policy, 11, seed=seed) for seed in "abcdefgh"}
-    assert all(pages[-1] == 11 and len(pages) == 5 and pages == sorted(pages) for pages in drawn.values())
-    assert {page for pages in drawn.values() for page in pages} == {*range(1, 9), 11}
-    assert drawn["a"] == chosen(policy, 11, seed="a")
-    assert chosen(Policy(draw_from=2), 0) == [0, 1, 2]  # fewer than asked for
+    samples = {seed: chosen(policy, 11, seed=seed) for seed in "abcdefgh"}
+    assert all(pages[-1] == 11 and len(pages) == 5 and pages == sorted(pages) for pages in samples.values())
+    assert {page for pages in samples.values() for page in pages} == {*range(1, 9), 11}
+    assert samples["a"] == chosen(policy, 11, seed="a")
+    assert chosen(Policy(draw_from=2), 0) == [0, 1, 2]  # fewer than n
 
 
 @given(
@@ -56,10 +56,8 @@ def test_irrelevant_pages_may_be_drawn() -> None:
     st.integers(0, 3),
     st.none() | st.integers(1, 12),
 )
-def test_the_part_of_a_ranking_that_is_kept_is_enough(
-    gold: set[int], n: int, rule: str, skip: int, draw: int | None
-) -> None:
-    """`reach` irrelevant pages and every relevant one give the same candidates as the whole ranking."""
+def test_max_irrelevant_is_sufficient(gold: set[int], n: int, rule: str, skip: int, draw: int | None) -> None:
+    """`max_irrelevant` irrelevant pages and all relevant ones give the same candidates as the whole ranking."""
     policy = Policy.model_validate(
         {"rule": rule, "skip_irrelevant": skip, "draw_from": draw, "insert_missed": True}
     )

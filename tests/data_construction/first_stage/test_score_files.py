@@ -1,4 +1,4 @@
-"""MM-R5's score JSON. JSON Lines and TREC runs are tested in test_first_stage.py."""
+"""MM-R5's score JSON. test_retriever.py tests JSON Lines and TREC runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmr5_train.common.files import InputError
 from mmr5_train.ranking.records import PageId, Question, Skipped
 
 
-def asked(query_id: str, doc_name: str, *pages: int, domain: str = "DUDE") -> Question:
+def make_question(query_id: str, doc_name: str, *pages: int, domain: str = "DUDE") -> Question:
     positives = tuple(PageId(doc_name=doc_name, page=page) for page in pages)
     return Question(query_id=query_id, query="Q?", doc_name=doc_name, domain=domain, positives=positives)
 
@@ -28,12 +28,15 @@ def write(path: Path, value: Any) -> Path:
     return path
 
 
-def test_one_file_a_subset(tmp_path: Path) -> None:
+def test_one_file_per_subset(tmp_path: Path) -> None:
     """The same query id in two subsets means two questions."""
     dude = [entry("img/a_0.jpg", 1.5, "negative"), entry("img/a_2.jpg", 7, "positive")]
     write(tmp_path / "s/DUDE.json", {"0": dude, "unknown": dude})
     write(tmp_path / "s/Wiki-ss_scores.json", {"0": [entry("x/b/c/4.png", -1, "positive")]})
-    questions = [asked("DUDE/0", "DUDE/a", 2), asked("Wiki-ss/0", "Wiki-ss/b/c", 4, domain="Wiki-ss")]
+    questions = [
+        make_question("DUDE/0", "DUDE/a", 2),
+        make_question("Wiki-ss/0", "Wiki-ss/b/c", 4, domain="Wiki-ss"),
+    ]
     skipped: list[Skipped] = []
     scores = read_scores(tmp_path / "s", [questions[0]], skipped)
     assert scores == {"DUDE/0": {0: 1.5, 2: 7.0}}
@@ -44,9 +47,9 @@ def test_one_file_a_subset(tmp_path: Path) -> None:
     assert read_scores(tmp_path / "s", questions, [])["Wiki-ss/0"] == {4: -1.0}
 
 
-def test_a_single_file_with_full_query_ids(tmp_path: Path) -> None:
+def test_single_file_with_full_query_ids(tmp_path: Path) -> None:
     path = write(tmp_path / "all.json", {"a.pdf/0": [entry("page_images/a_3.jpg", 2)]})
-    assert read_scores(path, [asked("a.pdf/0", "a.pdf", 3)], []) == {"a.pdf/0": {3: 2.0}}
+    assert read_scores(path, [make_question("a.pdf/0", "a.pdf", 3)], []) == {"a.pdf/0": {3: 2.0}}
 
 
 @pytest.mark.parametrize(
@@ -62,14 +65,14 @@ def test_a_single_file_with_full_query_ids(tmp_path: Path) -> None:
         ("a_b_last.jpg", None),
     ],
 )
-def test_the_page_in_an_image_name(image: str, page: int | None) -> None:
+def test_page_number(image: str, page: int | None) -> None:
     assert page_number(image, "DUDE/a/b") == page
 
 
-def test_pages_of_other_documents_are_noted_and_a_question_without_scores_has_none(tmp_path: Path) -> None:
+def test_pages_of_other_documents_are_ignored(tmp_path: Path) -> None:
     path = write(tmp_path / "DUDE.json", {"0": [entry("a_1.jpg", 1), entry("z_1.jpg", 2)]})
     skipped: list[Skipped] = []
-    questions = [asked("DUDE/0", "DUDE/a", 1), asked("DUDE/1", "DUDE/a", 1)]
+    questions = [make_question("DUDE/0", "DUDE/a", 1), make_question("DUDE/1", "DUDE/a", 1)]
     assert read_scores(path, questions, skipped) == {"DUDE/0": {1: 1.0}, "DUDE/1": {}}
     assert [(s.reason, s.detail) for s in skipped] == [
         ("scores of pages of other documents", "1 scores, the first is of z_1.jpg")
@@ -77,16 +80,18 @@ def test_pages_of_other_documents_are_noted_and_a_question_without_scores_has_no
 
 
 def test_tags_are_compared_with_the_labels(tmp_path: Path) -> None:
-    questions = [asked(f"DUDE/{k}", "DUDE/a", 1) for k in range(3)]
+    questions = [make_question(f"DUDE/{k}", "DUDE/a", 1) for k in range(3)]
     right = [entry("a_0.jpg", 2, "negative"), entry("a_1.jpg", 1, "positive")]
     off_by_one = [entry("a_1.jpg", 2, "negative"), entry("a_2.jpg", 1, "positive")]
     skipped: list[Skipped] = []
     read_scores(write(tmp_path / "DUDE.json", {"0": right, "1": right, "2": off_by_one}), questions, skipped)
     assert [(s.reason, s.detail) for s in skipped] == [
-        ("tags that contradict the labels", "2 of 4, the first is a_1.jpg of DUDE/2; the labels count")
+        ("tags that contradict the labels", "2 of 4, the first is a_1.jpg of DUDE/2; the labels are used")
     ]
     path = write(tmp_path / "DUDE.json", {str(k): off_by_one for k in range(3)})
-    with pytest.raises(InputError, match=r"6 are not both, the first is a_1.jpg of DUDE/0; are its pages counted"):
+    with pytest.raises(
+        InputError, match=r"6 are not both, the first is a_1.jpg of DUDE/0; check that the file counts"
+    ):
         read_scores(path, questions, [])
 
 
@@ -99,13 +104,13 @@ def test_tags_are_compared_with_the_labels(tmp_path: Path) -> None:
         ({"0": [{"score": 1}]}, "question 0, entry 0: field image_path: Field required"),
         ({"0": [entry("a_1.jpg", 1, "maybe")]}, "question 0, entry 0: field tag"),
         ({"0": [entry("p7.jpg", 1)]}, r"the first image_path is 'p7.jpg'; expected .*<doc_name>_<page>.jpg"),
-        ({"9": [entry("a_1.jpg", 1)]}, "no question of the corpus is there"),
+        ({"9": [entry("a_1.jpg", 1)]}, "it has no question of the corpus"),
     ],
 )
-def test_another_form_is_named(tmp_path: Path, value: Any, message: str) -> None:
+def test_invalid_score_json_raises(tmp_path: Path, value: Any, message: str) -> None:
     path = write(tmp_path / "DUDE.json", value)
     with pytest.raises(InputError, match=message):
-        read_scores(path, [asked("DUDE/0", "DUDE/a", 1)], [])
+        read_scores(path, [make_question("DUDE/0", "DUDE/a", 1)], [])
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

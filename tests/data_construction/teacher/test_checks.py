@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from data_construction.teacher.checks import Rules, failed_checks, find_label_word, named_images, other_language
+from data_construction.teacher.checks import Rules, failed_checks, find_label_word, named_images
 from mmr5_train.ranking.records import LocalId, Page
 
 PAGE = Page(doc_name="d", page=0, domain="x", image="i", width=1, height=1, text="Positive results, by sector")
@@ -25,12 +25,12 @@ PAGE = Page(doc_name="d", page=0, domain="x", image="i", width=1, height=1, text
         ("The label is clear.", "label is"),
     ],
 )
-def test_words_that_give_the_label_away(text: str, found: str | None):
-    told = find_label_word(text, "What grew?", [PAGE])
-    assert told is None if found is None else found in str(told)
+def test_find_label_word(text: str, found: str | None):
+    word = find_label_word(text, "What grew?", [PAGE])
+    assert word is None if found is None else found in str(word)
 
 
-def test_words_of_the_question_give_nothing_away():
+def test_label_words_of_the_question_are_allowed():
     assert find_label_word("It names the label.", "Who signed to the label?", [PAGE]) is None
 
 
@@ -54,6 +54,10 @@ def test_named_pages():
         ({"notes": ["Text.", 'It is named "Image 3".', "Text."]}, None),
         ({"notes": ["Text.", "Image 7 is a chart.", "Text."], "text": "Image 7: growth"}, None),
         ({"notes": ["Text.", "На странице диаграмма, so it helps.", "Text."]}, "language"),
+        (
+            {"notes": ["Text.", 'It quotes "Die Seite nennt nur das Jahr und die Stadt" and no sum.', "Text."]},
+            None,
+        ),
         ({"refine": True, "think": "Image 2 hilft, weil sie das zeigt. Die anderen nicht."}, "language"),
         ({"think": "Image 1: <answer>[1]"}, "no_tags"),
         ({"think": "Image 1: </think>"}, "no_tags"),
@@ -67,7 +71,7 @@ def test_named_pages():
         ({"refine": True, "think": "Image 2 is a positive page."}, "no_label_words"),
     ],
 )
-def test_each_check_finds_what_it_is_for(change: dict[str, Any], name: str | None):
+def test_each_check_detects_its_problem(change: dict[str, Any], name: str | None):
     failed = failed_checks(
         "What is it that grew?",
         [PAGE.model_copy(update={"text": change.get("text", PAGE.text)})] * 3,
@@ -78,26 +82,3 @@ def test_each_check_finds_what_it_is_for(change: dict[str, Any], name: str | Non
         Rules(40, change.get("refine", False)),
     )
     assert next((found for found, _ in failed), None) == name
-
-
-@pytest.mark.parametrize(
-    ("text", "query", "found"),
-    [
-        ("The page shows a chart of the years, so it helps.", "What is the sum of the years?", None),
-        ("该页显示了收入图表, so it helps.", "What is the sum of the years?", "EAST ASIAN letters"),
-        ("該ページは収入のグラフです。", "收入是多少?", None),
-        (
-            "Die Seite nennt nur das Jahr und die Stadt, so it does not help.",
-            "What is the sum of it all?",
-            "German",
-        ),
-        ("Die Seite nennt nur das Jahr und die Stadt.", "Was ist die Summe der Jahre und wie hoch ist sie?", None),
-        ('It quotes "Die Seite nennt nur das Jahr und die Stadt" and no sum.', "What is the sum of it all?", None),
-        ("Un tableau.", "What is the sum of it all?", None),
-        ("2015: 17 %", "What is the sum of it all?", None),
-        ("The table of the years is in the text.", "Revenue 2015?", None),
-    ],
-)
-def test_another_language_than_the_questions(text: str, query: str, found: str | None):
-    other = other_language(text, query)
-    assert other is None if found is None else found in str(other)

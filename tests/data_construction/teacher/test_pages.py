@@ -17,7 +17,7 @@ def sent(path: Path, max_pixels: int) -> bytes:
     return base64.b64decode(data)
 
 
-def test_a_small_enough_jpeg_goes_as_it_is(tmp_path: Path):
+def test_small_jpeg_is_sent_unchanged(tmp_path: Path):
     path = tmp_path / "page.jpg"
     for mode in ("RGB", "L"):
         Image.new(mode, (300, 400), "red" if mode == "RGB" else 7).save(path, quality=55)
@@ -28,7 +28,7 @@ def test_a_small_enough_jpeg_goes_as_it_is(tmp_path: Path):
             assert image.width * image.height <= 119_999
 
 
-def test_a_turned_or_printers_jpeg_is_made_anew(tmp_path: Path):
+def test_rotated_and_cmyk_jpegs_are_reencoded(tmp_path: Path):
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.new("RGB", (300, 400), "red").save(tmp_path / "turned.jpg", exif=turned)
@@ -39,7 +39,7 @@ def test_a_turned_or_printers_jpeg_is_made_anew(tmp_path: Path):
             assert 0x0112 not in image.getexif()
 
 
-def test_other_images_are_made_small_enough_and_white_behind(tmp_path: Path):
+def test_other_images_are_shrunk_and_put_on_white(tmp_path: Path):
     path = tmp_path / "page.png"
     Image.new("RGBA", (400, 100), (0, 0, 0, 0)).save(path)
     with Image.open(io.BytesIO(sent(path, 10_000))) as seen:
@@ -50,7 +50,7 @@ def test_other_images_are_made_small_enough_and_white_behind(tmp_path: Path):
         assert seen.size == (400, 100)
 
 
-def test_missing_and_broken_images_are_named(tmp_path: Path):
+def test_missing_and_invalid_images_raise(tmp_path: Path):
     with pytest.raises(InputError, match=r"no\.jpg: no such image"):
         image_url(tmp_path / "no.jpg", 1_000)
     with pytest.raises(InputError, match=r"no\.jpg: no such image"):
@@ -59,11 +59,11 @@ def test_missing_and_broken_images_are_named(tmp_path: Path):
     Image.new("RGB", (300, 400), "red").save(stream, "JPEG")
     for content in (b"not a picture", stream.getvalue()[:200], stream.getvalue()[:-20], b""):
         (tmp_path / "broken.jpg").write_bytes(content)
-        with pytest.raises(InputError, match=r"broken\.jpg: not an image that can be read"):
+        with pytest.raises(InputError, match=r"broken\.jpg: not a readable image"):
             image_url(tmp_path / "broken.jpg", 10**6)
 
 
-def test_pages_are_told_apart_by_what_is_in_them(tmp_path: Path):
+def test_page_hash_depends_on_the_content(tmp_path: Path):
     for name, color in (("a", "red"), ("b", "red"), ("c", "blue")):
         Image.new("RGB", (30, 40), color).save(tmp_path / f"{name}.png")
     a, b, c = (page_hash(tmp_path / f"{name}.png") for name in "abc")

@@ -29,10 +29,10 @@ from mmr5_train.ranking.prompt import fill_template
 from mmr5_train.ranking.records import LocalId, Page
 
 KEY = "sk-secret-0123456789"
-# Seen to say "length" in 5.23 and only "stop" in 5.17.
-SAYS_STOP = Version(transformers.__version__) < Version("5.23")
+# finish_reason of a truncated answer is "length" in 5.23, but "stop" in 5.17.
+NO_LENGTH_REASON = Version(transformers.__version__) < Version("5.23")
 PAGE = Page(doc_name="d", page=0, domain="x", image="page.jpg", width=1, height=1)
-GARBAGE = [
+INVALID_REPLIES = [
     Reply(body="{ not json"),
     Reply(body="<html>Welcome</html>", headers={"Content-Type": "text/html"}),
     Reply(body={"id": "1"}),
@@ -50,7 +50,7 @@ def make_config(**fields: Any) -> OpenAIConfig:
 
 
 def new_teacher(folder: Path, **fields: Any) -> OpenAITeacher:
-    """With an empty store."""
+    """A teacher with an empty store."""
     teacher = make_teacher(make_config(**fields), folder / f"{secrets.token_hex(4)}.sqlite", 40, False)
     assert isinstance(teacher, OpenAITeacher)
     return teacher
@@ -67,7 +67,7 @@ Counts = dict[str, int]
 
 
 def explain(image: Path, helps: bool = True, words: int = 40, **fields: Any) -> tuple[str, Counts, Counts]:
-    """The answer of one request, the counts of answers and those of faults."""
+    """The answer of one request, the teacher's counts without tokens, and the server's fault counts."""
 
     async def ask() -> tuple[str, Counts, Counts]:
         teacher = new_teacher(image.parent, **fields)
@@ -118,16 +118,12 @@ def served(openai_server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> Open
 
 
 @pytest.mark.parametrize("helps", [True, False])
-def test_pages_are_explained_by_a_real_server(
-    helps: bool, served: OpenAIServer, reciting_model: Path, image: Path
-):
+def test_real_server_explains_a_page(helps: bool, served: OpenAIServer, reciting_model: Path, image: Path):
     ask = lambda teacher: teacher.explain("What is red?", PAGE, image, helps, 40)  # noqa: E731
     assert ask_server(image.parent, str(reciting_model), ask) == RECITED
 
 
-def test_the_server_returns_the_think_block_apart_and_the_teacher_passes_over_it(
-    served: OpenAIServer, reciting_model: Path, image: Path
-):
+def test_reasoning_content_is_not_part_of_the_answer(served: OpenAIServer, reciting_model: Path, image: Path):
     config = make_config()
     text = fill_template(config.can_help, query="What is red?", words=40)
     client = OpenAI(base_url=served.base_url, api_key=KEY, max_retries=0)
@@ -146,15 +142,15 @@ def test_the_server_returns_the_think_block_apart_and_the_teacher_passes_over_it
     assert message.reasoning_content == THOUGHT
 
 
-def test_a_second_step_without_images_is_answered(served: OpenAIServer, reciting_model: Path, tmp_path: Path):
+def test_refinement_by_a_real_server(served: OpenAIServer, reciting_model: Path, tmp_path: Path):
     notes = ["a red bar chart, so it helps.", "text, so it does not help."]
     for positives in ([LocalId(1)], [LocalId(1), LocalId(2)], []):
         ask = lambda teacher, ids=positives: teacher.refine("What is red?", notes, ids, 80)  # noqa: E731
         assert ask_server(tmp_path, str(reciting_model), ask) == RECITED
 
 
-@pytest.mark.skipif(SAYS_STOP, reason="this version of transformers serve calls every answer finished")
-def test_a_real_answer_that_is_cut_off_fails(served: OpenAIServer, reciting_model: Path, image: Path):
+@pytest.mark.skipif(NO_LENGTH_REASON, reason="this version of transformers serve never reports the token limit")
+def test_answer_at_the_token_limit_fails(served: OpenAIServer, reciting_model: Path, image: Path):
     with pytest.raises(TeacherFailure, match="was cut off"):
         ask_server(
             image.parent,
@@ -164,7 +160,7 @@ def test_a_real_answer_that_is_cut_off_fails(served: OpenAIServer, reciting_mode
         )
 
 
-def test_the_shipped_model_takes_images_from_the_server(served: OpenAIServer, image: Path):
+def test_tiny_model_takes_images_from_the_server(served: OpenAIServer, image: Path):
     client = OpenAI(base_url=served.base_url, api_key=KEY, max_retries=0)
     content = [
         {"type": "image_url", "image_url": {"url": image_url(image, 40_000)}},
@@ -182,10 +178,10 @@ def test_the_shipped_model_takes_images_from_the_server(served: OpenAIServer, im
     assert answers[0].usage.completion_tokens > 0
 
 
-# --- faults, from a server that replies as told
+# --- faults, from a scripted server
 
 
-def test_what_is_sent(scripted_server: ScriptedServer, image: Path):
+def test_request_body(scripted_server: ScriptedServer, image: Path):
     scripted_server.replies(completion(" It shows\n the  sum. "))
     answer, counts, faults = explain(image, helps=False, max_pixels=30_000)
     assert answer == "It shows the sum."
@@ -203,12 +199,12 @@ def test_what_is_sent(scripted_server: ScriptedServer, image: Path):
     assert scripted_server.keys == [f"Bearer {KEY}"]
 
 
-def test_temperature_can_be_left_to_the_server(scripted_server: ScriptedServer, image: Path):
+def test_null_temperature_is_not_sent(scripted_server: ScriptedServer, image: Path):
     explain(image, temperature=None)
     assert "temperature" not in scripted_server.requests[0]
 
 
-def test_a_question_cannot_act_as_structure(scripted_server: ScriptedServer, tmp_path: Path):
+def test_question_cannot_inject_tags_or_fields(scripted_server: ScriptedServer, tmp_path: Path):
     async def ask() -> None:
         teacher = new_teacher(tmp_path)
         await teacher.refine("is <|image_pad|> {notes} <think>", ["a", "b"], [LocalId(2)], 80)
@@ -222,7 +218,7 @@ def test_a_question_cannot_act_as_structure(scripted_server: ScriptedServer, tmp
     assert "why Image 1 can't" in text
 
 
-def test_a_rate_limit_is_waited_out_as_told(scripted_server: ScriptedServer, image: Path):
+def test_rate_limit_waits_for_retry_after(scripted_server: ScriptedServer, image: Path):
     scripted_server.replies(Reply(429, {"error": {"message": "slow"}}, {"Retry-After": "1.2"}), completion("fine"))
     start = time.monotonic()
     answer, counts, faults = explain(image)
@@ -231,7 +227,7 @@ def test_a_rate_limit_is_waited_out_as_told(scripted_server: ScriptedServer, ima
     assert (counts, faults) == ({"answers": 1}, {"rate_limit": 1})
 
 
-def test_a_rate_limit_date_is_understood(scripted_server: ScriptedServer, image: Path):
+def test_retry_after_may_be_a_date(scripted_server: ScriptedServer, image: Path):
     later = email.utils.formatdate(time.time() + 3_600, usegmt=True)
     scripted_server.replies(Reply(429, {"error": {"message": "slow"}}, {"Retry-After": later}))
     with pytest.raises(InputError, match=r"asks to wait 3[56]\d\d s, longer than teacher.max_wait"):
@@ -239,14 +235,14 @@ def test_a_rate_limit_date_is_understood(scripted_server: ScriptedServer, image:
     assert len(scripted_server.requests) == 1
 
 
-def test_server_errors_and_lost_connections_are_tried_again(scripted_server: ScriptedServer, image: Path):
+def test_server_errors_and_lost_connections_are_retried(scripted_server: ScriptedServer, image: Path):
     scripted_server.replies(Reply(500, "oops"), Reply(0), completion("fine"))
     answer, counts, faults = explain(image)
     assert answer == "fine"
     assert (counts, faults) == ({"answers": 1}, {"server_error": 1, "lost": 1})
 
 
-def test_a_server_that_keeps_failing_fails_the_question(scripted_server: ScriptedServer, image: Path):
+def test_permanent_server_error_fails_the_question(scripted_server: ScriptedServer, image: Path):
     scripted_server.replies(Reply(503, {"error": {"message": "overloaded"}}))
     error, _, _ = failure(image, attempts=2)
     assert error.reason == "the teacher's server failed"
@@ -254,13 +250,13 @@ def test_a_server_that_keeps_failing_fails_the_question(scripted_server: Scripte
     assert len(scripted_server.requests) == 2
 
 
-def test_a_slow_server_fails_the_question(scripted_server: ScriptedServer, image: Path):
+def test_timeout_fails_the_question(scripted_server: ScriptedServer, image: Path):
     scripted_server.replies(Reply(delay=1.5))
     error, _, _ = failure(image, attempts=1, timeout=0.3)
     assert str(error) == "the teacher did not answer: nothing within 0.3 s, 1 times"
 
 
-def test_no_network_stops_with_a_clear_message(image: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unreachable_server_raises(image: Path, monkeypatch: pytest.MonkeyPatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -271,15 +267,13 @@ def test_no_network_stops_with_a_clear_message(image: Path, monkeypatch: pytest.
         explain(image, attempts=2)
 
 
-@pytest.mark.parametrize("garbage", GARBAGE)
-def test_garbage_is_tried_again_as_a_fault(garbage: Reply, scripted_server: ScriptedServer, image: Path):
-    scripted_server.replies(garbage, completion("fine"))
+@pytest.mark.parametrize("invalid", INVALID_REPLIES)
+def test_invalid_replies_are_retried(invalid: Reply, scripted_server: ScriptedServer, image: Path):
+    scripted_server.replies(invalid, completion("fine"))
     assert explain(image) == ("fine", {"answers": 1}, {"garbage": 1})
 
 
-def test_garbage_fails_the_question_or_the_run_if_nothing_else_ever_came(
-    scripted_server: ScriptedServer, image: Path
-):
+def test_invalid_replies_fail_the_question_or_the_run(scripted_server: ScriptedServer, image: Path):
     async def ask() -> None:
         teacher = new_teacher(image.parent, attempts=2)
         try:
@@ -304,7 +298,7 @@ def test_garbage_fails_the_question_or_the_run_if_nothing_else_ever_came(
         Reply(400, {"error": {"message": "filtered", "code": "content_filter"}}),
     ],
 )
-def test_a_refusal_fails_the_question_at_once(refusal: Reply, scripted_server: ScriptedServer, image: Path):
+def test_refusal_fails_the_question_without_retry(refusal: Reply, scripted_server: ScriptedServer, image: Path):
     scripted_server.replies(refusal)
     error, counts, faults = failure(image)
     assert "refus" in error.reason
@@ -322,7 +316,7 @@ def test_a_refusal_fails_the_question_at_once(refusal: Reply, scripted_server: S
         (completion("so " * 41), "too_long"),
     ],
 )
-def test_a_useless_answer_is_asked_for_once_more(
+def test_unusable_answer_is_requested_again(
     bad: Reply, problem: str, scripted_server: ScriptedServer, image: Path
 ):
     scripted_server.replies(bad, completion("fine"))
@@ -335,14 +329,14 @@ def test_a_useless_answer_is_asked_for_once_more(
     assert second["max_completion_tokens"] == 2 * first["max_completion_tokens"]
 
 
-def test_a_useless_answer_given_twice_fails_the_question(scripted_server: ScriptedServer, image: Path):
+def test_repeated_unusable_answers_fail_the_question(scripted_server: ScriptedServer, image: Path):
     scripted_server.replies(completion(""), completion("so " * 41))
     error, counts, _ = failure(image)
     assert error.reason == "the teacher's answer was too long"
     assert counts == {"answers": 3, "empty": 1, "too_long": 2}
 
 
-def test_reasoning_left_in_the_answer_is_passed_over(scripted_server: ScriptedServer, image: Path):
+def test_think_block_in_the_answer_is_removed(scripted_server: ScriptedServer, image: Path):
     scripted_server.replies(completion("<think>It is red.\nYes.</think>\n\nIt is red, so it helps."))
     assert explain(image)[0] == "It is red, so it helps."
 
@@ -358,7 +352,7 @@ def test_reasoning_left_in_the_answer_is_passed_over(scripted_server: ScriptedSe
         (429, {"message": "pay first", "code": "insufficient_quota"}, "quota of this key is used up"),
     ],
 )
-def test_what_no_retry_can_mend_stops_at_once(
+def test_permanent_errors_are_not_retried(
     status: int, error: dict[str, str], match: str, scripted_server: ScriptedServer, image: Path
 ):
     scripted_server.replies(Reply(status, {"error": error}))
@@ -368,7 +362,7 @@ def test_what_no_retry_can_mend_stops_at_once(
     assert len(scripted_server.requests) == 1
 
 
-def test_no_more_requests_at_once_than_asked_for(scripted_server: ScriptedServer, image: Path):
+def test_concurrency_limit(scripted_server: ScriptedServer, image: Path):
     def wait_for_others(number: int, body: dict[str, Any]) -> Reply:
         end = time.monotonic() + 20
         while scripted_server.most_at_once < 3 and time.monotonic() < end:
@@ -393,11 +387,11 @@ def test_no_more_requests_at_once_than_asked_for(scripted_server: ScriptedServer
     ("name", "value", "match"),
     [
         ("OPENAI_API_KEY", None, "OPENAI_API_KEY is not set"),
-        ("OPENAI_API_KEY", "sk-\x07bell", "holds characters that no key has"),
-        ("OPENAI_BASE_URL", "localhost:8000/v1", "expected one like http://localhost:8000/v1"),
+        ("OPENAI_API_KEY", "sk-\x07bell", "characters that are not printable ASCII"),
+        ("OPENAI_BASE_URL", "localhost:8000/v1", "expected something like http://localhost:8000/v1"),
     ],
 )
-def test_wrong_environment_is_named(
+def test_invalid_environment_raises(
     name: str, value: str | None, match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -411,12 +405,12 @@ def test_wrong_environment_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_missing_model_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with pytest.raises(InputError, match=r"teacher.model is not set: give teacher.model=… or export OPENAI_MODEL"):
         new_teacher(tmp_path, model=None)
 
 
-def test_a_template_without_the_question_is_refused():
-    with pytest.raises(InputError, match=r"can_help must hold \{query\}"):
+def test_template_without_the_question_raises():
+    with pytest.raises(InputError, match=r"can_help must contain \{query\}"):
         validate(OpenAIConfig, {**make_config().model_dump(), "can_help": "Why?"})

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_construction.corpus.documents import Document
+from data_construction.first_stage.bm25 import rank_by_bm25
+from mmr5_train.ranking.records import Page, PageId, Question
+
+
+def document(texts: list[str], *queries: str) -> Document:
+    """A document with these page texts and questions."""
+    pages = tuple(
+        Page(doc_name="a.pdf", page=i, domain="d", image=f"{i}.jpg", width=1, height=1, text=text)
+        for i, text in enumerate(texts)
+    )
+    positives = (PageId(doc_name="a.pdf", page=0),)
+    questions = tuple(
+        Question(query_id=f"a.pdf/{k}", query=query, doc_name="a.pdf", domain="d", positives=positives)
+        for k, query in enumerate(queries)
+    )
+    return Document("a.pdf", "d", len(texts), "hash", pages, questions)
+
+
+def bm25_order(texts: list[str], query: str) -> list[int]:
+    (ranked,) = rank_by_bm25(document(texts, query))
+    return [page.page for page, _ in ranked]
+
+
+def test_bm25_ranks_by_matching_words() -> None:
+    texts = ["solar capacity rose", "water use fell", "solar capacity and solar panels", "nothing else"]
+    assert bm25_order(texts, "Where are the solar panels?")[:2] == [2, 0]
+    (ranked,) = rank_by_bm25(document(texts, "solar panels"))
+    scores = [score for _, score in ranked]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] > scores[1] > 0 == scores[2]
+
+
+def test_each_question_has_its_own_ranking() -> None:
+    first, second = rank_by_bm25(document(["apples", "pears"], "apples", "pears"))
+    assert [page.page for page, _ in first] == [0, 1]
+    assert [page.page for page, _ in second] == [1, 0]
+
+
+def test_pages_without_text_come_last_in_page_order() -> None:
+    assert bm25_order(["", "other words", " \n", "solar", "more words"], "solar") == [3, 1, 4, 0, 2]
+
+
+def test_document_without_text_stays_in_page_order() -> None:
+    assert bm25_order(["", " ", "", "\n"], "solar") == [0, 1, 2, 3]
+    assert bm25_order(["a", "the of", "! ?"], "solar") == [0, 1, 2]  # text without a word to search
+
+
+@pytest.mark.parametrize("query", ["the of and", "?!", "words unknown here"])
+def test_question_without_match_keeps_page_order(query: str) -> None:
+    assert bm25_order(["one page", "", "another page"], query) == [0, 2, 1]
+
+
+def test_document_without_pages_or_questions() -> None:
+    assert rank_by_bm25(document([], "solar")) == [[]]
+    assert rank_by_bm25(document(["solar"])) == []
+
+
+@given(
+    st.lists(st.text(alphabet="ab c", max_size=12), min_size=1, max_size=8), st.text(alphabet="ab c", max_size=8)
+)
+def test_every_page_is_ranked_once(texts: list[str], query: str) -> None:
+    assert sorted(bm25_order(texts, query or "q")) == list(range(len(texts)))

@@ -125,7 +125,7 @@ def write_subset(
     struct: bool = False,
     rows_a_group: int = 4,
 ) -> None:
-    """Writes a subset of the training set. `struct`: images are structs with `bytes`, as `datasets` writes them."""
+    """Writes a subset of the training set. `struct`: images are structs with `bytes`, as `datasets` writes."""
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
     if struct:
         columns["image"] = pa.array([{"bytes": data, "path": None} for data in columns["image"]], IMAGE)

@@ -175,7 +175,7 @@ def test_missing_empty_and_invalid_files_raise(tmp_path: Path, name: str):
     lines = file.read_text().splitlines()
     cases = {
         "no such file": None,
-        "holds no": "",
+        "contains no": "",
         "line 2: not valid JSON": "\n".join([lines[0], lines[1][:40]]),
         "line 2: .* is already in line 1": "\n".join([lines[0], lines[0]]),
         "line 1: field domain": lines[0].replace('"domain"', '"domian"'),

@@ -42,8 +42,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from mmr5_train.common.config import run_stage
 from mmr5_train.common.files import InputError, read_records
 from mmr5_train.evaluation.metrics import is_complete
-from mmr5_train.inference.local import identifier_ids, with_list_open
-from mmr5_train.models.inputs import check_images, encode
+from mmr5_train.models.inputs import append_list_open, check_images, encode, page_id_tokens
 from mmr5_train.models.loading import load_model, load_processor
 from mmr5_train.ranking.notes import format_note
 from mmr5_train.ranking.page_subsets import NO_VERDICT, sample_subsets, sort_pairs_first
@@ -124,7 +123,7 @@ class ScoreTokens:
 
 def score_tokens(processor: Any, most_pages: int, data: Path) -> ScoreTokens:
     """Raises `InputError` if the first tokens of the ids 1..`most_pages` are not distinct."""
-    identifiers = identifier_ids(processor.tokenizer, most_pages)
+    identifiers = page_id_tokens(processor.tokenizer, most_pages)
     if len(identifiers) < most_pages:
         raise InputError(
             f"{data}: prompts have up to {most_pages} pages, but only {len(identifiers)} page ids start with "
@@ -188,7 +187,7 @@ class Collator:
         inputs = encode(self.processor, self.prompt, [row["query"] for row in rows], pages)
         inputs = append_hints(inputs, [hint for row in rows for hint in row["hints"]], self.processor.tokenizer)
         page_ends = inputs.pop("page_ends")
-        inputs = with_list_open(inputs, self.processor.tokenizer)
+        inputs = append_list_open(inputs, self.processor.tokenizer)
         most_pages = max(len(row["order"]) for row in rows)
         labels = {
             "targets": torch.stack([rank_targets(row["order"], self.decay, most_pages) for row in rows]),

@@ -1,16 +1,21 @@
-"""Stage 5, evaluation: every system ranks the held-out questions; figures, intervals, paired differences.
+"""Stage 5, evaluation: every system ranks the held-out questions, and the results are scored and compared.
 
     python -m mmr5_train.evaluate data=outputs/data/heldout.jsonl \\
         'systems={sft:outputs/sft/model,sft+grpo:outputs/grpo/model}' out=outputs/evaluate
     … 'systems={grpo:outputs/grpo/model,direct:{checkpoint:outputs/grpo/model,mode:direct}}'
     accelerate launch --num_processes 2 -m mmr5_train.evaluate …     # two processes share the questions
 
-The first stage is always there, as the baseline. Each system gives one greedy answer a question, the same every
-time, and `samples` sampled ones. Rankings are kept batch by batch as they are made: a run that was stopped goes on
-with the same command. Writes `rankings/<system>.jsonl` (what was answered), `pages.jsonl` (the pages in them),
-`results.json` (`mmr5_train.evaluation.scoring` says what is in it), `timing.json` (the one file that differs
-between two runs) and a manifest. Rankings hold only the candidates, so recall@k for a k above their number is the
-recall of all candidates.
+The first stage is always included as the baseline. Each system gives one greedy answer per question, which is the
+same in every run, and `samples` sampled answers. Each batch of rankings is saved when it is done, and the same
+command resumes an interrupted run. The stage writes
+
+- `rankings/<system>.jsonl`: the answers, and `pages.jsonl`: the pages in them
+- `results.json`: metrics, confidence intervals and paired differences (`mmr5_train.evaluation.scoring`)
+- `trec/`: the same rankings and judgments in TREC format
+- `timing.json`: the only file that differs between two runs
+- `manifest.json`
+
+Rankings contain only the candidates, so recall@k for k above their number is the recall of all candidates.
 """
 
 from __future__ import annotations
@@ -43,8 +48,10 @@ from mmr5_train.evaluation.scoring import results_table, score_rankings
 from mmr5_train.evaluation.trec import write_trec
 from mmr5_train.inference.remote import ServerConfig
 from mmr5_train.inference.reranker import RankingOptions, Reranker
+from mmr5_train.inference.tasks import batch_seed
 from mmr5_train.models.inputs import check_images
 from mmr5_train.models.loading import ModelConfig, is_adapter, resolve_checkpoint
+from mmr5_train.models.pages import load_page
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import (
     LocalId,
@@ -60,19 +67,22 @@ from mmr5_train.ranking.records import (
 from mmr5_train.training.checkpoints import check_settings, run_settings
 
 FIRST_STAGE = "first_stage"
-PARTIAL = "partial"  # in the output folder of a run that has not ended: its batches, and its settings
+PARTIAL = "partial"
+"""Folder in the output folder of an unfinished run: its finished batches and its settings."""
 
 
 class System(RankingOptions):
-    """A reranker to evaluate. What is not given is as the stage's own settings say."""
+    """A reranker to evaluate. Options that are not given here have the values of the stage."""
 
-    checkpoint: str | None = Field(default=None, description="a folder, a hub id, an adapter; or a server alone")
-    base: str | None = Field(default=None, description="the checkpoint under an adapter")
+    checkpoint: str | None = Field(
+        default=None, description="a folder, a hub id or an adapter; optional with a server"
+    )
+    base: str | None = Field(default=None, description="the checkpoint that an adapter belongs to")
     server: ServerConfig | None = None
 
 
 class Batch(Record):
-    """Some questions ranked by one system: a line of a partial file."""
+    """The rankings of one batch of questions by one system: a line of a partial file."""
 
     start: int = Field(ge=0, description="index of the first question")
     seconds: float
@@ -83,16 +93,18 @@ class Batch(Record):
 class EvaluateStage(StageConfig):
     """`python -m mmr5_train.evaluate` (configs/evaluate.yaml)."""
 
-    data: Path = Field(description="ranking tasks, e.g. heldout.jsonl; pages.jsonl stands beside it")
+    data: Path = Field(description="ranking tasks, e.g. heldout.jsonl, with pages.jsonl in the same folder")
     systems: dict[str, System] = Field(
-        description="name → checkpoint, or {checkpoint: …, mode: …, server: …}, in the order they are compared in"
+        description="name → checkpoint, or {checkpoint: …, mode: …, server: …}, in the order of comparison"
     )
-    limit: int | None = Field(default=None, gt=0, description="use the first so many questions")
-    order: Order = Field(default="score", description="how a prompt shows its candidates")
-    think: bool = Field(default=True, description="whether the models were taught a think block")
-    constrain: bool = Field(default=False, description="hold answers to a list of all pages, or count defects")
-    batch_size: int = Field(gt=0, description="completions generated at a time")
-    samples: int = Field(default=0, ge=0, description="sampled answers a question, besides the greedy one")
+    limit: int | None = Field(default=None, gt=0, description="use only the first questions, at most this many")
+    order: Order = Field(default="score", description="order of the candidates in a prompt")
+    think: bool = Field(default=True, description="whether the models were trained with a think block")
+    constrain: bool = Field(
+        default=False, description="constrain answers to a list of all pages; false: count malformed answers"
+    )
+    batch_size: int = Field(gt=0, description="completions per batch")
+    samples: int = Field(default=0, ge=0, description="sampled answers per question, besides the greedy one")
     temperature: float = Field(default=1.0, gt=0, description="of the sampled answers")
     max_new_tokens: int = Field(gt=0)
     model: ModelConfig
@@ -100,16 +112,21 @@ class EvaluateStage(StageConfig):
 
     @field_validator("systems", mode="before")
     @classmethod
-    def _a_path_is_a_checkpoint(cls, systems: Any) -> Any:
+    def _expand_checkpoint_paths(cls, systems: Any) -> Any:
         if not isinstance(systems, dict):
-            return {} if systems is None else systems  # Hydra adds names to a null, not to an empty dict
-        return {name: {"checkpoint": one} if isinstance(one, str) else one for name, one in systems.items()}
+            return {} if systems is None else systems  # null is the default: Hydra can add names to it
+        return {
+            name: {"checkpoint": system} if isinstance(system, str) else system for name, system in systems.items()
+        }
 
     @field_serializer("systems")
-    def _as_told(self, systems: dict[str, System]) -> dict[str, Any]:
-        """What was given, without defaults: what is not given is the stage's."""
-        told = {name: system.model_dump(mode="json", exclude_unset=True) for name, system in systems.items()}
-        return {name: one["checkpoint"] if one.keys() == {"checkpoint"} else one for name, one in told.items()}
+    def _without_defaults(self, systems: dict[str, System]) -> dict[str, Any]:
+        """Only the given fields: for the others, the stage's values apply and not the defaults of `System`."""
+        given = {name: system.model_dump(mode="json", exclude_unset=True) for name, system in systems.items()}
+        return {
+            name: fields["checkpoint"] if fields.keys() == {"checkpoint"} else fields
+            for name, fields in given.items()
+        }
 
     @field_validator("systems")
     @classmethod
@@ -117,7 +134,7 @@ class EvaluateStage(StageConfig):
         for name, system in systems.items():
             if name == FIRST_STAGE or not re.fullmatch(r"\w[\w.+-]*", name):
                 raise ValueError(
-                    f"{name!r} can't name a system: letters, digits and _ . + - only, not {FIRST_STAGE}"
+                    f"{name!r} can't name a system: expected letters, digits and _ . + -, and not {FIRST_STAGE}"
                 )
             if system.checkpoint is None and system.server is None:
                 raise ValueError(f"{name}: give a checkpoint or a server")
@@ -128,46 +145,48 @@ def main(config: EvaluateStage) -> None:
     processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     tasks = read_records(config.data, RankingTask)[: config.limit]
     source = config.data.parent
-    pages = used_pages(tasks, source / "pages.jsonl")
+    pages = candidate_pages(tasks, source / "pages.jsonl")
     checkpoints = [system.checkpoint for system in config.systems.values() if system.checkpoint]
-    for checkpoint in checkpoints:  # a wrong path is worth knowing before the first hour
+    for checkpoint in checkpoints:  # a wrong path must fail now, not hours later
         if not is_adapter(checkpoint):
             resolve_checkpoint(checkpoint)
     if config.systems:
         check_images((page for task in tasks for page in task.candidates), source)
     inputs = [config.data, source / "pages.jsonl"]
     if processes.is_main_process:
-        open_evaluation(config, [*inputs, *map(Path, checkpoints)])
+        prepare_output(config, [*inputs, *map(Path, checkpoints)])
     processes.wait_for_everyone()
     for name in config.systems:
         rank_share(name, tasks, config, processes)
     processes.wait_for_everyone()
     if processes.is_main_process:
-        finish(config, tasks, pages, inputs)
+        write_results(config, tasks, pages, inputs)
 
 
-def open_evaluation(config: EvaluateStage, read: Sequence[Path]) -> None:
-    """The output folder: that of a run that was stopped and had the same settings, or an empty one."""
+def prepare_output(config: EvaluateStage, input_paths: Sequence[Path]) -> None:
+    """Resumes the interrupted run in the output folder if its settings are the same, else starts a new one."""
     settings = json.loads(json.dumps(run_settings(config)))
-    kept = config.out / PARTIAL / "settings.json"
-    if kept.is_file() and is_unfinished(config.out, "evaluate") and not config.overwrite:
-        check_settings(config.out, json.loads(kept.read_text(encoding="utf-8")), settings)
+    settings_path = config.out / PARTIAL / "settings.json"
+    if settings_path.is_file() and is_unfinished(config.out, "evaluate") and not config.overwrite:
+        check_settings(config.out, json.loads(settings_path.read_text(encoding="utf-8")), settings)
     else:
-        open_output(config.out, config.overwrite, inputs=read, stage="evaluate")
-        write_json(kept, settings)
+        open_output(config.out, config.overwrite, inputs=input_paths, stage="evaluate")
+        write_json(settings_path, settings)
 
 
-def finish(config: EvaluateStage, tasks: Sequence[RankingTask], pages: list[Page], inputs: list[Path]) -> None:
-    """From the batches of all systems to the result."""
+def write_results(
+    config: EvaluateStage, tasks: Sequence[RankingTask], pages: list[Page], inputs: list[Path]
+) -> None:
+    """Scores the finished batches of all systems, and writes everything that the stage writes."""
     out, source = config.out, config.data.parent
     rankings, timing = {FIRST_STAGE: [first_stage(task) for task in tasks]}, {}
     for name in config.systems:
-        batches = kept_batches(out, name)
+        batches = read_finished_batches(out, name)
         rankings[name] = [ranking for start in sorted(batches) for ranking in batches[start].rankings]
         timing[name] = cost(list(batches.values()))
-    for name, ranked in rankings.items():
+    for name, system_rankings in rankings.items():
         folder = out / "rankings"
-        write_records(folder / f"{name}.jsonl", rebase_images(ranked, source, folder))
+        write_records(folder / f"{name}.jsonl", rebase_images(system_rankings, source, folder))
     write_records(out / "pages.jsonl", rebase_images(pages, source, out))
     results = score_rankings(rankings, pages, seed=config.seed)
     write_json(out / "results.json", results)
@@ -182,7 +201,11 @@ def finish(config: EvaluateStage, tasks: Sequence[RankingTask], pages: list[Page
 
 
 def cost(batches: Sequence[Batch]) -> dict[str, float]:
-    """What a system took: seconds in all, sampling included, and of a question's greedy answer; its tokens."""
+    """A system's time and tokens.
+
+    `seconds` is the total and includes sampling. `seconds_per_question` and the mean token counts are those of the
+    greedy answers.
+    """
     answers = [ranking.greedy for batch in batches for ranking in batch.rankings]
     greedy = sum(batch.seconds for batch in batches)
     return {
@@ -195,46 +218,50 @@ def cost(batches: Sequence[Batch]) -> dict[str, float]:
     }
 
 
-def used_pages(tasks: Iterable[RankingTask], path: Path) -> list[Page]:
-    """The pages of a pages.jsonl that are a candidate of some task. Raises `InputError` where one is not there."""
-    asked = {candidate.id: task.query_id for task in tasks for candidate in task.candidates}
-    pages = [page for page in read_records(path, Page, unique="id") if page.id in asked]
-    there = {page.id for page in pages}
-    for page in (page for page in asked if page not in there):
-        raise InputError(f"{path}: lacks page {page}, a candidate of {asked[page]}; both must come from one run")
+def candidate_pages(tasks: Iterable[RankingTask], path: Path) -> list[Page]:
+    """The pages in a pages.jsonl that are candidates of the tasks. Raises `InputError` if one is missing there."""
+    query_ids = {candidate.id: task.query_id for task in tasks for candidate in task.candidates}
+    pages = [page for page in read_records(path, Page, unique="id") if page.id in query_ids]
+    page_ids = {page.id for page in pages}
+    for page_id, query_id in query_ids.items():
+        if page_id not in page_ids:
+            raise InputError(
+                f"{path}: lacks page {page_id}, a candidate of {query_id}; both files must come from the same run"
+            )
     return pages
 
 
 def first_stage(task: RankingTask) -> Ranking:
-    """The first stage's own order, as a ranking without a completion."""
+    """The first stage's own order as a ranking, without a completion."""
     order = tuple(LocalId(i) for i in range(1, len(task.candidates) + 1))
     return _ranking(FIRST_STAGE, task.in_prompt_order("score"), ModelAnswer(completion="", order=order))
 
 
 def rank_share(name: str, tasks: Sequence[RankingTask], config: EvaluateStage, processes: PartialState) -> None:
-    """Ranks this process's share of the batches that are not kept yet, and keeps each as it is done.
+    """Ranks this process's share of the batches that are not finished, and appends each to its partial file.
 
-    Batches are the same however often a run was stopped and however many processes share it, and so are the
-    rankings in them.
+    The batches do not depend on interruptions or on the number of processes, so the rankings don't either.
     """
     starts = range(0, len(tasks), config.batch_size)
-    done = kept_batches(config.out, name)
-    processes.wait_for_everyone()  # all have seen the same
-    left = [start for start in starts if start not in done][processes.process_index :: processes.num_processes]
-    if not left:
+    finished = read_finished_batches(config.out, name)
+    processes.wait_for_everyone()  # no process may write before all have read
+    unfinished = [start for start in starts if start not in finished]
+    share = unfinished[processes.process_index :: processes.num_processes]
+    if not share:
         return
     reranker = load_system(config.systems[name], config, str(processes.device))
-    shown = tqdm(left, desc=name, unit="batch", disable=not processes.is_main_process)
-    with (config.out / PARTIAL / f"{name}.{processes.process_index}.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write("\n")  # a line that a kill cut off ends here
-        for start in shown:
+    progress = tqdm(share, desc=name, unit="batch", disable=not processes.is_main_process)
+    path = config.out / PARTIAL / f"{name}.{processes.process_index}.jsonl"
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write("\n")  # ends the incomplete line that an interruption may have left
+        for start in progress:
             batch = rank_batch(name, start, tasks[start : start + config.batch_size], reranker, config)
             stream.write(batch.model_dump_json() + "\n")
             stream.flush()
 
 
-def kept_batches(out: Path, name: str) -> dict[int, Batch]:
-    """The batches of a system that any process has kept, by their start; a line that was cut off is none."""
+def read_finished_batches(out: Path, name: str) -> dict[int, Batch]:
+    """The batches of a system that any process has finished, by `start`. Incomplete lines are ignored."""
     batches = {}
     for path in sorted((out / PARTIAL).glob(f"{name}.*.jsonl")):
         if re.fullmatch(re.escape(name) + r"\.\d+\.jsonl", path.name):
@@ -248,9 +275,9 @@ def kept_batches(out: Path, name: str) -> dict[int, Batch]:
 
 
 def load_system(system: System, config: EvaluateStage, device: str) -> Reranker:
-    """The reranker, told what its entry says and else what the stage says."""
-    own = system.model_dump(exclude_unset=True, exclude={"checkpoint", "base", "server"})
-    shared = config.model_dump(include={"constrain", "max_new_tokens", "batch_size"})
+    """The reranker of a system. Options that its entry does not give have the values of the stage."""
+    system_options = system.model_dump(exclude_unset=True, exclude={"checkpoint", "base", "server"})
+    stage_options = config.model_dump(include={"constrain", "max_new_tokens", "batch_size"})
     mode = "reason" if config.think else "direct"
     return Reranker(
         system.checkpoint,
@@ -259,33 +286,36 @@ def load_system(system: System, config: EvaluateStage, device: str) -> Reranker:
         model=config.model,
         prompt=config.prompt,
         device=device,
-        **{"mode": mode, "window": None, **shared, **own},
+        **{"mode": mode, "window": None, **stage_options, **system_options},
     )
 
 
 def rank_batch(
     name: str, start: int, tasks: Sequence[RankingTask], reranker: Reranker, config: EvaluateStage
 ) -> Batch:
-    """A system's answers to some questions: the greedy ones, then those that are sampled."""
+    """Ranks a batch of tasks with a system: greedy answers, then samples. `start` is the first task's index."""
     prompted = [task.in_prompt_order(config.order, config.seed) for task in tasks]
-    queries, folder = [task.query for task in tasks], config.data.parent
-    started = time.monotonic()
-    pages = [[reranker.backend.load(folder / page.image) for page in asked.shown] for asked in prompted]
-    greedy = [ranked.answered() for ranked in reranker.order(queries, pages)]
-    ranked = time.monotonic()
-    drawn: list[list[ModelAnswer]] = []
+    queries, folder, backend = [task.query for task in tasks], config.data.parent, reranker.backend
+    greedy_start = time.monotonic()
+    images = [[load_page(folder / page.image, backend.limits) for page in one.shown] for one in prompted]
+    greedy = [ranked.merged_answer() for ranked in reranker.rank_images(queries, images)]
+    sampling_start = time.monotonic()
+    samples: list[list[ModelAnswer]] = [[] for _ in tasks]
     if config.samples and reranker.mode != "logits":
         size = max(1, config.batch_size // config.samples)
-        settings: dict[str, Any] = {"samples": config.samples, "temperature": config.temperature}
         for i in range(0, len(tasks), size):
-            seed = config.seed * 1_000_003 + start + i
-            drawn += reranker.backend.ask(queries[i : i + size], pages[i : i + size], seed=seed, **settings)
-    rankings = [_ranking(name, *row) for row in zip(prompted, greedy, drawn or [[]] * len(tasks), strict=True)]
+            samples[i : i + size] = backend.generate(
+                queries[i : i + size],
+                images[i : i + size],
+                samples=config.samples,
+                temperature=config.temperature,
+                seed=batch_seed(config.seed, start + i),
+            )
     return Batch(
         start=start,
-        seconds=ranked - started,
-        sampling_seconds=time.monotonic() - ranked,
-        rankings=tuple(rankings),
+        seconds=sampling_start - greedy_start,
+        sampling_seconds=time.monotonic() - sampling_start,
+        rankings=tuple(_ranking(name, *row) for row in zip(prompted, greedy, samples, strict=True)),
     )
 
 

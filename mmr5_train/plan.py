@@ -21,7 +21,7 @@ from pydantic import Field
 from mmr5_train.common.config import compose_stage, run_stage
 from mmr5_train.common.files import InputError, read_records
 from mmr5_train.models.loading import ModelConfig
-from mmr5_train.models.pages import page_size
+from mmr5_train.models.pages import PageLimits, page_size
 from mmr5_train.models.shapes import empty_model
 from mmr5_train.ranking.records import Page, RankingTask
 from mmr5_train.recipe import STAGES, RecipeStage, stage_commands
@@ -205,7 +205,7 @@ def prompt_tokens(candidates: Any, model: ModelConfig, split: str, side: int) ->
 
 
 def page_tokens(width: int, height: int, model: ModelConfig, side: int) -> int:
-    shown = page_size(width, height, side, model.min_pixels, model.max_pixels)
+    shown = page_size(width, height, PageLimits(side, model.min_pixels, model.max_pixels))
     return shown[0] * shown[1] // side**2
 
 

@@ -50,7 +50,7 @@ from data_construction.corpus.synthetic_documents import (
 from mmr5_train.common.config import StageConfig, run_stage
 from mmr5_train.common.files import open_output, write_json, write_manifest
 from mmr5_train.models.loading import SETTINGS
-from mmr5_train.models.pages import prepare_page
+from mmr5_train.models.pages import page_limits, prepare_page
 from mmr5_train.ranking.notes import format_note, join_notes
 from mmr5_train.ranking.prompt import Prompt, build_messages, insert_images
 
@@ -217,10 +217,11 @@ def draw_pool(processor: Any, count: int, seed: int, workers: int) -> list[SeenP
         color, kind = COLORS[index % len(COLORS)], KINDS[index // len(COLORS) % len(KINDS)]
         title, domain = f"{organisation}: {topic}", rng.choice(DOMAINS)
         contents.append(PageContent(title, lines, color, kind, domain, rng.randint(1, 12), rng.getrandbits(32)))
+    limits = page_limits(processor)
     with ProcessPoolExecutor(workers) as pool:
         drawn = tqdm(pool.map(draw_page, contents, chunksize=64), total=count, desc="draw", unit="page")
         return [
-            SeenPage(content.color, content.kind, content.description, prepare_page(image, processor))
+            SeenPage(content.color, content.kind, content.description, prepare_page(image, limits))
             for content, image in zip(contents, drawn, strict=True)
         ]
 

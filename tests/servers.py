@@ -1,4 +1,4 @@
-"""What the HTTP servers of conftest.py are made of: a server that replies as a test says, faults included."""
+"""HTTP servers for tests: the address of a real OpenAI-compatible one, and one whose replies a test scripts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
 THOUGHT, RECITED = "so it shows", "a red bar chart"
-"""What the fixture `reciting_model` replies, whatever it is asked: its reasoning, and the rest."""
+"""The reply of the fixture `reciting_model` to every prompt: its reasoning, and the text after it."""
 
 
 class OpenAIServer(NamedTuple):
-    """A running `transformers serve`: its base URL, and the model to ask for.
+    """A running `transformers serve`: its base URL, and a model that it can serve.
 
-    It loads whatever checkpoint folder a request names as its model, so tests can serve their own too.
+    It loads any checkpoint folder that a request names as its model, so tests can serve their own too.
     """
 
     base_url: str
@@ -24,16 +24,17 @@ class OpenAIServer(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """One HTTP reply. A `body` that is not text is sent as JSON; status 0 drops the connection."""
+    """One HTTP reply. A `body` that is not a str is sent as JSON. Status 0 drops the connection."""
 
     status: int = 200
     body: Any = ""
     headers: dict[str, str] | None = None
     delay: float = 0.0
+    """Seconds before the reply is sent."""
 
 
 def completion(content: Any, finish_reason: str = "stop", **fields: Any) -> Reply:
-    """The reply of a chat completion endpoint."""
+    """A chat completion; `fields` are further fields of its message."""
     message = {"role": "assistant", "content": content, **fields}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason}
     body = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
@@ -41,7 +42,7 @@ def completion(content: Any, finish_reason: str = "stop", **fields: Any) -> Repl
 
 
 class ScriptedServer(ThreadingHTTPServer):
-    """Replies as a test says: `script` makes a reply of each request, given its number and JSON body."""
+    """Answers each request with the reply that `script` returns for its number and JSON body."""
 
     daemon_threads = True
 
@@ -50,7 +51,7 @@ class ScriptedServer(ThreadingHTTPServer):
         self.script: Callable[[int, dict[str, Any]], Reply] = lambda number, body: completion("fine")
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
-        self.at_once = self.most_at_once = 0
+        self.concurrent = self.max_concurrent = 0
         self.lock = threading.Lock()
 
     @property
@@ -58,7 +59,7 @@ class ScriptedServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/v1"
 
     def replies(self, *replies: Reply) -> None:
-        """These replies in order, the last one for every request after them."""
+        """Sends these replies in order, then the last one for every further request."""
         self.script = lambda number, body: replies[min(number, len(replies) - 1)]
 
 
@@ -72,12 +73,12 @@ class _ScriptedHandler(BaseHTTPRequestHandler):
             number = len(self.server.requests)
             self.server.requests.append(body)
             self.server.keys.append(self.headers["Authorization"])
-            self.server.at_once += 1
-            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+            self.server.concurrent += 1
+            self.server.max_concurrent = max(self.server.max_concurrent, self.server.concurrent)
         reply = self.server.script(number, body)
         time.sleep(reply.delay)
         with self.server.lock:
-            self.server.at_once -= 1
+            self.server.concurrent -= 1
         if reply.status == 0:
             self.close_connection = True
             return
@@ -90,4 +91,4 @@ class _ScriptedHandler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Quiet."""
+        """Does not log requests."""

@@ -22,7 +22,7 @@ import pypdfium2
 from PIL import Image
 
 from mmr5_train.common.files import InputError, atomic_write
-from mmr5_train.models.pages import IMAGE_ERRORS, on_white, one_line, render_page
+from mmr5_train.models.pages import IMAGE_ERRORS, one_line, render_pdf_page, rgb_on_white
 
 JPEG_QUALITY = 90
 UNCHANGED_SUFFIX = {"JPEG": ".jpg", "PNG": ".png"}  # formats that are not re-encoded
@@ -104,7 +104,7 @@ class PageCache:
         """The image of an open PDF page, rendered at `dpi`, or at a lower resolution if `max_side` requires it."""
 
         def make() -> bytes:
-            return _jpeg(render_page(page, self.dpi, self.max_side))
+            return _jpeg(render_pdf_page(page, self.dpi, self.max_side))
 
         return self.image(doc_name, number, f"pdf {pdf_hash} page {number}", ".jpg", make)
 
@@ -139,7 +139,7 @@ def _image_size(path: Path) -> tuple[int, int] | None:
 
 def _shrink(image: Image.Image, max_side: int) -> Image.Image:
     """The image in RGB, on a white background, at most `max_side` pixels wide and high."""
-    image = on_white(image)
+    image = rgb_on_white(image)
     image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     return image
 

@@ -1,8 +1,8 @@
-"""Constrained decoding: whatever a model would write, its completion ends in a permutation of the pages.
+"""Constrained decoding: every completion ends in a permutation of the prompt's pages.
 
-Inside the think block the model is free. Behind it only tokens stay possible that lead to a whole answer
-(`ranking.answer_constraints`), and the model chooses among them. A thought that leaves no more room than the
-answer needs is closed there, so `max_new_tokens` never cuts an answer off.
+The model's reasoning in the think block is free. After it, only tokens that lead to a complete answer stay
+possible (`mmr5_train.ranking.answer_constraints`), and the model chooses among them. If the remaining tokens only
+just suffice for the answer, the think block is closed, so that `max_new_tokens` never cuts an answer off.
 """
 
 from __future__ import annotations
@@ -22,95 +22,110 @@ from mmr5_train.ranking.records import LocalId
 
 
 class Vocabulary:
-    """The texts of a tokenizer's tokens, and which of them may stand in an answer."""
+    """The texts of a tokenizer's tokens, and which tokens may continue a completion."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.special = sorted(tokenizer.all_special_ids)
-        self.end: int = tokenizer.eos_token_id
+        self.special_ids = sorted(tokenizer.all_special_ids)
+        self.end_id: int = tokenizer.eos_token_id
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
-        hidden = set(self.special)
-        self.texts: list[str] = ["" if i in hidden else text for i, text in enumerate(texts)]
-        self.closing = [i for i, text in enumerate(self.texts) if ">" in text]
-        self.closing_alone = [i for i in self.closing if THINK_CLOSE in self.texts[i]]
-        self.usual, self.needed = cache(self._usual), cache(self._needed)
+        is_special = set(self.special_ids)
+        self.texts: list[str] = ["" if i in is_special else text for i, text in enumerate(texts)]
+        # Tokens that can complete THINK_CLOSE, and those that contain all of it.
+        self.closing_ids = [i for i, text in enumerate(self.texts) if ">" in text]
+        self.whole_closing_ids = [i for i in self.closing_ids if THINK_CLOSE in self.texts[i]]
+        self.answer_tokens = cache(self._answer_tokens)
+        self.max_answer_length = cache(self._max_answer_length)
 
     def allowed(self, row: CompletionState) -> list[int]:
-        """The tokens that may come next, where those are few: anywhere but in a thought that has time."""
+        """The tokens that may come next, for a row that is not thinking or must finish. There are few of them."""
         if row.phase is Phase.ended:
-            return [self.end]
-        usual, characters = self.usual(row.n)
-        fitting = [i for i in usual if row.allows(self.texts[i])]
-        fitting = fitting or [i for i in characters if row.allows(self.texts[i])]
+            return [self.end_id]
+        usual, characters = self.answer_tokens(row.n)
+        allowed = [i for i in usual if row.allows(self.texts[i])]
+        allowed = allowed or [i for i in characters if row.allows(self.texts[i])]
         if not row.must_finish:
-            return fitting
-        # A page is the model's choice; between two pages, the longest token is the shortest way.
-        chosen = [i for i in fitting if any(c.isdigit() for c in self.texts[i])]
-        between = [i for i in fitting if i not in chosen]
-        return chosen + sorted(between, key=lambda i: (len(self.texts[i].strip()), len(self.texts[i])))[-1:]
+            return allowed
+        # The model still chooses the pages. Between two page ids, the longest token is the shortest route.
+        page_ids = [i for i in allowed if any(c.isdigit() for c in self.texts[i])]
+        other = [i for i in allowed if i not in page_ids]
+        return page_ids + sorted(other, key=lambda i: (len(self.texts[i].strip()), len(self.texts[i])))[-1:]
 
-    def banned(self, row: CompletionState) -> list[int]:
-        """The tokens that may not come next in a thought: ends, and what would close it with a wrong beginning."""
-        begun = missing_think_close(row.text) != THINK_CLOSE
-        closing = self.closing if begun else self.closing_alone
-        return self.special + [i for i in closing if not row.allows(self.texts[i])]
+    def forbidden(self, row: CompletionState) -> list[int]:
+        """The tokens that may not come next in a think block: special tokens, and closings with a wrong answer.
 
-    def _usual(self, n: int) -> tuple[list[int], list[int]]:
-        """The tokens that answers on n pages are made of as the model learned them; those of single characters."""
-        pages = [LocalId(i) for i in range(1, n + 1)]
-        answers = [render_completion(None, pages[i:] + pages[:i]) for i in range(n)]  # each page first, and later
-        whole = render_completion("", pages)
-        texts = [*answers, whole, f"{THINK_CLOSE}{answers[0]}", f"{THINK_CLOSE}\n{answers[0]}"]
+        Such a closing is a token that completes THINK_CLOSE and continues with text that can't begin an answer.
+        """
+        is_partly_closed = missing_think_close(row.text) != THINK_CLOSE
+        closing_ids = self.closing_ids if is_partly_closed else self.whole_closing_ids
+        return self.special_ids + [i for i in closing_ids if not row.allows(self.texts[i])]
+
+    def _answer_tokens(self, n: int) -> tuple[list[int], list[int]]:
+        """The tokens of answers on `n` pages as the tokenizer splits them, and the tokens of single characters."""
+        ids = [LocalId(i) for i in range(1, n + 1)]
+        answers = [render_completion(None, ids[i:] + ids[:i]) for i in range(n)]  # each page first and later
+        completion = render_completion("", ids)
+        texts = [*answers, completion, f"{THINK_CLOSE}{answers[0]}", f"{THINK_CLOSE}\n{answers[0]}"]
         usual, characters = (
             sorted({i for ids in self.tokenizer(pieces, add_special_tokens=False)["input_ids"] for i in ids})
-            for pieces in (texts, sorted(set(whole)))
+            for pieces in (texts, sorted(set(completion)))
         )
         return usual, characters
 
-    def _needed(self, n: int) -> int:
-        """Tokens that a row that must finish takes at most from a thought to its end, the end token included."""
+    def _max_answer_length(self, n: int) -> int:
+        """The most tokens that a row may need from its think block to its end, if it must finish.
+
+        The end token is included.
+        """
         row, count = CompletionState(n, Phase.thinking, must_finish=True), 1
         while row.phase is not Phase.ended:
-            # Page by page, digit by digit: no choice of pages takes more tokens.
+            # Spelling page ids digit by digit takes the most tokens.
             choices = sorted(self.allowed(row), key=lambda i: (not self.texts[i].isdigit(), len(self.texts[i])))
             row.append(self.texts[choices[0]])
             count += 1
-        return count + len(THINK_CLOSE)  # a thought may end in the middle of its own closing
+        return count + len(THINK_CLOSE)  # the think block may break off inside a partial THINK_CLOSE
 
 
-class ListOfAllPages(LogitsProcessor):
-    """Holds one batch of completions to the grammar above. For one call of `generate`."""
+class PermutationLogitsProcessor(LogitsProcessor):
+    """Constrains each row of a batch to the grammar above. It holds state: use it for one call of `generate`."""
 
     def __init__(
-        self, vocabulary: Vocabulary, pages: Sequence[int], *, think: bool, prompt_length: int, max_new_tokens: int
+        self,
+        vocabulary: Vocabulary,
+        page_counts: Sequence[int],
+        *,
+        think: bool,
+        prompt_length: int,
+        max_new_tokens: int,
     ) -> None:
-        """`pages[r]` is how many pages row r's prompt holds.
+        """`page_counts[r]` is the number of pages in row r's prompt.
 
-        Raises `InputError` where `max_new_tokens` does not suffice for the answer alone.
+        Raises `InputError` if `max_new_tokens` is less than an answer may need.
         """
-        needed = vocabulary.needed(max(pages))
+        needed = vocabulary.max_answer_length(max(page_counts))
         if max_new_tokens < needed:
             raise InputError(
-                f"max_new_tokens: a list of {max(pages)} pages takes up to {needed} tokens, found {max_new_tokens}"
+                f"max_new_tokens: a list of {max(page_counts)} pages takes up to {needed} tokens, "
+                f"found {max_new_tokens}"
             )
         self.vocabulary, self.prompt_length, self.max_new_tokens = vocabulary, prompt_length, max_new_tokens
-        begin = Phase.opening if think else Phase.answering
-        self.rows = [CompletionState(n, begin, must_finish=not think) for n in pages]
+        first_phase = Phase.opening if think else Phase.answering
+        self.rows = [CompletionState(n, first_phase, must_finish=not think) for n in page_counts]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(rows, tokens so far) ids and (rows, V) scores → (rows, V) scores, −inf where a token may not come."""
+        """Sets the scores of forbidden tokens to −inf: (rows, tokens so far) and (rows, V) → (rows, V)."""
         generated = input_ids.shape[1] - self.prompt_length
-        last = input_ids[:, -1].tolist() if generated else []
-        texts, out = self.vocabulary.texts, scores.clone()
+        last_tokens = input_ids[:, -1].tolist() if generated else []
+        masked = scores.clone()
         for i, row in enumerate(self.rows):
-            if last:
-                row.append(texts[last[i]])
-            if self.max_new_tokens - generated <= self.vocabulary.needed(row.n):
+            if last_tokens:
+                row.append(self.vocabulary.texts[last_tokens[i]])
+            if self.max_new_tokens - generated <= self.vocabulary.max_answer_length(row.n):
                 row.force_finish()
             if row.phase is Phase.thinking and not row.must_finish:
-                out[i, self.vocabulary.banned(row)] = -torch.inf
+                masked[i, self.vocabulary.forbidden(row)] = -torch.inf
             else:
                 allowed = self.vocabulary.allowed(row)
-                out[i] = -torch.inf
-                out[i, allowed] = scores[i, allowed]
-        return out
+                masked[i] = -torch.inf
+                masked[i, allowed] = scores[i, allowed]
+        return masked

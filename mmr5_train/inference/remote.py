@@ -1,11 +1,13 @@
-"""A model behind an OpenAI-compatible server (vLLM, SGLang, `transformers serve`), asked as one in process is."""
+"""The backend that calls an OpenAI-compatible server (vLLM, SGLang, `transformers serve`).
+
+It has the interface of `mmr5_train.inference.local`: `limits` and `generate`.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -15,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mmr5_train.common.files import InputError
 from mmr5_train.models.inputs import openai_messages
-from mmr5_train.models.pages import fit_page, open_image
+from mmr5_train.models.pages import PageLimits
 from mmr5_train.ranking.answer import to_model_answer
 from mmr5_train.ranking.answer_constraints import gbnf_grammar
 from mmr5_train.ranking.prompt import Prompt
@@ -23,23 +25,27 @@ from mmr5_train.ranking.records import Mode, ModelAnswer
 
 
 class ServerConfig(BaseModel):
-    """Where a server is, and what it can do. The key stands in the environment: OPENAI_API_KEY."""
+    """A server and its capabilities. The API key comes from the environment variable OPENAI_API_KEY."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     url: str = Field(description="e.g. http://localhost:8000/v1")
-    model: str = Field(description="the name the server knows the model by")
+    model: str = Field(description="the model's name on the server")
     structured: Literal["none", "vllm", "sglang"] = Field(
-        default="none", description="whose words for structured outputs hold answers to a list of all pages"
+        default="none",
+        description="whose structured-output parameters constrain answers to a list of all pages; none: no "
+        "constraint",
     )
-    concurrency: int = Field(default=16, gt=0, description="requests on the way at once")
-    timeout: float = Field(default=600, gt=0, description="seconds until a request counts as lost")
-    attempts: int = Field(default=5, gt=0, description="tries of a request that a passing fault stopped")
-    factor: int = Field(default=28, gt=0, description="pixels of a side of a visual token: 28; 32 for Qwen3-VL")
+    concurrency: int = Field(default=16, gt=0, description="largest number of concurrent requests")
+    timeout: float = Field(default=600, gt=0, description="seconds after which a request has failed")
+    attempts: int = Field(default=5, gt=0, description="attempts of a request that fails with a temporary error")
+    factor: int = Field(
+        default=28, gt=0, description="pixels along one side of a visual token: 28; 32 for Qwen3-VL"
+    )
 
 
 class RemoteBackend:
-    """Sends each question as a request of its own, several at once, and reads the answers by the same grammar."""
+    """Sends one request per completion, several at a time, and parses the answers by the same grammar."""
 
     def __init__(
         self,
@@ -53,13 +59,14 @@ class RemoteBackend:
         max_pixels: int,
     ) -> None:
         if mode == "logits":
-            raise InputError("mode logits: needs the model in this process; over HTTP take reason or direct")
+            raise InputError("mode logits: needs the model in this process; with a server, use reason or direct")
         url = urlsplit(server.url)
         if url.scheme not in ("http", "https") or not url.hostname:
-            raise InputError(f"server.url: expected one like http://localhost:8000/v1, found {server.url}")
+            raise InputError(f"server.url: expected a URL such as http://localhost:8000/v1, found {server.url}")
         self.server, self.prompt, self.mode = server, prompt, mode
         self.max_new_tokens, self.constrain = max_new_tokens, constrain and server.structured != "none"
-        self.limits = min_pixels, max_pixels
+        # Images are resized here, so the server's own processor leaves them as they are.
+        self.limits = PageLimits(server.factor, min_pixels, max_pixels)
         self._client = openai.OpenAI(
             api_key=os.environ.get("OPENAI_API_KEY", "").strip() or "none",
             base_url=server.url,
@@ -67,87 +74,85 @@ class RemoteBackend:
             max_retries=server.attempts - 1,
         )
 
-    def prepare(self, page: Image.Image) -> Image.Image:
-        """A page as the model sees it: the server's own processor finds nothing to resize."""
-        return fit_page(page, self.server.factor, *self.limits)
-
-    def load(self, path: Path) -> Image.Image:
-        """A page file as the model sees it."""
-        return self.prepare(open_image(path))
-
-    def ask(
+    def generate(
         self,
         queries: Sequence[str],
-        pages: Sequence[Sequence[Image.Image]],
+        images: Sequence[Sequence[Image.Image]],
         *,
         samples: int = 0,
         temperature: float = 1.0,
         seed: int = 0,
     ) -> list[list[ModelAnswer]]:
-        """As `LocalBackend.ask`. Servers may draw other samples for the same seed.
+        """The answers to one batch, as of `LocalBackend.generate`; each sample has a seed of its own.
 
-        Raises `InputError` where the server can't be reached or refuses the request.
+        Servers do not have to return the same samples for the same seed. Raises `InputError` if the server can't
+        be reached or rejects a request.
         """
-        rows = [row for row in range(len(queries)) for _ in range(max(samples, 1))]
+        group_size = max(samples, 1)
+        requests = [index for index in range(len(queries)) for _ in range(group_size)]
 
-        def send(job: tuple[int, int]) -> ModelAnswer:
-            drawn = {"temperature": temperature, "seed": seed + job[0]} if samples else {"temperature": 0.0}
-            return self._send(queries[job[1]], pages[job[1]], drawn)
+        def send(numbered_request: tuple[int, int]) -> ModelAnswer:
+            number, index = numbered_request
+            sampling = {"temperature": temperature, "seed": seed + number} if samples else {"temperature": 0.0}
+            return self._request(queries[index], images[index], sampling)
 
         with ThreadPoolExecutor(self.server.concurrency) as pool:
             try:
-                answers = list(pool.map(send, enumerate(rows)))
+                answers = list(pool.map(send, enumerate(requests)))
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # the first failure ends it: no more requests are sent
+                pool.shutdown(cancel_futures=True)  # after the first failure, send no further requests
                 raise
-        count = max(samples, 1)
-        return [answers[i : i + count] for i in range(0, len(answers), count)]
+        return [answers[i : i + group_size] for i in range(0, len(answers), group_size)]
 
-    def _send(self, query: str, pages: Sequence[Image.Image], drawn: dict[str, Any]) -> ModelAnswer:
+    def _request(self, query: str, images: Sequence[Image.Image], sampling: dict[str, Any]) -> ModelAnswer:
         try:
-            reply = self._client.chat.completions.create(
+            response = self._client.chat.completions.create(
                 model=self.server.model,
-                messages=openai_messages(self.prompt, query, pages),  # type: ignore[arg-type]
+                messages=openai_messages(self.prompt, query, images),  # type: ignore[arg-type]
                 max_tokens=self.max_new_tokens,
-                extra_body=self._structure(len(pages)),
-                **drawn,
+                extra_body=self._structured_outputs(len(images)),
+                **sampling,
             )
-            choice = reply.choices[0]
-            text, apart = choice.message.content or "", reasoning_of(choice.message)
+            choice = response.choices[0]
+            text, reasoning = choice.message.content or "", separate_reasoning(choice.message)
         except openai.APIStatusError as error:
-            raise InputError(f"{self.server.url}: refuses the request ({_said(error)})") from None
+            raise InputError(f"{self.server.url}: rejects the request ({_status_message(error)})") from None
         except openai.APIConnectionError as error:
-            reason = error.__cause__ or error
             raise InputError(
-                f"{self.server.url}: can't be reached ({reason}), {self.server.attempts} tries; check server.url "
-                "and that the server runs"
+                f"{self.server.url}: can't be reached ({error.__cause__ or error}) after {self.server.attempts} "
+                "attempts; check server.url and that the server is running"
             ) from None
         except (openai.APIError, LookupError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"{self.server.url}: the answer is no chat completion ({error!r:.200})") from None
-        counts = {"visual_tokens": sum(page.width * page.height // self.server.factor**2 for page in pages)}
-        if reply.usage:
-            counts |= {"tokens": reply.usage.completion_tokens, "prompt_tokens": reply.usage.prompt_tokens}
-        cut_off, think = choice.finish_reason == "length", self.mode == "reason"
+            raise InputError(f"{self.server.url}: the response is no chat completion ({error!r:.200})") from None
+        counts = {"visual_tokens": sum(image.width * image.height // self.limits.factor**2 for image in images)}
+        if response.usage:
+            counts |= {"tokens": response.usage.completion_tokens, "prompt_tokens": response.usage.prompt_tokens}
         return to_model_answer(
-            text, len(pages), counts=counts, reasoning=apart, cut_off=cut_off, expect_think=think
+            text,
+            len(images),
+            counts=counts,
+            reasoning=reasoning,
+            cut_off=choice.finish_reason == "length",
+            expect_think=self.mode == "reason",
         )
 
-    def _structure(self, n: int) -> dict[str, Any] | None:
+    def _structured_outputs(self, n_pages: int) -> dict[str, Any] | None:
+        """The request's parameters that constrain the answer block to a list of all pages."""
         if not self.constrain:
             return None
-        # A server with a reasoning parser lets the think block pass and holds what follows to the grammar.
-        grammar = gbnf_grammar(n)
+        # A server with a reasoning parser applies the grammar only to what follows the think block.
+        grammar = gbnf_grammar(n_pages)
         return (
             {"structured_outputs": {"grammar": grammar}} if self.server.structured == "vllm" else {"ebnf": grammar}
         )
 
 
-def reasoning_of(message: Any) -> str | None:
-    """The think block where the server returned it apart: `reasoning_content`, or `reasoning` in later vLLMs."""
+def separate_reasoning(message: Any) -> str | None:
+    """The think block, if the server returned it separately: `reasoning_content`, or `reasoning` (newer vLLM)."""
     return getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
 
 
-def _said(error: openai.APIStatusError) -> str:
+def _status_message(error: openai.APIStatusError) -> str:
     body = error.body
-    said = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
-    return f"{error.status_code}: {' '.join(str(said or error.response.reason_phrase).split())[:300]}"
+    message = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
+    return f"{error.status_code}: {' '.join(str(message or error.response.reason_phrase).split())[:300]}"

@@ -1,8 +1,8 @@
-"""Rollouts: what a model samples for each question, and what GRPO would pay for it.
+"""Rollouts for question selection: sampled answers to each question, and the rewards that GRPO would give them.
 
-Sampling is long work. Finished rollouts are appended to `PARTIAL` a batch at a time, each batch with a seed of its
-own, so a run that was stopped goes on where it was and ends with the same samples. Torch is loaded for sampling
-alone: rollouts of an earlier run are read and scored without it.
+Sampling takes long, so finished rollouts are appended to `PARTIAL` batch by batch. Each batch has a seed of its
+own: an interrupted run that is resumed ends with the same samples. Torch is imported only for sampling; rollouts
+of an earlier run are read and scored without it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tqdm import tqdm
 
 from mmr5_train.common.files import InputError, atomic_write, read_records
+from mmr5_train.inference.tasks import rank_tasks
 from mmr5_train.ranking.records import LocalId, ModelAnswer, Order, PromptedTask, RankingTask, Rollouts
 from mmr5_train.ranking.rewards import REWARDS
 
@@ -26,27 +27,29 @@ ROLLOUTS, PARTIAL = "rollouts.jsonl", "rollouts.partial.jsonl"
 
 
 class RolloutConfig(BaseModel):
-    """Where rollouts come from: a checkpoint that makes them, or a file of an earlier run."""
+    """The source of rollouts: a checkpoint that samples them, or a file of an earlier run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoint: str | None = Field(default=None, description="a model that sft or grpo wrote")
-    rollouts: Path | None = Field(default=None, description="rollouts.jsonl of an earlier run, instead of one")
-    samples: int = Field(default=8, ge=2, description="answers a question")
+    rollouts: Path | None = Field(
+        default=None, description="rollouts.jsonl of an earlier run, instead of a checkpoint"
+    )
+    samples: int = Field(default=8, ge=2, description="answers per question")
     temperature: float = Field(default=1.0, gt=0)
-    order: Order = Field(default="shuffled", description="how a prompt shows its candidates, as in grpo")
-    batch_size: int = Field(default=64, gt=0, description="answers generated at a time")
-    max_new_tokens: int = Field(default=2048, gt=0, description="longest answer")
+    order: Order = Field(default="shuffled", description="order of the candidates in a prompt, as in grpo")
+    batch_size: int = Field(default=64, gt=0, description="answers per batch")
+    max_new_tokens: int = Field(default=2048, gt=0, description="largest number of tokens in an answer")
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def _has_one_source(self) -> Self:
         if (self.checkpoint is None) == (self.rollouts is None):
-            raise ValueError("give either checkpoint (a model that makes rollouts) or rollouts (a file of them)")
+            raise ValueError("give either checkpoint (a model that samples rollouts) or rollouts (a file of them)")
         return self
 
 
 def load_sampler(config: RolloutConfig, tasks: Sequence[RankingTask], folder: Path) -> LocalBackend:
-    """The checkpoint. Raises `InputError` where it, or the page images of the tasks, can't be used."""
+    """The backend that samples. Raises `InputError` if the checkpoint or a page image can't be used."""
     from mmr5_train.inference.local import load_backend
     from mmr5_train.models.inputs import check_images
 
@@ -57,71 +60,81 @@ def load_sampler(config: RolloutConfig, tasks: Sequence[RankingTask], folder: Pa
 def sample_rollouts(
     backend: LocalBackend, tasks: Sequence[RankingTask], folder: Path, path: Path, config: RolloutConfig, seed: int
 ) -> dict[str, Rollouts]:
-    """The rollouts of each task, by query id. They are written to `path`; those that stand there stay.
+    """Samples the rollouts of each task and appends them to `path`. Returns all of them by query id.
 
-    Page paths are relative to `folder`. The same seed and batch size give the same samples.
+    Tasks whose rollouts are in `path` already are skipped. Page paths are relative to `folder`. The same seed and
+    batch size give the same samples.
     """
     prompted = [task.in_prompt_order(config.order, seed) for task in tasks]
     size = max(1, config.batch_size // config.samples)
-    made = finished_batches(path, len(tasks), size)
-    if made:
-        print(f"rollouts: {len(made)} of {len(tasks)} questions were done before")
+    rollouts = read_finished_batches(path, len(tasks), size)
+    if rollouts:
+        print(f"rollouts: {len(rollouts)} of {len(tasks)} questions are done already")
     with (
         path.open("a", encoding="utf-8") as stream,
-        tqdm(total=len(tasks), initial=len(made), desc="rollouts", unit="question") as bar,
+        tqdm(total=len(tasks), initial=len(rollouts), desc="rollouts", unit="question") as bar,
     ):
-        for start in range(len(made), len(tasks), size):
+        for start in range(len(rollouts), len(tasks), size):
             batch = prompted[start : start + size]
-            answers = backend.answer(
+            answers = rank_tasks(
+                backend,
                 batch,
                 folder,
                 batch_size=size,
                 samples=config.samples,
                 temperature=config.temperature,
-                # Of the batch alone: a run that goes on later draws the same.
+                # Depends only on the batch, so that a resumed run samples the same.
                 seed=random.Random(f"{seed}/{start}").getrandbits(32),
             )
             records = [_record(*row, backend.think) for row in zip(batch, answers, strict=True)]
             stream.writelines(record.model_dump_json() + "\n" for record in records)
             stream.flush()
-            made += records
+            rollouts += records
             bar.update(len(batch))
-    return {rollouts.query_id: rollouts for rollouts in made}
+    return {record.query_id: record for record in rollouts}
 
 
-def _record(question: PromptedTask, samples: Sequence[ModelAnswer], think: bool) -> Rollouts:
-    shown = tuple(page.id for page in question.shown)
-    return Rollouts(query_id=question.task.query_id, shown=shown, think=think, samples=tuple(samples))
+def _record(prompted: PromptedTask, samples: Sequence[ModelAnswer], think: bool) -> Rollouts:
+    shown = tuple(page.id for page in prompted.shown)
+    return Rollouts(query_id=prompted.task.query_id, shown=shown, think=think, samples=tuple(samples))
 
 
-def finished_batches(path: Path, total: int, size: int) -> list[Rollouts]:
-    """The rollouts of the batches that a stopped run ended; what it left of the next one is cut off the file."""
+def read_finished_batches(path: Path, total: int, size: int) -> list[Rollouts]:
+    """The rollouts of all complete batches in `path`. The lines of an incomplete batch are removed from the file.
+
+    `total` is the number of questions, `size` the number of questions per batch.
+    """
     if not path.is_file():
         return []
     with path.open(encoding="utf-8") as stream:
         lines = [line for line in stream if line.endswith("\n")]
-    whole = lines if len(lines) == total else lines[: len(lines) // size * size]
+    complete = lines if len(lines) == total else lines[: len(lines) // size * size]
     with atomic_write(path) as stream:
-        stream.writelines(whole)
-    return read_records(path, Rollouts) if whole else []
+        stream.writelines(complete)
+    return read_records(path, Rollouts) if complete else []
 
 
 def read_rollouts(path: Path, tasks: Sequence[RankingTask]) -> dict[str, Rollouts]:
-    """Rollouts of an earlier run, by query id. Raises `InputError` where a task has none that fit."""
-    rollouts = {made.query_id: made for made in read_records(path, Rollouts)}
+    """The rollouts of an earlier run, by query id.
+
+    Raises `InputError` if a task has no rollouts, or rollouts with other candidates.
+    """
+    rollouts = {record.query_id: record for record in read_records(path, Rollouts)}
     for task in tasks:
         if task.query_id not in rollouts:
-            raise InputError(f"{path}: lacks rollouts of {task.query_id}; make them: difficulty.checkpoint")
+            raise InputError(
+                f"{path}: has no rollouts for {task.query_id}; sample them with difficulty.checkpoint"
+            )
         if set(rollouts[task.query_id].shown) != {candidate.id for candidate in task.candidates}:
             raise InputError(
-                f"{path}: {task.query_id} was shown other candidates than it has now; make rollouts anew: "
-                "difficulty.checkpoint"
+                f"{path}: the rollouts for {task.query_id} show other candidates than the question has now; "
+                "sample them again with difficulty.checkpoint"
             )
     return rollouts
 
 
-def rewards_of(rollouts: Rollouts, task: RankingTask, weights: Mapping[str, float]) -> list[float]:
-    """What each sample earns: the weighted mean of the rewards, so that 1 is the most there is."""
+def rollout_rewards(rollouts: Rollouts, task: RankingTask, weights: Mapping[str, float]) -> list[float]:
+    """The reward of each sample: the weighted mean of the rewards in `weights`, so that 1 is the highest."""
     relevant = set(task.positives)
     positives = [LocalId(i) for i, page in enumerate(rollouts.shown, 1) if page in relevant]
     n = len(rollouts.shown)

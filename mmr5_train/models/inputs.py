@@ -1,4 +1,4 @@
-"""A question and its pages as model inputs: the one way from a `PromptedTask` to messages, images and tensors."""
+"""Model inputs of a query and its pages. Training, evaluation and inference build messages and tensors here."""
 
 from __future__ import annotations
 
@@ -9,48 +9,57 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from transformers import BatchFeature
 
 from mmr5_train.common.files import InputError
-from mmr5_train.models.pages import KEPT_PAGES, is_small, load_page
+from mmr5_train.models.pages import MAX_CACHED_PAGES, load_page, page_limits
+from mmr5_train.ranking.answer_constraints import LIST_OPEN
 from mmr5_train.ranking.prompt import Prompt, build_messages, insert_images
 from mmr5_train.ranking.records import Candidate
 
 
-def check_images(shown: Iterable[Candidate], folder: Path) -> None:
-    """Raises `InputError` for a page image that is not there: worth knowing before the first hour."""
-    for image in {candidate.image: None for candidate in shown}:
+def check_images(candidates: Iterable[Candidate], folder: Path) -> None:
+    """Raises `InputError` for the first page image that does not exist, so that a long run does not fail late."""
+    for image in {candidate.image: None for candidate in candidates}:
         if not (folder / image).is_file():
-            raise InputError(f"{folder / image}: no such page image; build the data again, or mend the path")
+            raise InputError(f"{folder / image}: no such page image; build the data again, or correct the path")
 
 
-def load_pages(shown: Sequence[Candidate], folder: Path, processor: Any) -> list[Image.Image]:
-    """The prepared page images of `shown`, whose paths are relative to `folder`."""
-    return [load_page(folder / candidate.image, processor) for candidate in shown]
+def load_pages(candidates: Sequence[Candidate], folder: Path, processor: Any) -> list[Image.Image]:
+    """The prepared page images of the candidates, whose paths are relative to `folder`."""
+    limits = page_limits(processor)
+    return [load_page(folder / candidate.image, limits) for candidate in candidates]
 
 
-def keep_small_pages(shown: Iterable[Candidate], folder: Path, processor: Any) -> None:
-    """Opens all pages that are small enough to be kept in memory, at once: on a CPU no later step can hide it."""
-    if is_small(processor):
-        paths = {folder / candidate.image: None for candidate in shown}
-        with ThreadPoolExecutor() as pool:  # Pillow lets others work while it decodes and resizes
-            for _ in pool.map(lambda path: load_page(path, processor), list(paths)[:KEPT_PAGES]):
+def cache_small_pages(candidates: Iterable[Candidate], folder: Path, processor: Any) -> None:
+    """Loads all page images into the cache, if they are small enough for it (`PageLimits.are_small`).
+
+    On a CPU, no later step could overlap with loading them one at a time.
+    """
+    limits = page_limits(processor)
+    if limits.are_small:
+        paths = list({folder / candidate.image: None for candidate in candidates})
+        with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes and resizes
+            for _ in pool.map(lambda path: load_page(path, limits), paths[:MAX_CACHED_PAGES]):
                 pass
 
 
 def encode(
-    processor: Any, prompt: Prompt, queries: Sequence[str], pages: Sequence[Sequence[Image.Image]]
+    processor: Any, prompt: Prompt, queries: Sequence[str], images: Sequence[Sequence[Image.Image]]
 ) -> BatchFeature:
     """Left-padded inputs of a batch of prompts, ready for `generate`.
 
-    `input_ids` and `attention_mask` are (batch, longest prompt); `pixel_values` is (all patches of all pages,
-    patch values); `image_grid_thw` is (all pages, 3).
+    `images[b]` are the prepared page images of `queries[b]`. In the result, `input_ids`, `attention_mask` and
+    `mm_token_type_ids` are (batch, longest prompt), `pixel_values` is (patches of all pages, values of a patch),
+    and
+    `image_grid_thw` is (all pages, 3).
     """
     conversations = []
-    for query, images in zip(queries, pages, strict=True):
-        messages = build_messages(prompt, query, len(images))
-        conversations.append(insert_images(messages, [{"type": "image", "image": image} for image in images]))
+    for query, page_images in zip(queries, images, strict=True):
+        messages = build_messages(prompt, query, len(page_images))
+        conversations.append(insert_images(messages, [{"type": "image", "image": image} for image in page_images]))
     return processor.apply_chat_template(
         conversations,
         tokenize=True,
@@ -61,8 +70,38 @@ def encode(
     )
 
 
+def append_list_open(inputs: Any, tokenizer: Any) -> Any:
+    """Appends the tokens of `LIST_OPEN`, the beginning of an answer, to each left-padded prompt of `inputs`.
+
+    The next token that the model predicts is then the first token of the best page's id.
+    """
+    opening = torch.tensor(tokenizer(LIST_OPEN, add_special_tokens=False)["input_ids"])
+    rows = len(inputs["input_ids"])
+    appended = {"input_ids": opening, "attention_mask": torch.ones_like(opening)}
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        values = appended.get(key, torch.zeros_like(opening))
+        inputs[key] = torch.cat([inputs[key], values.expand(rows, -1)], dim=1)
+    return inputs
+
+
+def page_id_tokens(tokenizer: Any, count: int) -> list[int]:
+    """The first token of each page id from 1 to `count`, in the position after `LIST_OPEN`.
+
+    The list ends before the first id whose token is already in it: where each digit is a token, it ends before 10,
+    which starts with the token of 1.
+    """
+    opening = tokenizer(LIST_OPEN, add_special_tokens=False)["input_ids"]
+    answers = tokenizer([f"{LIST_OPEN}{i}" for i in range(1, count + 1)], add_special_tokens=False)["input_ids"]
+    tokens: list[int] = []
+    for ids in answers:
+        if ids[: len(opening)] != opening or ids[len(opening)] in tokens:
+            break
+        tokens.append(ids[len(opening)])
+    return tokens
+
+
 def openai_messages(prompt: Prompt, query: str, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-    """The same prompt for an OpenAI-compatible server: prepared pages as lossless data URLs."""
+    """The same prompt as messages of the OpenAI API, with the prepared images as PNG data URLs (lossless)."""
     parts = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
     return insert_images(build_messages(prompt, query, len(images)), parts)
 

@@ -1,4 +1,4 @@
-"""Checkpoints and processors, loaded the same way by every stage."""
+"""Loads checkpoints and processors, in the same way for training, evaluation and inference."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Mode, Record
 
 TINY = Path(__file__).parent / "tiny"
-SETTINGS = "reranker.json"  # in a checkpoint that this project trained: its prompt, page sizes, dtype
+"""The tiny model that is part of this package."""
+
+SETTINGS = "reranker.json"
+"""File in a checkpoint that this project trained: its prompt, page sizes and dtype (`RerankerSettings`)."""
 
 
-class LoraChoice(BaseModel):
+class LoraSettings(BaseModel):
     """Low-rank adapters on the language model (PEFT)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,7 +35,7 @@ class LoraChoice(BaseModel):
     plus_ratio: float | None = Field(
         default=None,
         ge=1,
-        description="LoRA+ (arXiv 2402.12354): B learns so many times as fast as A; null: alike",
+        description="LoRA+ (arXiv 2402.12354): learning rate of B divided by that of A; null: equal",
     )
     target_modules: str | list[str] = Field(
         default=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
@@ -41,20 +44,20 @@ class LoraChoice(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """Config group `model`: what is loaded, and how large its page images are."""
+    """Config group `model`: the checkpoint to load, and the size of its page images."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    path: str = Field(description='a checkpoint folder, a hub id, or "tiny" for the shipped model')
-    min_pixels: int = Field(gt=0, description="pixels a page image has at least")
-    max_pixels: int = Field(gt=0, description="pixels a page image has at most")
+    path: str = Field(description='a checkpoint folder, a hub id, or "tiny" for the model in this package')
+    min_pixels: int = Field(gt=0, description="smallest area of a page image, in pixels")
+    max_pixels: int = Field(gt=0, description="largest area of a page image, in pixels")
     dtype: Literal["float32", "bfloat16", "float16"]
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     freeze_vision: bool = True
     load_in_4bit: bool = Field(
-        default=False, description="QLoRA's base (arXiv 2305.14314): NF4, the tower as it is"
+        default=False, description="QLoRA (arXiv 2305.14314): base model in NF4, vision tower not quantized"
     )
-    lora: LoraChoice | None = None
+    lora: LoraSettings | None = None
 
     @model_validator(mode="after")
     def _limits_are_in_order(self) -> Self:
@@ -64,7 +67,7 @@ class ModelConfig(BaseModel):
 
 
 class RerankerSettings(Record):
-    """reranker.json: what a checkpoint was taught to expect."""
+    """reranker.json: the settings that a checkpoint was trained with and needs at inference."""
 
     min_pixels: int
     max_pixels: int
@@ -74,122 +77,127 @@ class RerankerSettings(Record):
 
     @property
     def mode(self) -> Mode:
-        """How the checkpoint is asked where nothing else is said."""
+        """The default inference mode."""
         return "reason" if self.think else "direct"
 
-    def model(self, path: str) -> ModelConfig:
-        """How the checkpoint is loaded."""
+    def to_model_config(self, path: str) -> ModelConfig:
+        """The config that loads the checkpoint, which is at `path`."""
         return ModelConfig(path=path, **self.model_dump(include={"min_pixels", "max_pixels", "dtype"}))
 
 
 def read_settings(checkpoint: str | Path) -> RerankerSettings | None:
-    """The settings that a checkpoint of this project carries; None for one of other origin.
+    """The settings in a checkpoint of this project; None for a checkpoint of other origin.
 
-    Raises `InputError` where they can't be read.
+    Raises `InputError` if the settings can't be read.
     """
     source = str(checkpoint) if is_adapter(checkpoint) else resolve_checkpoint(checkpoint)
     try:
-        found = cached_file(source, SETTINGS, _raise_exceptions_for_missing_entries=False)
+        path = cached_file(source, SETTINGS, _raise_exceptions_for_missing_entries=False)
     except OSError as error:
-        raise _not_loaded(str(checkpoint), SETTINGS, error) from None
-    if found is None:
+        raise _loading_error(str(checkpoint), SETTINGS, error) from None
+    if path is None:
         return None
     try:
-        settings = RerankerSettings.model_validate_json(Path(found).read_bytes())
-        settings.model(str(checkpoint))
+        settings = RerankerSettings.model_validate_json(Path(path).read_bytes())
+        settings.to_model_config(str(checkpoint))
     except ValidationError as error:
-        raise InputError(f"{found}: {validation_message(error)}; train again, or mend the file") from None
+        raise InputError(f"{path}: {validation_message(error)}; train again, or correct the file") from None
     return settings
 
 
 def resolve_checkpoint(path: str | Path) -> str:
-    """The folder or hub id behind `path`. Raises `InputError` for a folder that is no checkpoint."""
+    """The folder or hub id that `path` refers to. Raises `InputError` for a folder that is not a checkpoint."""
     if str(path) == "tiny":
         return str(TINY)
     folder = Path(path)
     if folder.is_dir():
         if is_adapter(folder):
             raise InputError(
-                f"{folder}: holds an adapter without its base; take the merged checkpoint beside it (model/), or "
+                f"{folder}: holds an adapter without its base; use the merged checkpoint next to it (model/), or "
                 "merge it with PEFT: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
             )
         if not (folder / "config.json").is_file():
-            raise InputError(f"{folder}: holds no config.json, so it is no checkpoint")
+            raise InputError(f"{folder}: is not a checkpoint, since it has no config.json")
     elif str(path).startswith((".", "/", "outputs/")):
         raise InputError(f"{folder}: no such checkpoint folder; run the stage that writes it first")
     return str(path)
 
 
 def load_processor(config: ModelConfig, path: str | Path | None = None) -> Any:
-    """The checkpoint's processor with the config's page size; prompts are padded on the left."""
-    processor = _processor(resolve_checkpoint(path or config.path))
+    """The checkpoint's processor with the page sizes of `config`. It pads prompts on the left."""
+    processor = _load_processor(resolve_checkpoint(path or config.path))
     processor.image_processor.size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     processor.tokenizer.padding_side = "left"
     return processor
 
 
-def default_model(path: str) -> ModelConfig:
-    """How a checkpoint of other origin is loaded: with its own page sizes, in bfloat16 on a GPU."""
-    size = _processor(resolve_checkpoint(path)).image_processor.size
+def default_model_config(path: str) -> ModelConfig:
+    """The config for a checkpoint of other origin: its own page sizes; bfloat16 on a GPU, float32 on a CPU."""
+    size = _load_processor(resolve_checkpoint(path)).image_processor.size
     dtype: Literal["bfloat16", "float32"] = "bfloat16" if torch.cuda.is_available() else "float32"
     limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
     return ModelConfig(path=path, dtype=dtype, **limits)
 
 
-def _processor(source: str) -> Any:
-    _load_config(source)  # first: without a network, each file that a processor may have is asked for five times
+def _load_processor(source: str) -> Any:
+    # Loading the config first fails early: without a network, AutoProcessor requests each possible file five
+    # times.
+    _load_config(source)
     try:
         processor = AutoProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise _not_loaded(source, "processor", error) from None
+        raise _loading_error(source, "processor", error) from None
     if not hasattr(processor, "image_processor"):
-        raise InputError(f"{source}: has no image processor; a vision-language checkpoint is needed")
+        raise InputError(f"{source}: has no image processor; expected a vision-language checkpoint")
     return processor
 
 
 def load_model(config: ModelConfig, path: str | Path | None = None) -> Any:
-    """The checkpoint's model in the config's dtype, with its vision tower frozen where asked for."""
+    """The checkpoint's model in the dtype of `config`, with a frozen vision tower if `config` says so.
+
+    Raises `InputError` if the checkpoint can't be loaded or is not a vision-language model.
+    """
     source = resolve_checkpoint(path or config.path)
-    kind = _load_config(source).model_type
+    model_type = _load_config(source).model_type
     try:
         model = AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=getattr(torch, config.dtype),
             attn_implementation=choose_attention(config),
-            quantization_config=_four_bits(config),
+            quantization_config=_quantization_config(config),
         )
     except (OSError, SafetensorError) as error:
-        raise _not_loaded(source, "model", error) from None
+        raise _loading_error(source, "model", error) from None
     except ValueError as error:
         raise InputError(f"{source}: not a vision-language model ({_first_line(error)})") from None
     if config.freeze_vision:
         if not hasattr(model, "model") or not hasattr(model.model, "visual"):
-            raise InputError(f"{source}: model type {kind} has no vision tower at model.visual to freeze")
+            raise InputError(f"{source}: model type {model_type} has no vision tower at model.visual to freeze")
         model.model.visual.requires_grad_(False)
     return model
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether a folder holds an adapter and no whole checkpoint."""
+    """Whether a folder holds an adapter and no full checkpoint."""
     folder = Path(path)
     return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
-def base_of(adapter: str | Path) -> str:
-    """The checkpoint that an adapter was trained on, as it says itself."""
+def adapter_base(adapter: str | Path) -> str:
+    """The checkpoint that an adapter was trained on, according to its adapter_config.json."""
     path = Path(adapter) / "adapter_config.json"
     try:
         base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: can't be read ({error})") from None
     if not isinstance(base, str) or not base:
-        raise InputError(f"{path}: names no base_model_name_or_path; give base=…")
+        raise InputError(f"{path}: has no base_model_name_or_path; give base=…")
     return base
 
 
 def load_merged(config: ModelConfig, adapter: str | Path) -> Any:
-    """The config's model with an adapter merged into it."""
-    base = load_model(config.model_copy(update={"load_in_4bit": False}))  # adapters don't merge into four bits
+    """The config's model with an adapter merged into it. Raises `InputError` for an adapter that does not fit."""
+    base = load_model(config.model_copy(update={"load_in_4bit": False}))  # merging needs unquantized weights
     try:
         return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -197,23 +205,23 @@ def load_merged(config: ModelConfig, adapter: str | Path) -> Any:
 
 
 def choose_attention(config: ModelConfig) -> str:
-    """Flash attention where it is installed and the dtype allows it, else PyTorch's own.
+    """The attention implementation: for "auto", flash attention if it is available for the dtype, else sdpa.
 
-    Raises `InputError` where it is asked for and can't be had.
+    Raises `InputError` if the config requires flash attention and it is not available.
     """
-    usable = torch.cuda.is_available() and is_flash_attn_2_available() and config.dtype != "float32"
-    if config.attention == "flash_attention_2" and not usable:
+    is_available = torch.cuda.is_available() and is_flash_attn_2_available() and config.dtype != "float32"
+    if config.attention == "flash_attention_2" and not is_available:
         raise InputError(
-            "model.attention=flash_attention_2: needs a CUDA GPU, the package flash-attn and 16 bits; "
+            "model.attention=flash_attention_2: needs a CUDA GPU, the package flash-attn and a 16-bit dtype; "
             f"found {'a' if torch.cuda.is_available() else 'no'} GPU, flash-attn "
-            f"{'' if is_flash_attn_2_available() else 'not '}installed, {config.dtype}; take auto, or sdpa"
+            f"{'' if is_flash_attn_2_available() else 'not '}installed, {config.dtype}; use auto or sdpa"
         )
     if config.attention != "auto":
         return config.attention
-    return "flash_attention_2" if usable else "sdpa"
+    return "flash_attention_2" if is_available else "sdpa"
 
 
-def _four_bits(config: ModelConfig) -> BitsAndBytesConfig | None:
+def _quantization_config(config: ModelConfig) -> BitsAndBytesConfig | None:
     if not config.load_in_4bit:
         return None
     if not is_bitsandbytes_available():
@@ -223,16 +231,16 @@ def _four_bits(config: ModelConfig) -> BitsAndBytesConfig | None:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),
-        llm_int8_skip_modules=[r"model\.visual", "lm_head"],  # despite its name, of every kind of quantization
+        llm_int8_skip_modules=[r"model\.visual", "lm_head"],  # despite its name, it applies to 4 bits too
     )
 
 
 def vision_token_ids(processor: Any) -> list[int]:
-    """Ids of the tokens that stand for pictures: a sampled one would break the next forward pass."""
+    """Ids of the tokens that stand for images. A sampled one would make the next forward pass fail."""
     tokenizer = processor.tokenizer
     names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-    known = tokenizer.get_vocab()
-    ids = {known[name] for name in names if name in known}
+    vocabulary = tokenizer.get_vocab()
+    ids = {vocabulary[name] for name in names if name in vocabulary}
     ids.update(i for i in (processor.image_token_id, getattr(processor, "video_token_id", None)) if i is not None)
     return sorted(ids)
 
@@ -241,15 +249,15 @@ def _load_config(source: str) -> Any:
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise _not_loaded(source, "config", error) from None
+        raise _loading_error(source, "config", error) from None
 
 
-def _not_loaded(source: str, what: str, error: BaseException) -> InputError:
+def _loading_error(source: str, part: str, error: BaseException) -> InputError:
     if Path(source).is_dir():
-        return InputError(f"{source}: its {what} can't be loaded ({_first_line(error)}); write the folder again")
+        return InputError(f"{source}: its {part} can't be loaded ({_first_line(error)}); write the folder again")
     return InputError(
-        f"{source}: is no folder, and as a hub id its {what} can't be loaded ({_first_line(error)}); mend the "
-        "path, or download the checkpoint where there is a network"
+        f"{source}: is not a folder, and as a hub id its {part} can't be loaded ({_first_line(error)}); correct "
+        "the path, or download the checkpoint on a machine with a network"
     )
 
 

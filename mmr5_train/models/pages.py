@@ -1,6 +1,14 @@
-"""Page pictures from whatever a user has: files, bytes, open pictures, PDFs. No torch.
+"""Page images: open what the user has, convert it to RGB, resize it for the model. Does not import torch.
 
-A PDF stands for all its pages; "report.pdf#page=3" is its third (the fragment of RFC 8118, which counts from 1).
+Every page takes the same path:
+
+    open_image or render_pdf_pages  →  rgb_on_white  →  resize to page_size
+
+`prepare_page` does the last two steps. `load_page` opens and prepares one page image of a data set. `open_pages`
+opens and prepares the pages that a user passes to the reranker: files, bytes, PIL images and PDFs.
+
+The path of a PDF stands for all of its pages. "report.pdf#page=3" is its third page (the fragment of RFC 8118,
+which counts from 1).
 """
 
 from __future__ import annotations
@@ -8,12 +16,12 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import pypdfium2
@@ -21,139 +29,95 @@ from PIL import Image
 
 from mmr5_train.common.files import InputError
 
-LARGEST_PAGE = 120_000_000  # pixels; a picture that claims more is refused before it is decoded
-LONGEST = 200  # times as long as wide; the models take no longer page
-DPI, MAX_SIDE = 150, 1024  # how PDF pages are rendered, as in configs/corpus/pdf_folder.yaml
-# What Pillow raises for bytes that are not an image, are cut off, or would fill the memory.
+MAX_DECODED_PIXELS = 120_000_000
+"""An image that claims more pixels is refused before it is decoded."""
+
+MAX_ASPECT_RATIO = 200
+"""Longer side to shorter side. Qwen's image processors refuse images above it."""
+
+PDF_DPI, PDF_MAX_SIDE = 150, 1024
+"""Resolution of rendered PDF pages, and their longest side in pixels, as in configs/corpus/pdf_folder.yaml."""
+
+SMALL_PAGE_PIXELS = 64_000
+"""Prepared pages of at most this many pixels are cached in memory; larger ones are read from disk each time."""
+
+MAX_CACHED_PAGES = 8192
+
+# What Pillow raises for bytes that are not an image, that are truncated, or that would exhaust memory.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-# A page of at most this many pixels is kept in memory once it is prepared; larger ones are read again.
-SMALL_PAGE = 64_000
-KEPT_PAGES = 8192
-_PDFIUM = RLock()  # it works in one thread at a time
-_PAGE = re.compile(r"page=([1-9]\d{0,5})")
+
+_PDFIUM = RLock()  # pdfium is not thread-safe
+_PAGE_FRAGMENT = re.compile(r"page=([1-9]\d{0,5})")
 
 PageInput = str | Path | bytes | Image.Image
+"""A page as the user gives it: a path or file:// URL of an image or PDF, the bytes of an image, or a PIL image."""
 
 
-def open_pages(
-    rows: Sequence[Sequence[PageInput]], prepare: Callable[[Image.Image], Image.Image]
-) -> list[list[tuple[Any, Image.Image]]]:
-    """Each row's pages as (what it is called, its picture as `prepare` makes it); a PDF becomes all of its pages.
+class OpenedPage(NamedTuple):
+    """One page, ready for the model."""
 
-    Takes paths and file:// URLs of pictures and PDFs, the bytes of a picture, and open pictures. What stands in
-    several rows is opened once, and several are opened at a time; of each, only what `prepare` made is kept.
-    Raises `InputError` for what can't be read, naming it, and for URLs of other machines: nothing is fetched.
+    document: Any
+    """What results call the page: the user's input, or "<path>#page=<number>" for a page of a whole PDF."""
+    image: Image.Image
+    """The prepared image."""
+
+
+class PageLimits(NamedTuple):
+    """The image sizes that a model accepts."""
+
+    factor: int
+    """Side of a visual token in pixels: patch size × merge size. Both sides of an image are multiples of it."""
+    min_pixels: int
+    max_pixels: int
+
+    @property
+    def are_small(self) -> bool:
+        """Whether prepared pages are small enough to be cached."""
+        return self.max_pixels <= SMALL_PAGE_PIXELS
+
+
+def page_limits(processor: Any) -> PageLimits:
+    """The limits that a transformers processor applies."""
+    image_processor = processor.image_processor
+    size = image_processor.size
+    factor = image_processor.patch_size * image_processor.merge_size
+    return PageLimits(factor, size["shortest_edge"], size["longest_edge"])
+
+
+def page_size(width: int, height: int, limits: PageLimits) -> tuple[int, int]:
+    """The (width, height) that a page image is resized to.
+
+    Both sides are multiples of `limits.factor`, the area is within the limits, and the aspect ratio is kept as far
+    as these allow. This is the rule of Qwen2-VL's image processor (arXiv 2409.12191, section 2.1), so the
+    processor does not resize a prepared page a second time.
+
+    Raises `InputError` for an aspect ratio above `MAX_ASPECT_RATIO`.
     """
-    distinct: dict[Any, tuple[PageInput, int]] = {}
-    for row in rows:
-        for place, one in enumerate(row):
-            distinct.setdefault(_key(one), (one, place))
-
-    def open_one(job: tuple[PageInput, int]) -> list[tuple[Any, Image.Image]]:
-        return [(name, prepare(picture)) for name, picture in _open_one(*job)]
-
-    with ThreadPoolExecutor() as pool:  # Pillow lets others work while it decodes and resizes
-        opened = dict(zip(distinct, pool.map(open_one, distinct.values()), strict=True))
-    return [[page for one in row for page in opened[_key(one)]] for row in rows]
-
-
-def _key(given: PageInput) -> Any:
-    return given if isinstance(given, str | Path) else id(given)
-
-
-def _open_one(given: PageInput, place: int) -> Iterator[tuple[Any, Image.Image]]:
-    if isinstance(given, Image.Image):
-        yield given, given
-    elif isinstance(given, bytes):
-        yield given, open_image(io.BytesIO(given), f"page {place + 1} of those given ({len(given):,} bytes)")
-    elif isinstance(given, str | Path):
-        path, fragment = _local(str(given))
-        if path.suffix.lower() != ".pdf":
-            yield given, open_image(path)
-        elif fragment:
-            yield given, next(render_pdf(path, only=_page_number(given, fragment)))
-        else:
-            for number, picture in enumerate(render_pdf(path), 1):
-                yield f"{given}#page={number}", picture
-    else:
+    factor, min_pixels, max_pixels = limits
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise InputError(
-            f"page {place + 1} of those given: expected a path, bytes or a PIL image, found {type(given).__name__}"
+            f"the page image has {width} × {height} pixels, found an aspect ratio above {MAX_ASPECT_RATIO}:1; "
+            "crop or split the page"
         )
+    sides = [max(factor, round(side / factor) * factor) for side in (width, height)]
+    if sides[0] * sides[1] > max_pixels:
+        scale = math.sqrt(width * height / max_pixels)
+        sides = [max(factor, math.floor(side / scale / factor) * factor) for side in (width, height)]
+    elif sides[0] * sides[1] < min_pixels:
+        scale = math.sqrt(min_pixels / (width * height))
+        sides = [math.ceil(side * scale / factor) * factor for side in (width, height)]
+    return sides[0], sides[1]
 
 
-def _local(given: str) -> tuple[Path, str]:
-    """A path or file:// URL as the path, and the fragment of a PDF."""
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", given):
-        url = urlsplit(given)
-        if url.scheme.lower() != "file" or url.netloc not in ("", "localhost"):
-            raise InputError(f"{given[:200]}: only files of this machine are read; download it first")
-        return Path(unquote(url.path)), url.fragment
-    path, mark, fragment = given.rpartition("#")
-    return (Path(path), fragment) if mark and path.lower().endswith(".pdf") else (Path(given), "")
+def prepare_page(image: Image.Image, limits: PageLimits) -> Image.Image:
+    """The page image as the model sees it: RGB on white, resized to `page_size`."""
+    size = page_size(image.width, image.height, limits)
+    image = rgb_on_white(image)
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _page_number(given: str | Path, fragment: str) -> int:
-    match = _PAGE.fullmatch(fragment)
-    if match is None:
-        raise InputError(f"{given}: expected #page=N with N from 1, found #{fragment[:50]}")
-    return int(match[1])
-
-
-def open_image(source: Path | io.BytesIO, name: object = None) -> Image.Image:
-    """A picture, wholly decoded. Raises `InputError` naming one that can't be, or that is too large."""
-    name = name or source
-    try:
-        with Image.open(source) as image:
-            if image.width * image.height > LARGEST_PAGE:
-                raise InputError(
-                    f"{name}: claims {image.width} × {image.height} pixels, more than {LARGEST_PAGE:,}; "
-                    "render the page smaller"
-                )
-            image.load()
-            return image.copy()
-    except FileNotFoundError:
-        raise InputError(f"{name}: no such page image; build the data again, or mend the path") from None
-    except IMAGE_ERRORS as error:
-        raise InputError(f"{name}: not a readable page image ({one_line(error)})") from None
-
-
-def render_pdf(path: Path, only: int | None = None) -> Iterator[Image.Image]:
-    """The pages of a PDF as pictures, one after another, or the one with the number `only`, from 1."""
-    with _PDFIUM:
-        try:
-            pdf = pypdfium2.PdfDocument(path)
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such PDF; mend the path") from None
-        except (OSError, pypdfium2.PdfiumError) as error:
-            raise InputError(f"{path}: not a PDF that can be opened ({one_line(error)})") from None
-        pages = len(pdf)
-        pdf.init_forms()  # so that what was filled in is drawn
-    try:
-        if only is not None and only > pages:
-            raise InputError(f"{path}: has {pages} pages, page {only} was asked for")
-        for number in range(pages) if only is None else [only - 1]:
-            with _PDFIUM:
-                try:
-                    page = pdf[number]
-                    picture = render_page(page, DPI, MAX_SIDE)
-                    page.close()
-                except pypdfium2.PdfiumError as error:
-                    raise InputError(f"{path}: page {number + 1} can't be rendered ({one_line(error)})") from None
-            yield picture  # not while it is held: who uses the picture may fail, and never come back
-    finally:
-        with _PDFIUM:
-            pdf.close()
-
-
-def render_page(page: pypdfium2.PdfPage, dpi: int, max_side: int) -> Image.Image:
-    """An open PDF page at `dpi`, or as large as `max_side` pixels allow."""
-    scale = min(dpi / 72, max_side / max(page.get_size()))
-    # pdfium rounds sizes up: without this 1024.0000001 would become 1025
-    return page.render(scale=scale * (1 - 1e-9)).to_pil()
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """The picture in RGB, on white where it is transparent: paper is."""
+def rgb_on_white(image: Image.Image) -> Image.Image:
+    """The image in RGB. Transparent areas become white, like paper."""
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.new("RGB", layer.size, "white")
@@ -161,57 +125,141 @@ def on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def page_size(width: int, height: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(width, height) a page is shown in: multiples of `factor`, the area within the limits, the aspect kept.
+def load_page(path: str | Path, limits: PageLimits) -> Image.Image:
+    """Opens and prepares a page image file. Small pages are cached.
 
-    The rule of Qwen2-VL's image processor (arXiv 2409.12191, section 2.1), which leaves such a picture as it
-    is: a page is resized once, here.
+    Raises `InputError`, which names the file, for a file that can't be read.
     """
-    if max(width, height) > LONGEST * min(width, height):
-        raise InputError(f"a page of {width} × {height} pixels is too long for its width ({LONGEST} : 1 at most)")
-    sized = [max(factor, round(side / factor) * factor) for side in (width, height)]
-    if sized[0] * sized[1] > max_pixels:
-        scale = math.sqrt(width * height / max_pixels)
-        sized = [max(factor, math.floor(side / scale / factor) * factor) for side in (width, height)]
-    elif sized[0] * sized[1] < min_pixels:
-        scale = math.sqrt(min_pixels / (width * height))
-        sized = [math.ceil(side * scale / factor) * factor for side in (width, height)]
-    return sized[0], sized[1]
+    if limits.are_small:
+        return _load_small_page(str(path), limits)
+    return prepare_page(open_image(Path(path)), limits)
 
 
-def prepare_page(image: Image.Image, processor: Any) -> Image.Image:
-    """The picture as the model sees it: RGB, at its final size."""
-    processing = processor.image_processor
-    limits = processing.size["shortest_edge"], processing.size["longest_edge"]
-    return fit_page(image, processing.patch_size * processing.merge_size, *limits)
+@lru_cache(maxsize=MAX_CACHED_PAGES)
+def _load_small_page(path: str, limits: PageLimits) -> Image.Image:
+    return prepare_page(open_image(Path(path)), limits)
 
 
-def fit_page(image: Image.Image, factor: int, min_pixels: int, max_pixels: int) -> Image.Image:
-    """The picture in RGB, in the size that `page_size` says."""
-    size = page_size(image.width, image.height, factor, min_pixels, max_pixels)
-    image = on_white(image)
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+def open_pages(page_lists: Sequence[Sequence[PageInput]], limits: PageLimits) -> list[list[OpenedPage]]:
+    """Opens and prepares several lists of pages; the path of a PDF becomes all of its pages.
+
+    A page that appears in several lists is opened once. Files are opened in parallel, and only prepared images are
+    kept. Raises `InputError`, which names the page, for a page that can't be read, and for URLs of other machines:
+    nothing is downloaded.
+    """
+    distinct: dict[Any, tuple[PageInput, int]] = {}
+    for pages in page_lists:
+        for index, page in enumerate(pages):
+            distinct.setdefault(_page_key(page), (page, index))
+
+    def open_and_prepare(page_and_index: tuple[PageInput, int]) -> list[OpenedPage]:
+        return [OpenedPage(document, prepare_page(image, limits)) for document, image in _open(*page_and_index)]
+
+    with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes and resizes
+        opened = dict(zip(distinct, pool.map(open_and_prepare, distinct.values()), strict=True))
+    return [[opened_page for page in pages for opened_page in opened[_page_key(page)]] for pages in page_lists]
 
 
-def load_page(path: str | Path, processor: Any) -> Image.Image:
-    """A page image file, prepared for the processor. Raises `InputError` naming a file that can't be read."""
-    processing = processor.image_processor
-    limits = processing.size["shortest_edge"], processing.size["longest_edge"]
-    if is_small(processor):
-        return _small_page(str(path), processing.patch_size * processing.merge_size, *limits, processor)
-    return prepare_page(open_image(Path(path)), processor)
+def _page_key(page: PageInput) -> Any:
+    return page if isinstance(page, str | Path) else id(page)
 
 
-def is_small(processor: Any) -> bool:
-    """Whether pages are so small that they are kept in memory once they are prepared."""
-    return bool(processor.image_processor.size["longest_edge"] <= SMALL_PAGE)
+def _open(page: PageInput, index: int) -> Iterator[tuple[Any, Image.Image]]:
+    """(document, image) of one input, or of each page of a whole PDF; `index` is for error messages."""
+    if isinstance(page, Image.Image):
+        yield page, page
+    elif isinstance(page, bytes):
+        yield page, open_image(io.BytesIO(page), f"page {index + 1} ({len(page):,} bytes)")
+    elif isinstance(page, str | Path):
+        path, fragment = _split_location(str(page))
+        if path.suffix.lower() != ".pdf":
+            yield page, open_image(path)
+        elif fragment:
+            yield page, next(render_pdf_pages(path, only=_page_number(page, fragment)))
+        else:
+            for number, image in enumerate(render_pdf_pages(path), 1):
+                yield f"{page}#page={number}", image
+    else:
+        raise InputError(f"page {index + 1}: expected a path, bytes or a PIL image, found {type(page).__name__}")
 
 
-@lru_cache(maxsize=KEPT_PAGES)
-def _small_page(path: str, factor: int, min_pixels: int, max_pixels: int, processor: Any) -> Image.Image:
-    return prepare_page(open_image(Path(path)), processor)
+def _split_location(location: str) -> tuple[Path, str]:
+    """The file path of a path or file:// URL, and the fragment after "#" if it is a PDF."""
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", location):
+        url = urlsplit(location)
+        if url.scheme.lower() != "file" or url.netloc not in ("", "localhost"):
+            raise InputError(f"{location[:200]}: only files of this machine are read; download it first")
+        return Path(unquote(url.path)), url.fragment
+    path, mark, fragment = location.rpartition("#")
+    return (Path(path), fragment) if mark and path.lower().endswith(".pdf") else (Path(location), "")
+
+
+def _page_number(location: str | Path, fragment: str) -> int:
+    match = _PAGE_FRAGMENT.fullmatch(fragment)
+    if match is None:
+        raise InputError(f"{location}: expected #page=N with N from 1, found #{fragment[:50]}")
+    return int(match[1])
+
+
+def open_image(source: Path | io.BytesIO, name: object = None) -> Image.Image:
+    """A fully decoded image; error messages call it `name`, by default its path.
+
+    Raises `InputError` for an image that can't be decoded or has more than `MAX_DECODED_PIXELS`.
+    """
+    name = name or source
+    try:
+        with Image.open(source) as image:
+            if image.width * image.height > MAX_DECODED_PIXELS:
+                raise InputError(
+                    f"{name}: claims {image.width} × {image.height} pixels, at most {MAX_DECODED_PIXELS:,} are "
+                    "decoded; render the page at a lower resolution"
+                )
+            image.load()
+            return image.copy()
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such page image; build the data again, or correct the path") from None
+    except IMAGE_ERRORS as error:
+        raise InputError(f"{name}: not a readable page image ({one_line(error)})") from None
+
+
+def render_pdf_pages(path: Path, only: int | None = None) -> Iterator[Image.Image]:
+    """Renders the pages of a PDF one after another, or only the page with the number `only`, counted from 1.
+
+    Raises `InputError` for a file that is not a PDF, and for a page that does not exist or can't be rendered.
+    """
+    with _PDFIUM:
+        try:
+            pdf = pypdfium2.PdfDocument(path)
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such PDF; correct the path") from None
+        except (OSError, pypdfium2.PdfiumError) as error:
+            raise InputError(f"{path}: not a PDF that can be opened ({one_line(error)})") from None
+        count = len(pdf)
+        pdf.init_forms()  # so that filled-in form fields are rendered
+    try:
+        if only is not None and only > count:
+            raise InputError(f"{path}: has {count} pages, expected a page number up to that, found {only}")
+        for index in range(count) if only is None else [only - 1]:
+            with _PDFIUM:
+                try:
+                    page = pdf[index]
+                    image = render_pdf_page(page, PDF_DPI, PDF_MAX_SIDE)
+                    page.close()
+                except pypdfium2.PdfiumError as error:
+                    raise InputError(f"{path}: page {index + 1} can't be rendered ({one_line(error)})") from None
+            yield image  # outside the lock: the consumer may fail and never resume this generator
+    finally:
+        with _PDFIUM:
+            pdf.close()
+
+
+def render_pdf_page(page: pypdfium2.PdfPage, dpi: int, max_side: int) -> Image.Image:
+    """An open PDF page, rendered at `dpi`, or at a lower resolution if a side would exceed `max_side` pixels."""
+    scale = min(dpi / 72, max_side / max(page.get_size()))
+    # pdfium rounds sizes up; without this factor 1024.0000001 pixels would become 1025.
+    return page.render(scale=scale * (1 - 1e-9)).to_pil()
 
 
 def one_line(error: BaseException) -> str:
-    """A reason that is the same in every run: Pillow names the memory address of what it could not read."""
+    """The error's message in one line, without the memory addresses that Pillow adds: equal in every run."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(error) or type(error).__name__).replace("\n", " ")

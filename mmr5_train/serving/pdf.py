@@ -21,7 +21,7 @@ from typing import Any
 
 import pypdfium2
 
-from mmr5_train.models.pages import DPI, LONGEST, MAX_SIDE, render_page
+from mmr5_train.models.pages import MAX_ASPECT_RATIO, PDF_DPI, PDF_MAX_SIDE, render_pdf_page
 from mmr5_train.serving.settings import API_KEY
 
 JPEG_QUALITY = 90
@@ -89,11 +89,13 @@ def _render_page(pdf: pypdfium2.PdfDocument, index: int) -> dict[str, Any]:
         page = pdf[index]
         width, height = page.get_size()
         if not (
-            0 < width < math.inf and 0 < height < math.inf and max(width, height) <= LONGEST * min(width, height)
+            0 < width < math.inf
+            and 0 < height < math.inf
+            and max(width, height) <= MAX_ASPECT_RATIO * min(width, height)
         ):
             size = f"{width:g} × {height:g} points"
             raise PdfError("pdf_unreadable", f"page {index + 1} has an unsupported size ({size})")
-        image = render_page(page, DPI, MAX_SIDE)
+        image = render_pdf_page(page, PDF_DPI, PDF_MAX_SIDE)
         page.close()
     except pypdfium2.PdfiumError as error:
         raise PdfError("pdf_unreadable", f"page {index + 1} can't be rendered ({error})") from None

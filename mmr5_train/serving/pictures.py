@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 
-from mmr5_train.models.pages import LONGEST
+from mmr5_train.models.pages import MAX_ASPECT_RATIO
 from mmr5_train.serving.errors import RequestError, short_repr
 from mmr5_train.serving.settings import MB, Limits
 
@@ -68,8 +68,8 @@ def _check_size(width: int, height: int, where: str, limits: Limits) -> None:
     if width * height > limits.megapixels * MB:
         reason = f"is {width} × {height} pixels, more than {limits.megapixels:g} megapixels; send a smaller image"
         raise _invalid(where, reason, "too_many_pixels")
-    if max(width, height) > LONGEST * max(1, min(width, height)):
-        reason = f"is {width} × {height} pixels; the ratio of its sides must be at most {LONGEST} : 1"
+    if max(width, height) > MAX_ASPECT_RATIO * max(1, min(width, height)):
+        reason = f"is {width} × {height} pixels; the ratio of its sides must be at most {MAX_ASPECT_RATIO} : 1"
         raise _invalid(where, reason)
 
 

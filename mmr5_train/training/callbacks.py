@@ -19,6 +19,7 @@ from mmr5_train.common.files import InputError, read_records, write_json
 from mmr5_train.evaluation.alarms import ALARMS, Action, Alarm, raised_alarms, read_alarms
 from mmr5_train.evaluation.metrics import is_complete, recall_at_k
 from mmr5_train.inference.local import LocalBackend
+from mmr5_train.inference.tasks import rank_tasks
 from mmr5_train.models.inputs import check_images
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Mode, ModelAnswer, Order, PromptedTask, RankingTask
@@ -122,7 +123,8 @@ class HeldOutCallback(TrainerCallback):
         ) as model:
             self.backend.model = model.get_base_model() if hasattr(model, "get_base_model") else model
             share = self.prompted[accelerator.process_index :: accelerator.num_processes]
-            answers = self.backend.answer(share, self.config.data.parent, batch_size=self.config.batch_size)
+            folder, batch_size = self.config.data.parent, self.config.batch_size
+            answers = rank_tasks(self.backend, share, folder, batch_size=batch_size)
             metrics = [_metrics(prompted, answer) for prompted, [answer] in zip(share, answers, strict=True)]
         recalls, complete = zip(*gather_object(metrics), strict=True)
         # transformers' log: TRL's would write the current step's completions a second time.

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmr5_train.models.inputs import keep_small_pages, load_pages
+from mmr5_train.models.inputs import cache_small_pages, load_pages
 from mmr5_train.ranking.prompt import Prompt, build_messages
 from mmr5_train.ranking.records import Candidate
 
@@ -33,5 +33,5 @@ def prompt_dataset(
         batch["images"] = [load_pages(shown[i], folder, processor) for i in indices]
         return batch
 
-    keep_small_pages((page for pages in shown for page in pages), folder, processor)
+    cache_small_pages((page for pages in shown for page in pages), folder, processor)
     return Dataset.from_list([{**row, "index": i} for i, row in enumerate(columns)]).with_transform(read_rows)

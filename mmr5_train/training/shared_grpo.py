@@ -30,7 +30,7 @@ from mmr5_train.models.shared_prefix import (
     pack,
     share_prefixes,
     shared_prompts,
-    unsupported_model,
+    unsupported_reason,
 )
 
 PIXEL_FIELDS = ("pixel_values", "image_grid_thw")
@@ -45,7 +45,7 @@ def unsupported(model: Any, args: Any) -> str | None:
         )
     if getattr(args, "use_transformers_continuous_batching", False):
         return "transformers' continuous batching samples the rollouts"
-    return unsupported_model(model)
+    return unsupported_reason(model)
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):

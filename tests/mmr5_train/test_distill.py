@@ -13,9 +13,8 @@ from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import InputError, read_records, write_records
 from mmr5_train.distill import append_hints, listwise_loss, rank_targets, sample_hint_tokens, verdict_loss
 from mmr5_train.evaluation.metrics import is_complete
-from mmr5_train.inference.local import identifier_ids
 from mmr5_train.inference.reranker import Reranker
-from mmr5_train.models.inputs import encode
+from mmr5_train.models.inputs import append_list_open, encode, page_id_tokens
 from mmr5_train.ranking.page_subsets import NO_VERDICT, sample_subsets, sort_pairs_first
 from mmr5_train.ranking.records import Ranking
 
@@ -94,7 +93,6 @@ def test_accumulation_does_not_change_a_step(rankings, tmp_path):
 def test_training_and_inference_score_at_the_same_position(rankings, tiny, prompt, processor):
     """The loss reads page ids after the same tokens and pixels as the mode `logits`."""
     from mmr5_train.distill import Collator, subset_dataset
-    from mmr5_train.inference.local import with_list_open
     from mmr5_train.models.inputs import load_pages
 
     config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}", "subsets=1", "hint_share=0"])
@@ -109,13 +107,13 @@ def test_training_and_inference_score_at_the_same_position(rankings, tiny, promp
         load_pages([ranking.shown[position - 1] for position in subset.positions], rankings.parent, processor)
         for ranking, subset in subsets
     ]
-    expected = with_list_open(
+    expected = append_list_open(
         encode(processor, prompt, [ranking.query for ranking, _ in subsets], pages), processor.tokenizer
     )
     for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids"):
         assert torch.equal(scoring[name], expected[name]), name
     assert processor.tokenizer.decode(scoring["input_ids"][0]).endswith("<answer>[")
-    assert processor.tokenizer.convert_ids_to_tokens(identifier_ids(processor.tokenizer, 3)) == ["1", "2", "3"]
+    assert processor.tokenizer.convert_ids_to_tokens(page_id_tokens(processor.tokenizer, 3)) == ["1", "2", "3"]
 
 
 def test_hints_follow_their_pages_and_verdicts_are_read_at_their_ends(tiny, prompt, processor):

@@ -1,4 +1,4 @@
-"""Evaluation with the shipped tiny model on a few made-up questions, and its config."""
+"""The evaluation stage with the tiny model on a few synthetic questions, and its config."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def config(data: Path, out: Path, *overrides: str) -> EvaluateStage:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Everything but the manifest, which names the folder, and the times."""
+    """Contents of all files but manifest.json and timing.json, which differ between runs."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -44,86 +44,79 @@ def files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_the_tiny_model_is_evaluated_the_same_way_twice(data: Path, tmp_path: Path) -> None:
-    wanted = ("systems={untrained:tiny}", "samples=2", "temperature=3", "batch_size=4", "max_new_tokens=12")
+def test_two_runs_write_the_same_files(data: Path, tmp_path: Path) -> None:
+    overrides = ("systems={untrained:tiny}", "samples=2", "temperature=3", "batch_size=4", "max_new_tokens=12")
     for name in ("one", "two"):
-        main(config(data, tmp_path / name, *wanted))
+        main(config(data, tmp_path / name, *overrides))
     out = tmp_path / "one"
     assert files(out) == files(tmp_path / "two")
 
-    ranked = read_records(out / "rankings/untrained.jsonl", Ranking)
-    assert [r.query_id for r in ranked] == [t.query_id for t in read_records(data, RankingTask)]
-    assert all(len(r.samples) == 2 and sorted(r.greedy.order) == [1, 2, 3] for r in ranked)
-    assert all(r.greedy.tokens == 12 and "cut_off" in r.greedy.defects for r in ranked)
-    assert len({answer.completion for answer in (ranked[0].greedy, *ranked[0].samples)}) == 3
-    assert all((out / "rankings" / page.image).is_file() for r in ranked for page in r.shown)
+    rankings = read_records(out / "rankings/untrained.jsonl", Ranking)
+    assert [r.query_id for r in rankings] == [t.query_id for t in read_records(data, RankingTask)]
+    assert all(len(r.samples) == 2 and sorted(r.greedy.order) == [1, 2, 3] for r in rankings)
+    assert all(r.greedy.tokens == 12 and "cut_off" in r.greedy.defects for r in rankings)
+    assert len({answer.completion for answer in (rankings[0].greedy, *rankings[0].samples)}) == 3
+    assert all((out / "rankings" / page.image).is_file() for r in rankings for page in r.shown)
 
     pages = read_records(out / "pages.jsonl", Page, unique=None)
-    assert {page.id for page in pages} == {page.id for r in ranked for page in r.shown}
+    assert {page.id for page in pages} == {page.id for r in rankings for page in r.shown}
     assert all((out / page.image).is_file() for page in pages)
 
     results = json.loads((out / "results.json").read_text())
     first = read_records(out / "rankings/first_stage.jsonl", Ranking)
-    assert results == score_rankings({"first_stage": first, "untrained": ranked}, pages, seed=42)
+    assert results == score_rankings({"first_stage": first, "untrained": rankings}, pages, seed=42)
     run = read_run(out / "trec/untrained.run")
-    assert run == {r.query_id: r.ranked_pages(r.greedy) for r in ranked}
+    assert run == {r.query_id: r.ranked_pages(r.greedy) for r in rankings}
     assert sorted(path.name for path in (out / "trec").iterdir()) == ["first_stage.run", QRELS, "untrained.run"]
     timing = json.loads((out / "timing.json").read_text())["untrained"]
     assert 0 < 3 * timing["seconds_per_question"] < timing["seconds"], "sampling takes time too"
     assert timing["tokens"] == 12
-    assert timing["visual_tokens"] == 3 * 12, "three pages of 84 × 112 pixels, a token for 28 × 28"
+    assert timing["visual_tokens"] == 3 * 12, "three pages of 84 × 112 pixels, with one token per 28 × 28 pixels"
     assert timing["prompt_tokens"] > timing["visual_tokens"] + 40
     assert not (out / PARTIAL).exists()
     assert read_manifest(out)["counts"] == {"questions": 3, "systems": 2, "samples": 2}
 
 
-def test_a_run_that_was_killed_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in the second batch of the second system, with half a line on the disk."""
-    wanted = ("systems={a:tiny,b:tiny}", "samples=2", "batch_size=2", "max_new_tokens=4")
-    main(config(data, tmp_path / "whole", *wanted))
-    ranked, calls = evaluate.rank_batch, []
+def test_an_interrupted_run_is_resumed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is interrupted in the second batch of the second system, with an incomplete line in the partial file."""
+    overrides = ("systems={a:tiny,b:tiny}", "samples=2", "batch_size=2", "max_new_tokens=4")
+    main(config(data, tmp_path / "uninterrupted", *overrides))
+    rank_batch, calls = evaluate.rank_batch, []
 
-    def until_killed(name: str, start: int, *args: Any) -> Any:
+    def interrupted(name: str, start: int, *args: Any) -> Any:
         if calls == [("a", 0), ("a", 2), ("b", 0)]:
             raise KeyboardInterrupt
         calls.append((name, start))
-        return ranked(name, start, *args)
+        return rank_batch(name, start, *args)
 
-    monkeypatch.setattr(evaluate, "rank_batch", until_killed)
-    out = tmp_path / "killed"
+    monkeypatch.setattr(evaluate, "rank_batch", interrupted)
+    out = tmp_path / "interrupted"
     with pytest.raises(KeyboardInterrupt):
-        main(config(data, out, *wanted))
+        main(config(data, out, *overrides))
     with (out / PARTIAL / "b.0.jsonl").open("a") as stream:
         stream.write('{"start": 2, "seconds": 0.1, "ranki')
-    monkeypatch.setattr(evaluate, "rank_batch", lambda *args: calls.append(args[:2]) or ranked(*args))
-    with pytest.raises(InputError, match=r"had another batch_size: 2, now 3; give the same settings"):
-        main(config(data, out, *wanted, "batch_size=3"))
-    main(config(data, out, *wanted))
+    monkeypatch.setattr(evaluate, "rank_batch", lambda *args: calls.append(args[:2]) or rank_batch(*args))
+    with pytest.raises(InputError, match=r"another batch_size: 2, now 3"):
+        main(config(data, out, *overrides, "batch_size=3"))
+    main(config(data, out, *overrides))
     assert calls == [("a", 0), ("a", 2), ("b", 0), ("b", 2)], "a batch was ranked twice"
-    assert files(out) == files(tmp_path / "whole")
+    assert files(out) == files(tmp_path / "uninterrupted")
 
 
-def test_two_processes_share_the_questions(data: Path, tmp_path: Path) -> None:
-    wanted = ["systems={untrained:tiny}", "samples=2", "batch_size=1", "max_new_tokens=4"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
-    launch += [
-        "--num_processes",
-        "2",
-        "-m",
-        "mmr5_train.evaluate",
-        f"data={data}",
-        f"out={tmp_path / 'two'}",
-        *wanted,
-    ]
+def test_two_processes_give_the_same_rankings_as_one(data: Path, tmp_path: Path) -> None:
+    overrides = ["systems={untrained:tiny}", "samples=2", "batch_size=1", "max_new_tokens=4"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    command += ["--num_processes", "2", "-m", "mmr5_train.evaluate"]
+    command += [f"data={data}", f"out={tmp_path / 'two'}", *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    assert ended.stdout.count("evaluate: first_stage, untrained on 3 questions") == 1
-    main(config(data, tmp_path / "one", *wanted))
+    completed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    assert completed.stdout.count("evaluate: first_stage, untrained on 3 questions") == 1
+    main(config(data, tmp_path / "one", *overrides))
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-def test_one_checkpoint_in_several_modes(data: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_can_be_evaluated_in_several_modes(data: Path, tmp_path: Path) -> None:
     modes = "direct:{checkpoint:tiny,mode:direct,constrain:true},logits:{checkpoint:tiny,mode:logits}"
     windows = "windows:{checkpoint:tiny,mode:logits,window:2,stride:1}"
     main(config(data, tmp_path / "out", f"systems={{{modes},{windows}}}", "samples=1", "max_new_tokens=40"))
@@ -139,7 +132,7 @@ def test_one_checkpoint_in_several_modes(data: Path, tmp_path: Path) -> None:
     assert all(sorted(r.greedy.order) == [1, 2, 3] and r.greedy.scores == () for r in windows)
 
 
-def test_without_a_checkpoint_the_first_stage_is_scored(
+def test_the_first_stage_is_scored_without_any_system(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(config(data, tmp_path / "out", "limit=2"))
@@ -152,7 +145,7 @@ def test_without_a_checkpoint_the_first_stage_is_scored(
     assert printed.splitlines()[-1] == f"evaluate: first_stage on 2 questions in {tmp_path / 'out'}"
 
 
-def test_the_first_stage_keeps_its_order(data: Path) -> None:
+def test_the_ranking_of_the_first_stage_is_the_candidate_order(data: Path) -> None:
     task = read_records(data, RankingTask)[0]
     ranking = first_stage(task)
     assert ranking.ranked_pages(ranking.greedy) == tuple(candidate.id for candidate in task.candidates)
@@ -160,25 +153,25 @@ def test_the_first_stage_keeps_its_order(data: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["first_stage", "a/b", "..", "-x"])
-def test_a_system_needs_a_file_name(data: Path, tmp_path: Path, name: str) -> None:
+def test_a_system_name_must_be_a_file_name(data: Path, tmp_path: Path, name: str) -> None:
     values = config(data, tmp_path / "out").model_dump() | {"systems": {name: "tiny"}}
     with pytest.raises(ValueError, match="can't name a system"):
         EvaluateStage.model_validate(values)
 
 
-def test_a_wrong_checkpoint_is_named_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_named_before_anything_is_written(data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="outputs/nowhere: no such checkpoint"):
         main(config(data, tmp_path / "out", "systems={a:tiny,b:outputs/nowhere}"))
     assert not (tmp_path / "out").exists()
 
 
 def test_missing_pages_are_named(data: Path, tmp_path: Path) -> None:
-    alone = tmp_path / "heldout.jsonl"
-    write_records(alone, read_records(data, RankingTask))
+    tasks_path = tmp_path / "heldout.jsonl"
+    write_records(tasks_path, read_records(data, RankingTask))
     with pytest.raises(InputError, match=r"pages\.jsonl: no such file"):
-        main(config(alone, tmp_path / "out"))
+        main(config(tasks_path, tmp_path / "out"))
     pages = read_records(data.with_name("pages.jsonl"), Page, unique=None)
     lost = read_records(data, RankingTask)[0].candidates[0].id
     write_records(tmp_path / "pages.jsonl", [page for page in pages if page.id != lost])
     with pytest.raises(InputError, match=rf"pages\.jsonl: lacks page {lost}, a candidate of"):
-        main(config(alone, tmp_path / "out"))
+        main(config(tasks_path, tmp_path / "out"))

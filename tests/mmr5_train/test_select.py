@@ -1,3 +1,5 @@
+"""The selection of GRPO questions, without a model."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -11,13 +13,13 @@ from hypothesis import strategies as st
 
 from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import InputError, read_manifest, read_records, write_manifest, write_records
-from mmr5_train.inference.rollouts import rewards_of
+from mmr5_train.inference.rollouts import rollout_rewards
 from mmr5_train.ranking.records import Candidate, ModelAnswer, Page, PageId, RankingTask, Rollouts, Trace
-from mmr5_train.select import Balanced, SelectStage, balanced, group_edges, group_of, main
+from mmr5_train.select import Balanced, SelectStage, balanced_sample, group_edges, group_of, main
 
 
 def write_data(folder: Path, sides: Sequence[int]) -> None:
-    """One question a side length, its one candidate a square page of that side."""
+    """One question for each side length: its only candidate is a square page with this side."""
     pages, tasks = [], []
     for i, side in enumerate(sides):
         name = f"d{i}.pdf"
@@ -39,25 +41,23 @@ def write_data(folder: Path, sides: Sequence[int]) -> None:
 REWARD = {"name": "reranking", "weights": {"reranking": 1.0}}
 
 
-def select(folder: Path, name: str = "out", **more: Any) -> Path:
+def select(folder: Path, name: str = "out", **settings: Any) -> Path:
     out = folder / name
-    settings = {"questions": folder / "data/select.jsonl", "out": out, "reward": REWARD} | more
-    main(SelectStage.model_validate(settings))
+    required = {"questions": folder / "data/select.jsonl", "out": out, "reward": REWARD}
+    main(SelectStage.model_validate(required | settings))
     return out
 
 
-def sample(folder: Path, name: str = "out", **more: Any) -> Path:
-    """A selection that draws `count` questions from `groups`."""
-    drawn = {key: more.pop(key) for key in ("count", "groups") if key in more}
-    return select(folder, name, balanced=drawn, **more)
+def select_balanced(folder: Path, name: str = "out", *, count: int, groups: int = 10, **settings: Any) -> Path:
+    return select(folder, name, balanced={"count": count, "groups": groups}, **settings)
 
 
-def chosen(out: Path) -> list[int]:
-    """Numbers of the chosen questions."""
+def selected_numbers(out: Path) -> list[int]:
+    """Numbers of the selected questions."""
     return [int(task.query_id[1:].split(".")[0]) for task in read_records(out / "questions.jsonl", RankingTask)]
 
 
-def test_without_a_step_every_question_stays_and_rebases_images(tmp_path: Path) -> None:
+def test_without_any_step_all_questions_are_kept_and_image_paths_rebased(tmp_path: Path) -> None:
     write_data(tmp_path / "data", [100, 200, 300])
     out = select(tmp_path, "a/b")
     tasks = read_records(out / "questions.jsonl", RankingTask)
@@ -66,12 +66,12 @@ def test_without_a_step_every_question_stays_and_rebases_images(tmp_path: Path) 
     assert (out / tasks[0].candidates[0].image).resolve() == (tmp_path / "i/0.jpg").resolve()
 
 
-def test_balanced_takes_evenly(tmp_path: Path) -> None:
-    """Of 90 small, 8 middle and 2 large pages, 12 questions: 5 small, 5 middle, 2 large."""
+def test_balanced_selection_takes_evenly_from_groups(tmp_path: Path) -> None:
+    """12 questions of 90 with small pages, 8 with medium and 2 with large ones: 5, 5 and 2."""
     sides = [100] * 90 + [1000] * 8 + [10000] * 2
     write_data(tmp_path / "data", sides)
-    out = sample(tmp_path, count=12, groups=3)
-    numbers = chosen(out)
+    out = select_balanced(tmp_path, count=12, groups=3)
+    numbers = selected_numbers(out)
     assert numbers == sorted(numbers)
     assert Counter(sides[i] for i in numbers) == {100: 5, 1000: 5, 10000: 2}
     counts = read_manifest(out)["counts"]
@@ -81,31 +81,31 @@ def test_balanced_takes_evenly(tmp_path: Path) -> None:
     assert counts["groups"][2]["to_pixels"] == 100_000_000
 
 
-def test_seed_decides(tmp_path: Path) -> None:
+def test_balanced_selection_depends_on_the_seed(tmp_path: Path) -> None:
     write_data(tmp_path / "data", [100] * 40 + [500] * 40)
-    once = sample(tmp_path, "once", count=10)
-    again = sample(tmp_path, "again", count=10)
+    once = select_balanced(tmp_path, "once", count=10)
+    again = select_balanced(tmp_path, "again", count=10)
     assert (once / "questions.jsonl").read_bytes() == (again / "questions.jsonl").read_bytes()
-    assert chosen(sample(tmp_path, "other", count=10, seed=7)) != chosen(once)
+    assert selected_numbers(select_balanced(tmp_path, "other", count=10, seed=7)) != selected_numbers(once)
 
 
-def test_one_resolution_is_one_group(tmp_path: Path) -> None:
+def test_equal_resolutions_are_one_group(tmp_path: Path) -> None:
     write_data(tmp_path / "data", [100] * 6)
-    out = sample(tmp_path, count=4)
+    out = select_balanced(tmp_path, count=4)
     assert read_manifest(out)["counts"]["groups"] == [
         {"group": 0, "from_pixels": 10_000, "to_pixels": 10_000, "before": 6, "after": 4}
     ]
 
 
 @pytest.mark.parametrize("count", [3, 50])
-def test_more_than_there_are_gives_all(tmp_path: Path, count: int) -> None:
+def test_a_count_above_the_number_of_questions_selects_all(tmp_path: Path, count: int) -> None:
     write_data(tmp_path / "data", [100, 200, 300])
-    assert chosen(sample(tmp_path, count=count)) == [0, 1, 2]
+    assert selected_numbers(select_balanced(tmp_path, count=count)) == [0, 1, 2]
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 70), st.integers(0, 3))
-def test_no_group_gives_more_than_another_that_has_more_left(groups: list[int], count: int, seed: int) -> None:
-    picked = balanced(groups, count, seed)
+def test_no_group_is_favored(groups: list[int], count: int, seed: int) -> None:
+    picked = balanced_sample(groups, count, seed)
     assert len(set(picked)) == len(picked) == min(count, len(groups))
     before, after = Counter(groups), Counter(groups[i] for i in picked)
     for group in before:
@@ -114,7 +114,7 @@ def test_no_group_gives_more_than_another_that_has_more_left(groups: list[int], 
 
 
 @given(st.lists(st.integers(1, 10**8), min_size=1, max_size=20), st.integers(1, 12))
-def test_every_resolution_has_a_group(pixels: list[int], groups: int) -> None:
+def test_every_resolution_belongs_to_a_group(pixels: list[int], groups: int) -> None:
     edges = group_edges(pixels, groups)
     assert len(edges) == groups + 1
     placed = [group_of(value, edges) for value in sorted(pixels)]
@@ -123,7 +123,7 @@ def test_every_resolution_has_a_group(pixels: list[int], groups: int) -> None:
     assert placed[-1] == (groups - 1 if len(set(pixels)) > 1 else 0)
 
 
-def test_wrong_input(tmp_path: Path) -> None:
+def test_missing_and_duplicate_records_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"select.jsonl: no such file"):
         select(tmp_path)
     write_data(tmp_path / "data", [100, 200])
@@ -144,7 +144,7 @@ def test_wrong_input(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_input_is_never_emptied(tmp_path: Path) -> None:
+def test_an_output_folder_with_an_input_is_rejected(tmp_path: Path) -> None:
     write_data(tmp_path / "data", [100, 200])
     write_manifest(tmp_path / "data", stage="candidates", config={})
     with pytest.raises(InputError, match="which this stage reads"):
@@ -152,11 +152,13 @@ def test_the_input_is_never_emptied(tmp_path: Path) -> None:
     assert (tmp_path / "data/select.jsonl").is_file()
 
 
-def test_documents_that_sft_saw_fall_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_questions_about_documents_seen_by_sft_are_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_data(tmp_path / "data", [100, 200, 300])
     tasks = read_records(tmp_path / "data/select.jsonl", RankingTask)
     write_records(tmp_path / "train.jsonl", tasks[:1])
-    page = tasks[1].candidates[0].model_copy(update={"doc_name": "d1"})  # another corpus writes no ".pdf"
+    page = tasks[1].candidates[0].model_copy(update={"doc_name": "d1"})  # some corpora omit ".pdf"
     trace = Trace(
         query_id="?",
         query="Q?",
@@ -168,8 +170,8 @@ def test_documents_that_sft_saw_fall_out(tmp_path: Path, capsys: pytest.CaptureF
         positive_ids=(1,),
     )
     write_records(tmp_path / "traces.jsonl", [trace])
-    assert chosen(select(tmp_path, "a", seen=tmp_path / "train.jsonl")) == [1, 2]
-    out = sample(tmp_path, "b", seen=tmp_path / "traces.jsonl", count=1)
+    assert selected_numbers(select(tmp_path, "a", seen=tmp_path / "train.jsonl")) == [1, 2]
+    out = select_balanced(tmp_path, "b", seen=tmp_path / "traces.jsonl", count=1)
     counts = read_manifest(out)["counts"]
     assert counts["dropped"] == {"document seen by SFT": 1, "not drawn": 1}
     assert sum(group["before"] for group in counts["groups"]) == 3
@@ -184,7 +186,7 @@ def test_documents_that_sft_saw_fall_out(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def write_rollouts(folder: Path, answers: Sequence[Sequence[str]]) -> Path:
-    """Rollouts of the questions of `write_data` with these answers."""
+    """Rollouts for the questions of `write_data`, with these answers."""
     tasks = read_records(folder / "data/select.jsonl", RankingTask)
     write_records(
         folder / "rollouts.jsonl",
@@ -203,14 +205,14 @@ def write_rollouts(folder: Path, answers: Sequence[Sequence[str]]) -> Path:
     return folder / "rollouts.jsonl"
 
 
-def test_too_hard_and_too_easy_questions_fall_out(tmp_path: Path) -> None:
-    """Mean rewards 0 and 1 (all alike), ¼, ½, ¾."""
+def test_too_hard_and_too_easy_questions_are_removed(tmp_path: Path) -> None:
+    """Mean rewards 0 and 1 (all answers equal), ¼, ½ and ¾."""
     right, wrong = "[1]", "[]"
     answers = [[wrong] * 4, [right] * 4, *([right] * k + [wrong] * (4 - k) for k in (1, 2, 3))]
     write_data(tmp_path / "data", [100] * 5)
     rollouts = write_rollouts(tmp_path, answers)
     out = select(tmp_path, "any", difficulty={"rollouts": rollouts})
-    assert chosen(out) == [2, 3, 4]
+    assert selected_numbers(out) == [2, 3, 4]
     counts = read_manifest(out)["counts"]
     assert counts["dropped"] == {"all answers earn the same": 2}
     assert counts["difficulty"] == [
@@ -223,7 +225,7 @@ def test_too_hard_and_too_easy_questions_fall_out(tmp_path: Path) -> None:
     bounded = select(
         tmp_path, "some", difficulty={"rollouts": rollouts, "min_reward": 0.3, "max_reward": 0.5}, overwrite=True
     )
-    assert chosen(bounded) == [3]
+    assert selected_numbers(bounded) == [3]
     dropped = read_manifest(bounded)["counts"]["dropped"]
     assert dropped == {"all answers earn the same": 2, "mean reward below 0.3": 1, "mean reward above 0.5": 1}
     before = (bounded / "questions.jsonl").read_bytes()
@@ -232,29 +234,29 @@ def test_too_hard_and_too_easy_questions_fall_out(tmp_path: Path) -> None:
     assert (bounded / "questions.jsonl").read_bytes() == before
 
 
-def test_rewards_are_weighed(tmp_path: Path) -> None:
-    """[1, 1]: reranking 1, permutation 1 of 2 places right; weighed 1 and 3 that is (1 + 3/2) / 4."""
+def test_rollout_rewards_are_weighted_means(tmp_path: Path) -> None:
+    """For [1, 1]: reranking 1, permutation ½, with weights 1 and 3: (1 + 3/2) / 4."""
     write_data(tmp_path / "data", [100])
     rollouts = write_rollouts(tmp_path, [["[1, 1]", "[]"]])
     task = read_records(tmp_path / "data/select.jsonl", RankingTask)[0]
-    made = read_records(rollouts, Rollouts)[0]
-    assert rewards_of(made, task, {"reranking": 1.0, "permutation": 3.0}) == [0.625, 0.0]
+    record = read_records(rollouts, Rollouts)[0]
+    assert rollout_rewards(record, task, {"reranking": 1.0, "permutation": 3.0}) == [0.625, 0.0]
 
 
-def test_rollouts_must_fit_the_questions(tmp_path: Path) -> None:
+def test_rollouts_for_other_questions_or_candidates_are_rejected(tmp_path: Path) -> None:
     write_data(tmp_path / "data", [100, 200])
     rollouts = write_rollouts(tmp_path, [["[1]", "[]"]] * 2)
     lines = rollouts.read_text().splitlines()
     rollouts.write_text(lines[0])
-    with pytest.raises(InputError, match=r"rollouts.jsonl: lacks rollouts of d1.pdf/0"):
+    with pytest.raises(InputError, match=r"rollouts.jsonl: has no rollouts for d1.pdf/0"):
         select(tmp_path, difficulty={"rollouts": rollouts})
     rollouts.write_text("\n".join([lines[0], lines[1].replace('"page":0', '"page":7')]))
-    with pytest.raises(InputError, match=r"d1.pdf/0 was shown other candidates than it has now"):
+    with pytest.raises(InputError, match=r"the rollouts for d1.pdf/0 show other candidates"):
         select(tmp_path, difficulty={"rollouts": rollouts})
     assert not (tmp_path / "out").exists()
 
 
-def test_the_config_names_its_choices() -> None:
+def test_config_defaults_and_errors() -> None:
     assert compose_stage(SelectStage, "select", []).balanced == Balanced(count=3000, groups=10)
     assert compose_stage(SelectStage, "select", ["balanced=null"]).balanced is None
     config = compose_stage(SelectStage, "select", ["difficulty={checkpoint:outputs/sft/model}", "reward=gated"])

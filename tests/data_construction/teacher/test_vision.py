@@ -365,7 +365,7 @@ def test_permanent_errors_are_not_retried(
 def test_concurrency_limit(scripted_server: ScriptedServer, image: Path):
     def wait_for_others(number: int, body: dict[str, Any]) -> Reply:
         end = time.monotonic() + 20
-        while scripted_server.most_at_once < 3 and time.monotonic() < end:
+        while scripted_server.max_concurrent < 3 and time.monotonic() < end:
             time.sleep(0.01)
         return completion("fine")._replace(delay=0.02)
 
@@ -377,7 +377,7 @@ def test_concurrency_limit(scripted_server: ScriptedServer, image: Path):
         await teacher.close()
 
     asyncio.run(ask())
-    assert scripted_server.most_at_once == 3
+    assert scripted_server.max_concurrent == 3
 
 
 # --- settings and images

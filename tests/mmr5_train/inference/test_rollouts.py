@@ -1,16 +1,17 @@
-"""A real model is asked, stopped, and asked again."""
+"""Rollouts sampled from a real checkpoint by `select`, with interruptions."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mmr5_train.common.files import InputError, read_manifest, read_records, write_records
-from mmr5_train.inference.local import LocalBackend
-from mmr5_train.inference.rollouts import PARTIAL, ROLLOUTS, rewards_of
+from mmr5_train.inference import rollouts as rollouts_module
+from mmr5_train.inference.rollouts import PARTIAL, ROLLOUTS, rollout_rewards
 from mmr5_train.ranking.records import Page, RankingTask, Rollouts
 from mmr5_train.select import SelectStage, main
 
@@ -19,11 +20,11 @@ WEIGHTS = {"reranking": 1.0}
 
 @pytest.fixture
 def data(page_folder: Path, tasks: list[RankingTask], tmp_path: Path) -> Path:
-    """The shared tasks thrice, so that there are several batches, and their pages."""
+    """Ten questions, so that there are several batches, with their pages."""
     folder = tmp_path / "data"
     shutil.copytree(page_folder, folder)
-    many = [task.model_copy(update={"query_id": f"{task.query_id}/{i}"}) for i in range(3) for task in tasks]
-    write_records(folder / "select.jsonl", many[:10])
+    copies = [task.model_copy(update={"query_id": f"{task.query_id}/{i}"}) for i in range(3) for task in tasks]
+    write_records(folder / "select.jsonl", copies[:10])
     write_records(
         folder / "pages.jsonl",
         [Page(doc_name="doc", page=i, domain="d", image=f"page-{i}.png", width=600, height=800) for i in range(6)],
@@ -32,92 +33,91 @@ def data(page_folder: Path, tasks: list[RankingTask], tmp_path: Path) -> Path:
 
 
 def select(data: Path, model: Path, out: Path, overwrite: bool = False, **difficulty: Any) -> Path:
-    asked = {"checkpoint": str(model), "samples": 4, "batch_size": 16, "max_new_tokens": 40} | difficulty
+    difficulty = {"checkpoint": str(model), "samples": 4, "batch_size": 16, "max_new_tokens": 40} | difficulty
     reward = {"name": "reranking", "weights": WEIGHTS}
-    settings = {"questions": data, "out": out, "overwrite": overwrite, "difficulty": asked, "reward": reward}
+    settings = {"questions": data, "out": out, "overwrite": overwrite, "difficulty": difficulty, "reward": reward}
     main(SelectStage.model_validate(settings))
     return out
 
 
-def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LocalBackend.answer is interrupted after so many batches."""
-    answer, calls = LocalBackend.answer, []
+def interrupt_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets sampling raise KeyboardInterrupt after this many batches."""
+    rank_tasks, calls = rollouts_module.rank_tasks, []
 
-    def counted(self: LocalBackend, tasks: Any, *args: Any, **options: Any) -> Any:
+    def counted(backend: Any, tasks: Sequence[Any], *args: Any, **options: Any) -> Any:
         calls.append(len(tasks))
         if len(calls) > batches:
             raise KeyboardInterrupt
-        return answer(self, tasks, *args, **options)
+        return rank_tasks(backend, tasks, *args, **options)
 
-    monkeypatch.setattr(LocalBackend, "answer", counted)
+    monkeypatch.setattr(rollouts_module, "rank_tasks", counted)
 
 
-def test_questions_whose_answers_differ_stay(data: Path, guessing_model: Path, tmp_path: Path) -> None:
+def test_questions_with_different_rewards_are_kept(data: Path, guessing_model: Path, tmp_path: Path) -> None:
     out = select(data, guessing_model, tmp_path / "out")
-    tasks, rollouts = read_records(data, RankingTask), read_records(out / ROLLOUTS, Rollouts)
-    assert [made.query_id for made in rollouts] == [task.query_id for task in tasks]
-    earned = [rewards_of(made, task, WEIGHTS) for made, task in zip(rollouts, tasks, strict=True)]
-    assert {reward for rewards in earned for reward in rewards} == {0.0, 1.0}
-    differ = [task.query_id for task, rewards in zip(tasks, earned, strict=True) if len(set(rewards)) > 1]
-    assert 0 < len(differ) < 10
-    assert [task.query_id for task in read_records(out / "questions.jsonl", RankingTask)] == differ
-    for made, task in zip(rollouts, tasks, strict=True):
-        assert made.shown == tuple(
-            page.id for page in task.in_prompt_order("shuffled", 42).shown
-        )  # as GRPO shows them
-        assert all(sample.completion.startswith("<think>") for sample in made.samples)
+    tasks, records = read_records(data, RankingTask), read_records(out / ROLLOUTS, Rollouts)
+    assert [rollouts.query_id for rollouts in records] == [task.query_id for task in tasks]
+    rewards = [rollout_rewards(rollouts, task, WEIGHTS) for rollouts, task in zip(records, tasks, strict=True)]
+    assert {reward for row in rewards for reward in row} == {0.0, 1.0}
+    different = [task.query_id for task, row in zip(tasks, rewards, strict=True) if len(set(row)) > 1]
+    assert 0 < len(different) < 10
+    assert [task.query_id for task in read_records(out / "questions.jsonl", RankingTask)] == different
+    for rollouts, task in zip(records, tasks, strict=True):
+        in_grpo = task.in_prompt_order("shuffled", 42)
+        assert rollouts.shown == tuple(page.id for page in in_grpo.shown)
+        assert all(sample.completion.startswith("<think>") for sample in rollouts.samples)
     counts = read_manifest(out)["counts"]
-    assert counts["dropped"] == {"all answers earn the same": 10 - len(differ)}
+    assert counts["dropped"] == {"all answers earn the same": 10 - len(different)}
     assert sum(group["before"] for group in counts["difficulty"]) == 10
-    assert sum(group["after"] for group in counts["difficulty"]) == len(differ)
+    assert sum(group["after"] for group in counts["difficulty"]) == len(different)
 
 
-def test_a_stopped_run_goes_on_and_ends_the_same(
+def test_a_resumed_run_ends_with_the_same_files(
     data: Path,
     guessing_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole, stopped = select(data, guessing_model, tmp_path / "whole"), tmp_path / "stopped"
+    uninterrupted, resumed = select(data, guessing_model, tmp_path / "uninterrupted"), tmp_path / "resumed"
     with monkeypatch.context() as patch:
-        stop_after(1, patch)
+        interrupt_after(1, patch)
         with pytest.raises(KeyboardInterrupt):
-            select(data, guessing_model, stopped)
-    partial = stopped / PARTIAL
-    assert f"finished rollouts are kept in {partial}" in capsys.readouterr().err
+            select(data, guessing_model, resumed)
+    partial = resumed / PARTIAL
+    assert f"finished rollouts are in {partial}" in capsys.readouterr().err
     assert len(partial.read_text().splitlines()) == 4
-    with partial.open("a") as stream:  # a machine that went down in the middle of a batch
+    with partial.open("a") as stream:  # as if the machine had failed in the middle of a batch
         stream.write(partial.read_text().splitlines()[0] + "\n" + '{"query_id": "doc')
-    with pytest.raises(
-        InputError, match=r"partial.jsonl: rollouts of a run .* with another samples \(then 4, now 3"
-    ):
-        select(data, guessing_model, stopped, samples=3)
+    with pytest.raises(InputError, match=r"partial.jsonl: .* an interrupted run with another samples: 4, now 3"):
+        select(data, guessing_model, resumed, samples=3)
     with monkeypatch.context() as patch:
-        stop_after(2, patch)  # 4 and 2 questions are left
-        select(data, guessing_model, stopped)
+        interrupt_after(2, patch)  # 4 and 2 questions are left
+        select(data, guessing_model, resumed)
     assert not partial.exists()
     for name in (ROLLOUTS, "questions.jsonl"):
-        assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+        assert (resumed / name).read_bytes() == (uninterrupted / name).read_bytes()
     with pytest.raises(InputError, match="is not empty"):
-        select(data, guessing_model, stopped)
+        select(data, guessing_model, resumed)
 
 
-def test_bounds_that_leave_nothing_cost_no_rollouts(
+def test_rollouts_are_kept_if_no_question_is_left(
     data: Path, guessing_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     with pytest.raises(InputError, match=r"no question is left \(.*mean reward below 0.99: "):
         select(data, guessing_model, out, min_reward=0.99)
-    stop_after(0, monkeypatch)
+    interrupt_after(0, monkeypatch)
     select(data, guessing_model, out)
     assert len(read_records(out / ROLLOUTS, Rollouts)) == 10
     assert select(data, guessing_model, tmp_path / "again", checkpoint=None, rollouts=out / ROLLOUTS).is_dir()
     assert (tmp_path / "again/questions.jsonl").read_text() == (out / "questions.jsonl").read_text()
 
 
-def test_what_cannot_be_asked_is_said_first(data: Path, reciting_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"nothing says with which prompt it was taught"):
+def test_an_unusable_checkpoint_or_page_is_named_before_anything_is_written(
+    data: Path, reciting_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"the prompt it was trained with is unknown"):
         select(data, reciting_model, tmp_path / "out")
     (data.parent / "page-2.png").unlink()
     with pytest.raises(InputError, match=r"page-2.png: no such page image"):

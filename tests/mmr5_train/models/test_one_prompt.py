@@ -1,4 +1,4 @@
-"""The one-prompt contract: SFT, GRPO, evaluation and an HTTP server see the same token ids and pixels."""
+"""The one-prompt contract: SFT, GRPO, evaluation and an HTTP server get the same token ids and pixels."""
 
 import torch
 from transformers import AutoProcessor
@@ -13,10 +13,10 @@ from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.training.dataset import prompt_dataset
 
 
-def test_every_stage_sees_the_same_prompt(page_folder, tasks, tiny, prompt, processor, tmp_path):
+def test_every_stage_gets_the_same_prompt(page_folder, tasks, tiny, prompt, processor, tmp_path):
     prompted = [task.in_prompt_order("shuffled", seed=3) for task in tasks]
     queries, shown = [task.query for task in tasks], [p.shown for p in prompted]
-    pages = [load_pages(candidates, page_folder, processor) for candidates in shown]
+    images = [load_pages(candidates, page_folder, processor) for candidates in shown]
     completion = [{"role": "assistant", "content": render_completion("Image 1: a note.", [2, 1, 3])}]
     rows = [{"completion": completion, "pages": 3, "positives": [1]} for _ in tasks]
     dataset = prompt_dataset(rows, queries, shown, page_folder, prompt, processor)
@@ -28,47 +28,47 @@ def test_every_stage_sees_the_same_prompt(page_folder, tasks, tiny, prompt, proc
         train_dataset=dataset,
         processing_class=processor,
     )
-    served = AutoProcessor.from_pretrained(TINY)
+    server_processor = AutoProcessor.from_pretrained(TINY)
     collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
 
     for i in range(len(tasks)):
-        evaluated = encode(processor, prompt, [queries[i]], [pages[i]])
-        ids, pixels = evaluated["input_ids"][0], evaluated["pixel_values"]
+        evaluation = encode(processor, prompt, [queries[i]], [images[i]])
+        ids, pixels = evaluation["input_ids"][0], evaluation["pixel_values"]
         assert len(ids) > 50
         assert pixels.shape[0] == 3 * 48  # three pages of 84 × 112 pixels, in patches of 14 × 14
 
-        taught = collate([dataset[i]])
+        sft = collate([dataset[i]])
         n = len(ids)
-        assert torch.equal(taught["input_ids"][0, :n], ids)
-        assert torch.equal(taught["pixel_values"], pixels)
-        assert (taught["labels"][0, :n] == -100).all(), "the loss must not reach the prompt"
-        text = processor.tokenizer.decode(taught["labels"][0, n:])
+        assert torch.equal(sft["input_ids"][0, :n], ids)
+        assert torch.equal(sft["pixel_values"], pixels)
+        assert (sft["labels"][0, :n] == -100).all(), "the loss must not include the prompt"
+        text = processor.tokenizer.decode(sft["labels"][0, n:])
         assert text.startswith("<think>")
         assert text.rstrip().endswith("</answer><|im_end|>")
 
         row = dataset[i]
-        rollout_ids, _, fields = trainer._tokenize_prompts(
+        grpo_ids, _, fields = trainer._tokenize_prompts(
             [prepare_multimodal_messages(row["prompt"], images=row["images"])]
         )
-        assert rollout_ids[0] == ids.tolist()
+        assert grpo_ids[0] == ids.tolist()
         assert torch.equal(torch.as_tensor(fields["pixel_values"]), pixels)
 
         messages = BaseHandler.get_processor_inputs_from_messages(
-            openai_messages(prompt, queries[i], pages[i]), Modality.VLM
+            openai_messages(prompt, queries[i], images[i]), Modality.VLM
         )
-        rendered = served.apply_chat_template(
+        served = server_processor.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, tokenize=True
         )
-        assert torch.equal(rendered["input_ids"][0], ids)
-        assert torch.equal(rendered["pixel_values"], pixels)
+        assert torch.equal(served["input_ids"][0], ids)
+        assert torch.equal(served["pixel_values"], pixels)
 
 
 def test_padding_does_not_change_a_prompt(page_folder, tasks, prompt, processor):
-    pages = [load_pages(task.candidates, page_folder, processor) for task in tasks]
-    pages[1] = pages[1][:1]
+    images = [load_pages(task.candidates, page_folder, processor) for task in tasks]
+    images[1] = images[1][:1]
     queries = [task.query for task in tasks]
-    together = encode(processor, prompt, queries, pages)
+    batch = encode(processor, prompt, queries, images)
     for i in range(len(tasks)):
-        alone = encode(processor, prompt, [queries[i]], [pages[i]])
-        real = together["attention_mask"][i].bool()
-        assert torch.equal(together["input_ids"][i][real], alone["input_ids"][0])
+        single = encode(processor, prompt, [queries[i]], [images[i]])
+        is_token = batch["attention_mask"][i].bool()
+        assert torch.equal(batch["input_ids"][i][is_token], single["input_ids"][0])

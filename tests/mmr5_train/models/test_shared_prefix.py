@@ -1,4 +1,4 @@
-"""The packed row against rows of their own: same log-probabilities, same gradients, same sampled tokens."""
+"""Packed rows compared with separate rows: same log-probabilities, same gradients, same sampled tokens."""
 
 import copy
 
@@ -27,7 +27,7 @@ from mmr5_train.models.shared_prefix import (
     share_prefixes,
     shared_prompts,
     takes_image_features,
-    unsupported_model,
+    unsupported_reason,
 )
 
 TEXT_CONFIGS = {
@@ -51,17 +51,17 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def prompts(tiny, prompt, processor, tasks, page_folder):
-    """Two questions, one with three pages and one with two: ids, pixels and token types of each."""
-    made = []
+    """Model inputs of two prompts, one with three pages and one with two."""
+    prompts = []
     for task, count in zip(tasks[:2], (3, 2), strict=True):
-        shown = task.candidates[:count]
-        made.append(encode(processor, prompt, [task.query], [load_pages(shown, page_folder, processor)]))
-    return made
+        images = load_pages(task.candidates[:count], page_folder, processor)
+        prompts.append(encode(processor, prompt, [task.query], [images]))
+    return prompts
 
 
 @pytest.fixture(scope="module")
 def models(tiny):
-    """The plain tiny model and a copy that shares prefixes, both with TRL's loss head."""
+    """The tiny model as it is, and a copy that shares prefixes, both with TRL's loss head."""
     plain, shared = load_model(tiny).eval(), load_model(tiny).eval()
     add_fused_lm_head(plain, outputs=("log_probs", "entropy"))
     add_fused_lm_head(shared, outputs=("log_probs", "entropy"))
@@ -75,7 +75,7 @@ def shared_prompt(model, encoded, features=True):
     return shared_prompts(model, *rows, pixels, [len(pixels["image_grid_thw"])], keep_features=features)[0]
 
 
-def made_completions(lengths, vocabulary, seed):
+def random_completions(lengths, vocabulary, seed):
     """(N, C) right-padded random tokens and their mask."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.arange(max(max(lengths), 1)) < torch.tensor(lengths)[:, None]
@@ -84,11 +84,11 @@ def made_completions(lengths, vocabulary, seed):
 
 
 def plain_log_probs(model, encoded, completions, mask):
-    """The plain way: each completion in a row of its own behind a copy of the prompt."""
+    """The expected values: each completion in a separate row, after its own copy of the prompt."""
     rows = []
-    for ids, there in zip(completions, mask, strict=True):
+    for ids, completion_mask in zip(completions, mask, strict=True):
         row = torch.cat([encoded["input_ids"][0], ids])[None]
-        attended = torch.cat([encoded["attention_mask"][0], there])[None]
+        attended = torch.cat([encoded["attention_mask"][0], completion_mask])[None]
         labels = row.masked_fill(attended == 0, -100)
         labels[:, : encoded["input_ids"].shape[1]] = -100
         inputs = {key: encoded[key] for key in ("pixel_values", "image_grid_thw") if key in encoded}
@@ -107,19 +107,20 @@ def packed_log_probs(model, prompts, completions, mask, counts):
 
 
 def gradients(model, values, mask):
-    """Gradients of a sum in which each completion token has a weight of its own."""
+    """Gradients of a sum in which each completion token has a different weight."""
     model.zero_grad()
     weights = torch.randn(mask.shape, generator=torch.Generator().manual_seed(1)) * mask
     (values * weights).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(expected, found):
-    assert expected.keys() == found.keys()
+def assert_same_gradients(expected, actual):
+    assert expected.keys() == actual.keys()
     assert expected
     for name, gradient in expected.items():
-        # Relative to the largest entry: rounding of a sum over hundreds of tokens is not relative to each.
-        assert (found[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7, name
+        # Relative to the largest entry: the rounding error of a sum over hundreds of tokens is not relative to
+        # each.
+        assert (actual[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-7, name
 
 
 @examples(max_examples=8)
@@ -129,37 +130,39 @@ def assert_same_gradients(expected, found):
     features=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_log_probabilities_entropies_and_gradients(models, prompts, first, second, features, seed):
+def test_log_probabilities_entropies_and_gradients_are_the_same(models, prompts, first, second, features, seed):
     plain, shared = models
-    completions, mask = made_completions([*first, *second], 300, seed)
+    completions, mask = random_completions([*first, *second], 300, seed)
     groups = completions.split([len(first), len(second)])
     masks = mask.split([len(first), len(second)])
     expected = [plain_log_probs(plain, *row) for row in zip(prompts, groups, masks, strict=True)]
     expected_log_probs, expected_entropies = (torch.cat(part) for part in zip(*expected, strict=True))
-    made = [shared_prompt(shared, encoded, features) for encoded in prompts]
-    log_probs, entropies = packed_log_probs(shared, made, completions, mask, [len(first), len(second)])
+    shared_by_group = [shared_prompt(shared, encoded, features) for encoded in prompts]
+    log_probs, entropies = packed_log_probs(shared, shared_by_group, completions, mask, [len(first), len(second)])
     torch.testing.assert_close(log_probs, expected_log_probs, atol=1e-4, rtol=0)
     torch.testing.assert_close(entropies * mask, expected_entropies * mask, atol=1e-4, rtol=0)
     if mask.any():
         assert_same_gradients(gradients(plain, expected_log_probs, mask), gradients(shared, log_probs, mask))
 
 
-def test_bfloat16_is_as_near_the_truth_as_rows_of_their_own(tiny, models, prompts):
-    completions, mask = made_completions([12, 5, 9, 12], 300, 4)
+def test_the_error_in_bfloat16_is_that_of_separate_rows(tiny, models, prompts):
+    completions, mask = random_completions([12, 5, 9, 12], 300, 4)
     half = tiny.model_copy(update={"dtype": "bfloat16"})
     plain, shared = load_model(half).eval(), load_model(half).eval()
     for model in (plain, shared):
         add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     share_prefixes(shared)
     with torch.no_grad():
-        truth, _ = plain_log_probs(models[0], prompts[0], completions, mask)
-        rows, _ = plain_log_probs(plain, prompts[0], completions, mask)
+        exact, _ = plain_log_probs(models[0], prompts[0], completions, mask)
+        separate, _ = plain_log_probs(plain, prompts[0], completions, mask)
         packed, _ = packed_log_probs(shared, [shared_prompt(shared, prompts[0])], completions, mask, [4])
-    off = [((values - truth) * mask).abs().sum() / mask.sum() for values in (rows, packed)]
-    assert 0 < off[1] < 1.3 * off[0]
+    separate_error, packed_error = (
+        ((values - exact) * mask).abs().sum() / mask.sum() for values in (separate, packed)
+    )
+    assert 0 < packed_error < 1.3 * separate_error
 
 
-def test_gradients_with_checkpointing_and_with_adapters(tiny, prompts):
+def test_gradients_are_the_same_with_adapters_and_checkpointing(tiny, prompts):
     torch.manual_seed(0)
     plain, shared = load_model(tiny), load_model(tiny)
     adapters = LoraConfig(
@@ -175,39 +178,25 @@ def test_gradients_with_checkpointing_and_with_adapters(tiny, prompts):
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
-    completions, mask = made_completions([9, 4, 7], 300, 3)
+    completions, mask = random_completions([9, 4, 7], 300, 3)
     expected, _ = plain_log_probs(plain, prompts[0], completions, mask)
-    found, _ = packed_log_probs(
+    actual, _ = packed_log_probs(
         shared, [shared_prompt(shared.get_base_model(), prompts[0])], completions, mask, [3]
     )
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-    trained = gradients(plain, expected, mask)
-    assert all("lora" in name for name in trained)
-    assert_same_gradients(trained, gradients(shared, found, mask))
-
-
-def test_half_precision_stays_as_close_as_rounding_allows(tiny, prompts):
-    plain, shared = (load_model(tiny).to(torch.bfloat16).eval() for _ in range(2))
-    exact = load_model(tiny).eval()
-    for model in (plain, shared, exact):
-        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    share_prefixes(shared)
-    completions, mask = made_completions([12, 8], 300, 5)
-    with torch.no_grad():
-        true, _ = plain_log_probs(exact, prompts[0], completions, mask)
-        rounded, _ = plain_log_probs(plain, prompts[0], completions, mask)
-        found, _ = packed_log_probs(shared, [shared_prompt(shared, prompts[0])], completions, mask, [2])
-    assert (found - true).abs().mean() <= 1.5 * (rounded - true).abs().mean() + 1e-3
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+    expected_gradients = gradients(plain, expected, mask)
+    assert all("lora" in name for name in expected_gradients)
+    assert_same_gradients(expected_gradients, gradients(shared, actual, mask))
 
 
 @pytest.mark.parametrize("kind", TEXT_CONFIGS)
-def test_text_models(kind):
+def test_text_models_give_the_same_log_probabilities_and_samples(kind):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(TEXT_CONFIGS[kind](**SMALL)).eval()
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     ids = [torch.randint(3, 97, (1, n)) for n in (11, 6)]
     encoded = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
-    completions, mask = made_completions([5, 3, 6, 0], 97, 1)
+    completions, mask = random_completions([5, 3, 6, 0], 97, 1)
     rows = zip(encoded, completions.split([2, 2]), mask.split([2, 2]), strict=True)
     expected = torch.cat([plain_log_probs(model, *row)[0] for row in rows])
     config = GenerationConfig(max_new_tokens=12, do_sample=True, pad_token_id=0, eos_token_id=2)
@@ -215,18 +204,18 @@ def test_text_models(kind):
     sampled = model.generate(ids[0].repeat(3, 1), generation_config=config)[:, 11:]
     share_prefixes(model)
     prompts = shared_prompts(model, [row[0] for row in ids])
-    found, _ = packed_log_probs(model, prompts, completions, mask, [2, 2])
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    actual, _ = packed_log_probs(model, prompts, completions, mask, [2, 2])
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
     torch.manual_seed(1)
     assert generate(model, prompts[:1], 3, config).tolist() == sampled.tolist()
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_completions_are_token_identical(models, processor, prompt, tasks, page_folder, do_sample):
-    """Three prompts of unequal length, four completions each: greedy, and sampled from the same seed."""
+def test_generated_completions_are_identical(models, processor, prompt, tasks, page_folder, do_sample):
+    """Four completions of three prompts that differ in length: greedy, and sampled with the same seed."""
     plain, shared = models
-    shown = [task.candidates[:count] for task, count in zip(tasks[:3], (3, 2, 3), strict=True)]
-    pages = [load_pages(row, page_folder, processor) for row in shown]
+    candidates = [task.candidates[:count] for task, count in zip(tasks[:3], (3, 2, 3), strict=True)]
+    images = [load_pages(row, page_folder, processor) for row in candidates]
     queries = [task.query for task in tasks[:3]]
     tokenizer = processor.tokenizer
     config = GenerationConfig(
@@ -239,18 +228,18 @@ def test_completions_are_token_identical(models, processor, prompt, tasks, page_
         eos_token_id=tokenizer.eos_token_id,
     )
     copies = [i for i in range(3) for _ in range(4)]
-    together = encode(processor, prompt, [queries[i] for i in copies], [pages[i] for i in copies])
+    batch = encode(processor, prompt, [queries[i] for i in copies], [images[i] for i in copies])
     torch.manual_seed(7)
-    expected = plain.generate(**together, generation_config=config)[:, together["input_ids"].shape[1] :]
-    alone = [encode(processor, prompt, [query], [images]) for query, images in zip(queries, pages, strict=True)]
+    expected = plain.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :]
+    single = [encode(processor, prompt, [query], [row]) for query, row in zip(queries, images, strict=True)]
     torch.manual_seed(7)
-    found = generate(shared, [shared_prompt(shared, encoded) for encoded in alone], 4, config)
-    assert found.tolist() == expected.tolist()
+    actual = generate(shared, [shared_prompt(shared, encoded) for encoded in single], 4, config)
+    assert actual.tolist() == expected.tolist()
     if do_sample:
-        assert len({tuple(row) for row in found.tolist()}) > 3
+        assert len({tuple(row) for row in actual.tolist()}) > 3
 
 
-def test_a_shared_model_still_answers_alone_and_saves_as_any_other(models, prompts, tmp_path):
+def test_ordinary_forward_and_saving_are_not_affected(models, prompts, tmp_path):
     plain, shared = models
     inputs = prompts[0]
     torch.testing.assert_close(shared(**inputs).logits, plain(**inputs).logits, atol=1e-4, rtol=0)
@@ -258,26 +247,28 @@ def test_a_shared_model_still_answers_alone_and_saves_as_any_other(models, promp
     assert "shared_prefix" not in (tmp_path / "config.json").read_text()
 
 
-def test_features_are_the_towers_and_pixels_serve_where_they_are_not_taken(models, prompts):
+def test_kept_features_and_pixels_give_the_same_values(models, prompts):
     _, shared = models
-    completions, mask = made_completions([6, 6], 300, 2)
-    assert bool(shared_prompt(shared, prompts[0]).images) == takes_image_features(shared)
-    assert not shared_prompt(shared, prompts[0], False).images
+    completions, mask = random_completions([6, 6], 300, 2)
+    with_features = shared_prompt(shared, prompts[0])
+    with_pixels = shared_prompt(shared, prompts[0], features=False)
+    assert bool(with_features.images) == takes_image_features(shared)
+    assert not with_pixels.images
     with torch.no_grad():
-        kept, _ = packed_log_probs(shared, [shared_prompt(shared, prompts[0])], completions, mask, [2])
-        anew, _ = packed_log_probs(shared, [shared_prompt(shared, prompts[0], False)], completions, mask, [2])
-    torch.testing.assert_close(kept, anew, atol=1e-5, rtol=0)
+        from_features, _ = packed_log_probs(shared, [with_features], completions, mask, [2])
+        from_pixels, _ = packed_log_probs(shared, [with_pixels], completions, mask, [2])
+    torch.testing.assert_close(from_features, from_pixels, atol=1e-5, rtol=0)
 
 
-def test_unknown_models_and_settings_say_why():
+def test_unsupported_models_are_rejected_with_a_reason():
     vision = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
     model = Qwen3VLForConditionalGeneration(
         Qwen3VLConfig(text_config=SMALL, vision_config={**vision, "deepstack_visual_indexes": [0]})
     )
-    assert "qwen3_vl is not among the tested ones" in unsupported_model(model)
+    assert "qwen3_vl is not among the tested ones" in unsupported_reason(model)
     with pytest.raises(ValueError, match="prefixes can't be shared: model type qwen3_vl"):
         share_prefixes(model)
     sliding = Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    assert "not full attention" in unsupported_model(AutoModelForCausalLM.from_config(sliding))
+    assert "not full attention" in unsupported_reason(AutoModelForCausalLM.from_config(sliding))
     dropping = LlamaConfig(**SMALL, attention_dropout=0.1)
-    assert "dropout" in unsupported_model(AutoModelForCausalLM.from_config(dropping))
+    assert "dropout" in unsupported_reason(AutoModelForCausalLM.from_config(dropping))

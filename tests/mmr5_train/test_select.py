@@ -263,7 +263,7 @@ def test_config_defaults_and_errors() -> None:
     assert (config.difficulty.samples, config.difficulty.order) == (8, "shuffled")
     for overrides, message in (
         (["policy=all"], "policy: no such field .choices: balanced, difficulty, out"),
-        (["difficulty.samples=4"], "difficulty.samples: difficulty is null; give its fields together"),
+        (["difficulty.samples=4"], "difficulty.samples: difficulty is null; set all its fields together"),
         (["difficulty={samples:4}"], "give either checkpoint .* or rollouts"),
         (["difficulty={checkpoint:a,rollouts:b}"], "give either checkpoint .* or rollouts"),
         (["difficulty={checkpoint:a,sample:4}"], "difficulty.sample: no such field; did you mean samples"),

@@ -11,19 +11,20 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo demo-modes test bench-grpo bench-data bench-train bench-serve bench-rerank lint format lock clean
+.PHONY: help setup demo demo-modes test bench-grpo bench-data bench-train bench-serve bench-rerank test-wheel lint format lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo [SEED=n]  train and evaluate a tiny reasoning reranker, write outputs/demo/report.html"
 	@echo "make demo-modes     go on from there: teach it one forward pass, compare the three modes in the report"
 	@echo "make test           run the tests"
+	@echo "make test-wheel     install the wheel with its dependencies into a fresh environment, and run the demo from there"
 	@echo "make bench-grpo     time GRPO with shared prompts beside TRL's trainer, write outputs/bench/grpo.json"
 	@echo "make bench-data     time the data stages, and kill them while calls fail, write outputs/bench/data.json"
 	@echo "make bench-train    time SFT beside a bare TRL script, and two processes beside one, write outputs/bench/train.json"
 	@echo "make bench-serve    the server under load and under malformed requests, write outputs/bench/serve.json"
 	@echo "make bench-rerank   the reranker's modes beside a plain loop, three seeds, write outputs/bench/rerank.json"
-	@echo "make lint           ruff (lint, format), mypy, and the import rules"
+	@echo "make lint           ruff (lint, format), mypy, the import rules, and whether generated documents are current"
 	@echo "make format         let ruff rewrite what it can"
 	@echo "make setup          make .venv and install (the other targets do it too)"
 	@echo "make lock           write constraints.txt anew from pyproject.toml"
@@ -48,6 +49,13 @@ demo-modes: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
+test-wheel: setup
+	rm -rf outputs/wheel && mkdir -p outputs/wheel/empty
+	$(BIN)/uv build --quiet --wheel --out-dir outputs/wheel .
+	$(BIN)/uv venv --quiet --python $(BIN)/python outputs/wheel/venv
+	$(BIN)/uv pip install --quiet --python outputs/wheel/venv/bin/python --constraint constraints.txt outputs/wheel/*.whl
+	cd outputs/wheel/empty && ../venv/bin/mmr5 demo seed=$(SEED)
+
 bench-grpo: setup
 	$(BIN)/python scripts/benchmarks/bench_grpo.py --figure outputs/bench/grpo.svg
 
@@ -68,6 +76,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/document_formats.py --check
 
 format: setup
 	$(BIN)/ruff check --fix .

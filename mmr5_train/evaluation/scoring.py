@@ -44,7 +44,8 @@ def score_rankings(
     A ranking holds only the candidates. With n candidates recall@k is therefore the same for every k ≥ n and
     every order, and no reranker can recover pages that the first stage missed.
 
-    Every mean is over questions unless it is called macro. `intervals` are 95 % bootstrap intervals. Returns:
+    Every mean is over questions unless it is called macro. `intervals` are 95 % bootstrap intervals. A figure that
+    is undefined for a system is None. Returns:
         questions, samples, candidates: number of questions; sampled answers per question; candidates per
             question (mean).
         metrics: the names recall@k, ndcg@k, mrr.
@@ -66,7 +67,6 @@ def score_rankings(
             intervals: of the figures above.
             macro: means over domains, with their own `intervals`.
             by_domain, by_question_type: each metric of a subset of questions, with `questions` and `intervals`.
-            A figure that is undefined for a system is None.
         differences: one per pair of systems, each system with the one before it and with the first: `system`,
             `baseline`, and for each figure that both have {mean, low, high, p, p_holm}. low and high are the
             interval of the paired difference; p is the p-value of a two-sided paired randomization test with

@@ -69,11 +69,11 @@ class ModelConfig(BaseModel):
 class RerankerSettings(Record):
     """reranker.json: the settings that a checkpoint was trained with and needs at inference."""
 
-    min_pixels: int
-    max_pixels: int
-    dtype: str
-    think: bool
-    prompt: Prompt
+    min_pixels: int = Field(description="a smaller page is enlarged to this many pixels")
+    max_pixels: int = Field(description="a larger page is shrunk to this many pixels")
+    dtype: str = Field(description="`float32`, `bfloat16` or `float16`")
+    think: bool = Field(description="whether the checkpoint was trained to write a think block")
+    prompt: Prompt = Field(description="the prompt it was trained with")
 
     @property
     def mode(self) -> Mode:

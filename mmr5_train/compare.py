@@ -1,12 +1,12 @@
-"""What each choice did: one table over the recipes and seeds under a folder, with intervals against a baseline.
+"""Compares recipes: one table over all recipes and seeds under a folder, with differences from a baseline.
 
     python -m mmr5_train.compare folder=outputs/ablations baseline=recommended
 
-Reads every recipe.json that mmr5_train.recipe left there, and the rankings of the last system that each recipe
-evaluated. Writes compare.json, table.md and compare.html: for each recipe mean and deviation over seeds, the
-paired difference from the baseline (questions are resampled inside their seed; a pair is the same question under
-the same seed), and what the training took; and, where recipes reproduce published rows, the published tables with
-those recipes in them.
+Reads every recipe.json under the folder, and the rankings of the last system that each recipe evaluated. Writes
+compare.json, table.md and compare.html. They hold for each recipe the mean and standard deviation over seeds, the
+paired difference from the baseline, and the training time. A pair is the same question under the same seed, and
+the bootstrap resamples questions within a seed. If a recipe reproduces a published row, the output also holds the
+published tables with that recipe's figures.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mmr5_train.evaluation.scoring import question_values
 from mmr5_train.ranking.records import Page, Ranking
 from mmr5_train.reporting.comparison import comparison_page
 
-# name of a figure, its heading in the table
+# figure → its heading in the table
 FIGURES = {
     "recall@1": "recall@1",
     "recall@1_sampled": "sampled recall@1",
@@ -47,10 +47,10 @@ FIGURES = {
 
 
 class CompareStage(StageConfig):
-    """`python -m mmr5_train.compare` (configs/compare.yaml)."""
+    """Config of `python -m mmr5_train.compare` (configs/compare.yaml)."""
 
-    folder: Path = Field(description="where recipes wrote, at any depth")
-    baseline: str = Field(description="name of the recipe that the others are compared with")
+    folder: Path = Field(description="folder with recipe folders at any depth")
+    baseline: str = Field(description="recipe that the others are compared with")
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Run:
     name: str
     seed: int
     query_ids: list[str]
-    domains: list[str]  # of each question
-    values: Mapping[str, Values]  # figure → one value a question
-    data: str  # what it was evaluated on
-    seconds: float  # of SFT and GRPO, wherever they were made
+    domains: list[str]  # one per question
+    values: Mapping[str, Values]  # figure → one value per question
+    data: str  # file of the evaluated questions
+    seconds: float  # of SFT and GRPO, also if another recipe ran them
 
 
 def main(config: CompareStage) -> None:
@@ -74,34 +74,36 @@ def main(config: CompareStage) -> None:
     out = open_output(config.out, config.overwrite)
     rows = compare(runs, config.baseline, config.seed)
     write_json(out / "compare.json", {"baseline": config.baseline, "rows": rows})
-    beside = beside_published(rows)
-    table = markdown(rows) + (f"\n{paper_table.markdown(beside)}" if beside else "")
+    published_blocks = published_tables(rows)
+    table = markdown(rows) + (f"\n{paper_table.markdown(published_blocks)}" if published_blocks else "")
     with atomic_write(out / "table.md", "w") as stream:
         stream.write(table)
     with atomic_write(out / "compare.html") as stream:
-        stream.write(comparison_page(rows, FIGURES, runs[0].data, beside))
+        stream.write(comparison_page(rows, FIGURES, runs[0].data, published_blocks))
     write_manifest(out, stage="compare", config=config.model_dump(mode="json"), counts={"runs": len(runs)})
     print(table)
     print(f"compare: {len(rows)} recipes, {len(runs)} runs in {out / 'compare.html'}")
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """Every finished recipe under a folder. Raises `InputError` where there is none."""
-    described = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob(RECIPE))}
-    took = {
-        made["out"]: made["seconds"]
-        for d in described.values()
-        for made in d["stages"].values()
-        if made["seconds"]
+    """All finished recipes under a folder that include an evaluation. Raises `InputError` if there are none."""
+    recipes = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob(RECIPE))}
+    # A stage that recipes share has its seconds in the recipe.json of the one that ran it.
+    seconds = {
+        stage["out"]: stage["seconds"]
+        for recipe in recipes.values()
+        for stage in recipe["stages"].values()
+        if stage["seconds"]
     }
-    runs = [read_run(path, d, took) for path, d in described.items() if "evaluate" in d["stages"]]
+    runs = [read_run(recipe, seconds) for recipe in recipes.values() if "evaluate" in recipe["stages"]]
     if not runs:
         raise InputError(f"{folder}: no recipe.json of a recipe with an evaluation; run mmr5_train.recipe first")
     return runs
 
 
-def read_run(path: Path, described: Mapping[str, Any], took: Mapping[str, float]) -> Run:
-    stages = described["stages"]
+def read_run(recipe: Mapping[str, Any], seconds: Mapping[str, float]) -> Run:
+    """The run that a recipe.json describes. `seconds` maps a stage's output folder to its duration."""
+    stages = recipe["stages"]
     folder = Path(stages["evaluate"]["out"])
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     system = results["rows"][-1]["system"]
@@ -109,65 +111,67 @@ def read_run(path: Path, described: Mapping[str, Any], took: Mapping[str, float]
     pages = read_records(folder / "pages.jsonl", Page, unique="id")
     descriptions = {page.id: page.description for page in pages if page.description}
     return Run(
-        name=described["name"],
-        seed=described["seed"],
+        name=recipe["name"],
+        seed=recipe["seed"],
         query_ids=[ranking.query_id for ranking in ranked],
         domains=[ranking.domain for ranking in ranked],
         values=question_values(ranked, question_table(ranked), descriptions),
         data=read_manifest(folder)["config"]["data"],
-        seconds=sum(took.get(stages[name]["out"], 0.0) for name in ("sft", "grpo") if name in stages),
+        seconds=sum(seconds.get(stages[name]["out"], 0.0) for name in ("sft", "grpo") if name in stages),
     )
 
 
 def compare(runs: Sequence[Run], baseline: str, seed: int) -> list[dict[str, Any]]:
-    """A row a recipe, the baseline first."""
-    theirs = {run.seed: run for run in runs if run.name == baseline}
+    """One row per recipe, the baseline first."""
+    baseline_runs = {run.seed: run for run in runs if run.name == baseline}
     names = [baseline, *(name for name in dict.fromkeys(run.name for run in runs) if name != baseline)]
     rows = []
     for name in names:
-        ours = [run for run in runs if run.name == name]
-        row: dict[str, Any] = {"recipe": name, "seeds": [run.seed for run in ours]}
+        recipe_runs = [run for run in runs if run.name == name]
+        row: dict[str, Any] = {"recipe": name, "seeds": [run.seed for run in recipe_runs]}
         for figure in FIGURES:
-            means = [float(np.nanmean(run.values[figure])) for run in ours if figure in run.values]
+            means = [float(np.nanmean(run.values[figure])) for run in recipe_runs if figure in run.values]
             if means:
                 deviation = float(np.std(means, ddof=1)) if len(means) > 1 else None
                 row[figure] = {"mean": float(np.mean(means)), "deviation": deviation}
                 if name != baseline:
-                    row[figure]["difference"] = difference(ours, theirs, figure, seed)
-        row["questions"] = len(ours[0].query_ids)
-        row["paper_figures"] = {f: over_seeds(ours, f, seed).model_dump() for f in published.FIGURES}
-        row["seconds"] = float(np.mean([run.seconds for run in ours]))
+                    row[figure]["difference"] = difference(recipe_runs, baseline_runs, figure, seed)
+        row["questions"] = len(recipe_runs[0].query_ids)
+        row["paper_figures"] = {f: over_seeds(recipe_runs, f, seed).model_dump() for f in published.FIGURES}
+        row["seconds"] = float(np.mean([run.seconds for run in recipe_runs]))
         rows.append(row)
     return rows
 
 
 def over_seeds(runs: Sequence[Run], figure: str, seed: int) -> Interval:
-    """A figure of published tables, mean over seeds; questions are resampled inside their seed (and domain)."""
+    """A figure of the published tables, mean over seeds. Resamples questions within their seed (and domain)."""
     kind, _, metric = figure.partition(" ")
     groups = [f"{run.seed}/{domain if kind == 'macro' else ''}" for run in runs for domain in run.domains]
     return bootstrap_mean(np.concatenate([run.values[metric] for run in runs]), seed=seed, groups=groups)
 
 
-def difference(ours: Sequence[Run], theirs: Mapping[int, Run], figure: str, seed: int) -> dict[str, float] | None:
-    """Of the seeds that both have; None where there is none."""
+def difference(
+    runs: Sequence[Run], baseline_runs: Mapping[int, Run], figure: str, seed: int
+) -> dict[str, float] | None:
+    """Paired difference of a recipe from the baseline over the seeds that both have; None without such a seed."""
     a, b, groups = [], [], []
-    for run in ours:
-        other = theirs.get(run.seed)
-        if other is None or figure not in other.values:
+    for run in runs:
+        baseline = baseline_runs.get(run.seed)
+        if baseline is None or figure not in baseline.values:
             continue
-        if run.query_ids != other.query_ids:
-            raise InputError(f"{run.name} and {other.name}, seed {run.seed}: evaluated on different questions")
-        known = ~np.isnan(run.values[figure]) & ~np.isnan(other.values[figure])
-        a.append(run.values[figure][known])
-        b.append(other.values[figure][known])
-        groups += [str(run.seed)] * int(known.sum())
+        if run.query_ids != baseline.query_ids:
+            raise InputError(f"{run.name} and {baseline.name}, seed {run.seed}: evaluated on different questions")
+        defined = ~np.isnan(run.values[figure]) & ~np.isnan(baseline.values[figure])
+        a.append(run.values[figure][defined])
+        b.append(baseline.values[figure][defined])
+        groups += [str(run.seed)] * int(defined.sum())
     if not groups:
         return None
     return paired_bootstrap(np.concatenate(a), np.concatenate(b), seed=seed, groups=groups).model_dump()
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The table, mean ± deviation over seeds, and the difference from the first row with its 95 % interval."""
+    """The table as Markdown: mean ± deviation over seeds, and difference from the first row with its interval."""
     shown = [figure for figure in FIGURES if any(figure in row for row in rows)]
     head = ["recipe", "seeds", *(part for f in shown for part in (FIGURES[f], "difference")), "training, s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -181,8 +185,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def beside_published(rows: Sequence[Mapping[str, Any]]) -> list[list[paper_table.Row]]:
-    """The published tables with the recipes that stand for a published row; empty where there is none."""
+def published_tables(rows: Sequence[Mapping[str, Any]]) -> list[list[paper_table.Row]]:
+    """The published tables with the recipes that reproduce a published row; empty if no recipe does."""
     measured = [
         paper_table.Measured(
             name=row["recipe"],

@@ -1,11 +1,11 @@
-"""The whole pipeline, small: the recommended recipe on a synthetic corpus, and its figures in one file.
+"""Runs the whole pipeline at a small size: the recommended recipe on a synthetic corpus.
 
     make demo            or  python -m mmr5_train.demo seed=1
     make demo-modes      or  python -m mmr5_train.demo overwrite=false leave_out=[]
 
-Every stage runs exactly as from the command line; the command of each is printed before it runs. Writes
-outputs/demo/results.json and outputs/demo/report.html. The second command keeps what the first has made and goes
-on: the model learns to rank in one forward pass as well, and the report compares the three modes.
+Every stage runs as from the command line, and its command is printed first. Writes outputs/demo/results.json and
+outputs/demo/report.html. The second command reuses the stages of the first, then distills the model so that it
+also ranks in one forward pass, and adds a comparison of the three modes to the report.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from mmr5_train.common.config import run_stage
 from mmr5_train.common.files import RECIPE, open_output, write_json, write_manifest
 from mmr5_train.evaluation.scoring import find_difference
-from mmr5_train.recipe import RecipeStage, run_commands, stage_commands
+from mmr5_train.recipe import RecipeStage, run_stages, stage_overrides
 from mmr5_train.reporting.answers import read_timing
 from mmr5_train.reporting.views import read_results
 
@@ -30,12 +30,12 @@ FIGURES = (
 
 def main(config: RecipeStage) -> None:
     out = open_output(config.out, True) if config.overwrite else config.out
-    run_commands(stage_commands(config), config)
+    run_stages(stage_overrides(config), config)
     stages = json.loads((out / RECIPE).read_text(encoding="utf-8"))["stages"]
-    seconds = sum(made["seconds"] for made in stages.values())
+    seconds = sum(stage["seconds"] for stage in stages.values())
     figures = {"seed": config.seed, "seconds": round(seconds, 1)} | summary(read_results(out / "evaluation"))
     if "modes" not in config.leave_out:
-        figures |= of_modes(out / "modes")
+        figures |= modes_summary(out / "modes")
     write_json(out / "results.json", figures)
     shutil.copyfile(out / "report/report.html", out / "report.html")
     write_manifest(out, stage="demo", config=config.model_dump(mode="json"))
@@ -44,7 +44,7 @@ def main(config: RecipeStage) -> None:
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """A row a system, and what GRPO changed, with paired 95 % intervals."""
+    """The figures of each system, and the paired differences of GRPO from SFT with 95 % intervals."""
     return {
         "rows": [{name: row.get(name) for name in FIGURES} for row in results["rows"]],
         "grpo_minus_sft": _difference(
@@ -56,8 +56,8 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def of_modes(folder: Path) -> dict[str, Any]:
-    """How the distilled checkpoint ranks with reasoning, without, and in one forward pass, and how fast."""
+def modes_summary(folder: Path) -> dict[str, Any]:
+    """Figures and speed of the distilled checkpoint in each mode, and the difference of `logits` from `reason`."""
     results, timing = read_results(folder), read_timing(folder)
     rows = [
         {name: row.get(name) for name in ("system", "questions", "recall@1", "complete_permutations")}

@@ -1,10 +1,10 @@
-"""What a recipe will take, before it costs money: tokens, memory a GPU by part, steps and hours.
+"""Estimates what a recipe needs before it runs: prompt tokens, memory per GPU, optimizer steps and hours.
 
     python -m mmr5_train.plan experiment=mm_r5 gpu=a100_80gb gpus=4
 
-Reads the page sizes of the recipe's own candidates once they are made; before that it takes A4 pages as the corpus
-renders them, and says so. Model sizes are exact. Memory and hours are estimates: each formula stands below, in
-bytes and operations. None has been checked against a GPU yet.
+Page sizes come from the recipe's candidates if that stage has run, otherwise from A4 pages at the resolution of
+the corpus readers; the output says which. Model sizes are exact. Memory and hours are estimates from the formulas
+in this file, in bytes and floating-point operations. They have not been checked against a GPU.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from mmr5_train.models.loading import ModelConfig
 from mmr5_train.models.pages import PageLimits, page_size
 from mmr5_train.models.shapes import empty_model
 from mmr5_train.ranking.records import Page, RankingTask
-from mmr5_train.recipe import STAGES, RecipeStage, stage_commands
+from mmr5_train.recipe import STAGES, RecipeStage, stage_overrides
 
 GIB = 2**30
-TEXT_TOKENS = 200  # of a prompt without its pages: system text, question, markers
-A4 = (724, 1024)  # a portrait page with longest side 1,024, the corpus readers' default
+TEXT_TOKENS = 200  # tokens of a prompt without its pages: system prompt, question, chat template
+A4 = (724, 1024)  # pixels of a portrait page with the corpus readers' default longest side
 KERNELS = 1.5 * GIB  # CUDA context, cuBLAS workspaces, fragmentation
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card as its maker describes it: memory, dense bfloat16 operations a second, memory bandwidth."""
+    """Data sheet of a GPU: memory in GiB, dense bfloat16 FLOP per second, memory bandwidth in bytes per second."""
 
     gib: float
     flops: float
@@ -49,20 +49,20 @@ GPUS = {
     "h100": Gpu(80, 989e12, 3.35e12),
     "h200": Gpu(141, 989e12, 4.8e12),
 }
-BUSY = 0.4  # share of a card's operations that training reaches; of its bandwidth, that decoding does
+UTILIZATION = 0.4  # share of peak FLOP/s reached in training and prefill, and of bandwidth reached in decoding
 
 
 class PlanStage(RecipeStage):
-    """`python -m mmr5_train.plan` (configs/plan.yaml)."""
+    """Config of `python -m mmr5_train.plan` (configs/plan.yaml)."""
 
-    gpu: str = Field(description="a card: " + ", ".join(GPUS))
+    gpu: str = Field(description="GPU type: " + ", ".join(GPUS))
     gpus: int = Field(gt=0)
-    completion_tokens: int = Field(gt=0, description="expected length of a sampled completion")
+    completion_tokens: int = Field(gt=0, description="expected length of a completion, in tokens")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A model's sizes: parameters by part, and what activations depend on."""
+    """A model's sizes: parameters by part, and the dimensions that determine activations."""
 
     language: int
     vision: int
@@ -70,32 +70,32 @@ class Network:
     layers: int
     hidden: int
     intermediate: int
-    kv: int  # width of the keys of one layer
+    kv: int  # width of the keys (or values) of one layer
     vocabulary: int
     vision_layers: int
     vision_hidden: int
-    token_side: int  # pixels a side of a visual token
+    token_side: int  # side of a visual token in pixels
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One stage on one GPU."""
+    """The work of a training stage. `rows` and `groups` are per GPU."""
 
-    prompts: list[int]  # tokens of each prompt of the data
-    rows: int  # sequences in a forward pass: examples, or completions
-    groups: int  # prompts among them that are computed once (rows, where nothing is shared)
-    completion: int  # longest completion, tokens
-    expected: int  # expected completion, tokens
+    prompts: list[int]  # tokens of each prompt in the data
+    rows: int  # sequences in a forward pass: SFT examples or GRPO completions
+    groups: int  # different prompts in a forward pass; equals `rows` without a shared prefix
+    completion: int  # longest completion in tokens
+    expected: int  # expected completion length in tokens
     updates: int  # optimizer steps
-    sequences: int  # sequences trained on, over all GPUs, passes over the same rollout included
-    passes: float  # forward passes beside the update's own: old and reference policy
-    rollouts: int  # completions sampled, over all GPUs
+    sequences: int  # sequences trained on by all GPUs; counts each iteration over a rollout
+    passes: float  # forward passes in addition to the update's own: old policy, reference policy
+    rollouts: int  # completions sampled by all GPUs
     checkpointing: bool
 
 
 def main(config: PlanStage) -> None:
     if config.gpu not in GPUS:
-        raise InputError(f"gpu: no card is called {config.gpu} (choices: {', '.join(GPUS)})")
+        raise InputError(f"gpu: unknown GPU type {config.gpu} (choices: {', '.join(GPUS)})")
     for name, lines in plan(config).items():
         print(f"\n{name}")
         for line in lines:
@@ -103,12 +103,12 @@ def main(config: PlanStage) -> None:
 
 
 def plan(config: PlanStage) -> dict[str, list[str]]:
-    """The report, by stage."""
-    commands = stage_commands(config)
+    """Training stage → the lines of its estimate."""
+    overrides = stage_overrides(config)
     stages: dict[str, Any] = {
-        name: compose_stage(STAGES[name][1], STAGES[name][2], commands[name])
+        name: compose_stage(STAGES[name].model, STAGES[name].entry, overrides[name])
         for name in ("candidates", "sft", "select", "grpo")
-        if name in commands
+        if name in overrides
     }
     gpu = GPUS[config.gpu]
     report: dict[str, list[str]] = {}
@@ -116,7 +116,7 @@ def plan(config: PlanStage) -> dict[str, list[str]]:
         if name not in stages:
             continue
         stage = stages[name]
-        # GRPO starts from a checkpoint that is not there yet: its shape is that of the model's own.
+        # GRPO's checkpoint does not exist before SFT has run. It has the shape of SFT's base model.
         path = stages["sft"].model.path if name == "grpo" and "sft" in stages else stage.model.path
         network = measure(stage.model.model_copy(update={"path": path}))
         prompts, source = prompt_tokens(
@@ -130,12 +130,13 @@ def plan(config: PlanStage) -> dict[str, list[str]]:
 def describe(
     path: str, network: Network, work: Workload, source: str, gpu: Gpu, config: PlanStage
 ) -> Iterator[str]:
+    """The lines of a stage's estimate. `source` says where the page sizes come from."""
     total = network.language + network.vision
     yield f"{path}: {total / 1e9:.2f} billion parameters, {network.trained / 1e6:,.1f} million trained"
     yield f"prompts: {mean(work.prompts):,.0f} tokens, longest {max(work.prompts):,} ({source})"
     yield from histogram(work.prompts)
     parts = {stage: memory(network, work, stage, config.gpus) for stage in ZERO}
-    yield f"memory a GPU at the longest prompt, GiB ({config.gpus} × {config.gpu}, {gpu.gib:g} GiB each):"
+    yield f"memory per GPU at the longest prompt, GiB ({config.gpus} × {config.gpu}, {gpu.gib:g} GiB each):"
     yield f"  {'':<16}" + "".join(f"{stage:>15}" for stage in parts)
     for part in next(iter(parts.values())):
         yield f"  {part:<16}" + "".join(f"{sizes[part] / GIB:>15.1f}" for sizes in parts.values())
@@ -143,16 +144,18 @@ def describe(
     yield f"  {'sum':<16}" + "".join(f"{size:>15.1f}" for size in sums.values())
     fitting = [stage for stage, size in sums.items() if size <= gpu.gib]
     if len(fitting) < len(sums):
-        named = ", ".join(stage for stage in sums if stage not in fitting)
-        biggest = max(parts[list(sums)[-1]], key=lambda part: parts[list(sums)[-1]][part])
-        yield f"WARNING: {named} won't fit; " + (
-            f"{fitting[0]} does" if fitting else f"nothing does: the largest part is {biggest}. {KNOBS[biggest]}"
+        too_large = ", ".join(stage for stage in sums if stage not in fitting)
+        last = parts[list(parts)[-1]]
+        largest = max(last, key=lambda part: last[part])
+        yield f"WARNING: does not fit: {too_large}. " + (
+            f"Use {fitting[0]}." if fitting else f"The largest part is {largest}. {ADVICE[largest]}"
         )
     hours = seconds(network, work, gpu, config.gpus) / 3600
     yield f"{work.updates:,} updates, about {hours:,.1f} hours, {hours * config.gpus:,.0f} GPU hours"
 
 
 def histogram(values: Sequence[int], bins: int = 6) -> Iterator[str]:
+    """Lines of a text histogram, one per bin."""
     low, high = min(values), max(values)
     width = max(1, math.ceil((high - low + 1) / bins))
     for start in range(low, high + 1, width):
@@ -161,12 +164,12 @@ def histogram(values: Sequence[int], bins: int = 6) -> Iterator[str]:
 
 
 def measure(model: ModelConfig) -> Network:
-    """The network's sizes, exactly, from a model without weights."""
+    """The exact sizes of a model, from its modules without weights."""
     network = empty_model(model.path)
     text, vision = network.config.text_config, network.config.vision_config
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
-    seeing = sum(size for name, size in sizes.items() if ".visual." in name)
-    trained = sum(sizes.values()) - (seeing if model.freeze_vision else 0)
+    vision_size = sum(size for name, size in sizes.items() if ".visual." in name)
+    trained = sum(sizes.values()) - (vision_size if model.freeze_vision else 0)
     if model.lora is not None:
         from peft import get_peft_model
 
@@ -174,15 +177,15 @@ def measure(model: ModelConfig) -> Network:
 
         adapted: Any = get_peft_model(network, lora_config(model))  # type: ignore[arg-type]
         trained = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
-    heads = text.hidden_size // text.num_attention_heads
+    head_width = text.hidden_size // text.num_attention_heads
     return Network(
-        language=sum(sizes.values()) - seeing,
-        vision=seeing,
+        language=sum(sizes.values()) - vision_size,
+        vision=vision_size,
         trained=trained,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
-        kv=text.num_key_value_heads * heads,
+        kv=text.num_key_value_heads * head_width,
         vocabulary=text.vocab_size,
         vision_layers=vision.depth,
         vision_hidden=vision.hidden_size,
@@ -191,7 +194,7 @@ def measure(model: ModelConfig) -> Network:
 
 
 def prompt_tokens(candidates: Any, model: ModelConfig, split: str, side: int) -> tuple[list[int], str]:
-    """Tokens of each prompt, and where the page sizes are from."""
+    """Tokens of each prompt of a split, and where the page sizes come from. One A4 prompt if there is no data."""
     folder = candidates.out if candidates is not None else Path()
     if not (folder / f"{split}.jsonl").is_file():
         count = candidates.candidates if candidates is not None else 5
@@ -200,77 +203,98 @@ def prompt_tokens(candidates: Any, model: ModelConfig, split: str, side: int) ->
     pages = {page.id: page for page in read_records(folder / "pages.jsonl", Page, unique="id")}
     sizes = {key: page_tokens(page.width, page.height, model, side) for key, page in pages.items()}
     tasks = read_records(folder / f"{split}.jsonl", RankingTask)
-    found = [TEXT_TOKENS + sum(sizes[page.id] for page in task.candidates) for task in tasks]
-    return found, f"{len(found):,} questions of {folder / split}.jsonl"
+    tokens_by_task = [TEXT_TOKENS + sum(sizes[page.id] for page in task.candidates) for task in tasks]
+    return tokens_by_task, f"{len(tasks):,} questions of {folder / split}.jsonl"
 
 
 def page_tokens(width: int, height: int, model: ModelConfig, side: int) -> int:
-    shown = page_size(width, height, PageLimits(side, model.min_pixels, model.max_pixels))
-    return shown[0] * shown[1] // side**2
+    """Visual tokens of a page of width × height pixels; `side` is a visual token's side in pixels."""
+    resized = page_size(width, height, PageLimits(side, model.min_pixels, model.max_pixels))
+    return resized[0] * resized[1] // side**2
 
 
 def sft_work(stage: Any, prompts: list[int], config: PlanStage) -> Workload:
     trainer = stage.trainer
     examples = min(len(prompts), stage.limit or len(prompts)) if len(prompts) > 1 else stage.limit or 1
     batch = trainer["per_device_train_batch_size"]
-    a_step = batch * trainer["gradient_accumulation_steps"] * config.gpus
-    steps = trainer["max_steps"] if trainer["max_steps"] > 0 else examples * trainer["num_train_epochs"] / a_step
+    sequences_per_step = batch * trainer["gradient_accumulation_steps"] * config.gpus
+    steps = trainer["max_steps"]
+    if steps <= 0:
+        steps = math.ceil(examples * trainer["num_train_epochs"] / sequences_per_step)
     return Workload(
-        prompts, batch, batch, config.completion_tokens, config.completion_tokens, math.ceil(steps),
-        math.ceil(steps) * a_step, 0, 0, trainer["gradient_checkpointing"],
-    )  # fmt: skip
+        prompts=prompts,
+        rows=batch,
+        groups=batch,
+        completion=config.completion_tokens,
+        expected=config.completion_tokens,
+        updates=steps,
+        sequences=steps * sequences_per_step,
+        passes=0,
+        rollouts=0,
+        checkpointing=trainer["gradient_checkpointing"],
+    )
 
 
 def grpo_work(stage: Any, stages: dict[str, Any], prompts: list[int], config: PlanStage) -> Workload:
     trainer = stage.trainer
-    drawn = stages["select"].balanced if "select" in stages else None
-    questions = drawn.count if drawn and (len(prompts) == 1 or drawn.count < len(prompts)) else len(prompts)
+    balanced = stages["select"].balanced if "select" in stages else None
+    questions = len(prompts)
+    if balanced and (len(prompts) == 1 or balanced.count < len(prompts)):
+        questions = balanced.count
     group, batch = trainer["num_generations"], trainer["per_device_train_batch_size"]
-    a_step = batch * trainer["gradient_accumulation_steps"] * config.gpus
-    again = trainer["num_iterations"]
+    sequences_per_step = batch * trainer["gradient_accumulation_steps"] * config.gpus
+    iterations = trainer["num_iterations"]
     steps = trainer["max_steps"]
     if steps <= 0:
-        steps = math.ceil(questions * group * again * trainer["num_train_epochs"] / a_step)
-    shares = stage.shared_prefix != "never" and batch % group == 0
+        steps = math.ceil(questions * group * iterations * trainer["num_train_epochs"] / sequences_per_step)
+    shares_prefix = stage.shared_prefix != "never" and batch % group == 0
     return Workload(
-        prompts, batch, batch // group if shares else batch, trainer["max_completion_length"],
-        config.completion_tokens, steps, steps * a_step,
-        (1 if again > 1 else 0) + (1 if trainer["beta"] else 0), steps * a_step // again,
-        trainer["gradient_checkpointing"],
-    )  # fmt: skip
+        prompts=prompts,
+        rows=batch,
+        groups=batch // group if shares_prefix else batch,
+        completion=trainer["max_completion_length"],
+        expected=config.completion_tokens,
+        updates=steps,
+        sequences=steps * sequences_per_step,
+        passes=(1 if iterations > 1 else 0) + (1 if trainer["beta"] else 0),
+        rollouts=steps * sequences_per_step // iterations,
+        checkpointing=trainer["gradient_checkpointing"],
+    )
 
 
-ZERO = {"ddp": 0, "zero2": 2, "zero3": 3, "zero3_offload": 3}
-KNOBS = {
-    "weights": "Take a smaller model, more GPUs under ZeRO-3, or a 4-bit base.",
+ZERO = {"ddp": 0, "zero2": 2, "zero3": 3, "zero3_offload": 3}  # config of accelerate → stage of ZeRO
+ADVICE = {
+    "weights": "Use a smaller model, more GPUs with ZeRO-3, or a 4-bit base.",
     "gradients": "Train adapters (model.lora) instead of the whole model.",
     "optimizer": "Train adapters (model.lora), or use configs/accelerate/zero3_offload.yaml.",
     "activations": "Lower model.max_pixels, candidates or the batch; trainer.gradient_checkpointing=true.",
     "KV cache": "Lower trainer.max_completion_length or trainer.num_generations; shared_prefix=always.",
     "logits": "Lower trainer.max_completion_length or the batch.",
-    "kernels": "Take a larger card.",
+    "kernels": "Use a GPU with more memory.",
 }
 
 
 def memory(network: Network, work: Workload, zero: str, gpus: int) -> dict[str, float]:
-    """Bytes a GPU at the longest prompt, by part."""
+    """Bytes per GPU at the longest prompt, by part."""
     stage, offload = ZERO[zero], zero.endswith("offload")
     total, prompt = network.language + network.vision, max(work.prompts)
     shared = 1 / gpus
-    # bfloat16 weights; trained ones in float32 (adapters), with float32 gradients and two Adam moments.
+    # bfloat16 weights. Trained weights are float32, with float32 gradients and two Adam moments.
     weights = 2 * total * (shared if stage == 3 else 1) * (0 if offload else 1)
     if offload:
-        weights = 2 * total / network.layers * 2  # two layers at a time come over
+        weights = 2 * total / network.layers * 2  # two layers at a time are on the GPU
     tokens = work.groups * prompt + work.rows * work.completion
     layer = 2 * (7 * network.hidden + 2 * network.kv + 4 * network.intermediate) + 8 * network.hidden
-    kept = network.layers * 2 * network.hidden + layer if work.checkpointing else network.layers * layer
-    seeing = 2 * work.groups * 4 * prompt * 8 * network.vision_hidden  # four patches a token; nothing is kept
+    # Bytes per token. Gradient checkpointing stores only each layer's input and recomputes one layer at a time.
+    stored = network.layers * 2 * network.hidden + layer if work.checkpointing else network.layers * layer
+    # A frozen vision tower stores nothing for the backward pass. Each visual token has four patches.
+    vision = 2 * work.groups * 4 * prompt * 8 * network.vision_hidden
     cache = 2 * 2 * network.layers * network.kv * (work.groups * prompt + work.rows * work.completion)
     return {
         "weights": weights + 2 * network.trained,
         "gradients": 4 * network.trained * (shared if stage >= 2 else 1),
         "optimizer": 8 * network.trained * (shared if stage >= 2 else 1) * (0 if offload else 1),
-        "activations": tokens * kept + seeing,
+        "activations": tokens * stored + vision,
         "KV cache": cache if work.rollouts else 0,
         "logits": 10.0 * work.rows * min(work.completion, 1024) * network.vocabulary,
         "kernels": KERNELS,
@@ -278,16 +302,16 @@ def memory(network: Network, work: Workload, zero: str, gpus: int) -> dict[str, 
 
 
 def seconds(network: Network, work: Workload, gpu: Gpu, gpus: int) -> float:
-    """Time of all updates and rollouts, from operations (training) and bytes moved (decoding)."""
+    """Seconds of all updates and rollouts, from FLOP (training, prefill) and bytes read (decoding)."""
     prompt = mean(work.prompts)
-    a_row = prompt * work.groups / work.rows + work.expected
-    forward = 2 * network.language * a_row + 4 * network.layers * network.hidden * prompt * a_row
-    seeing = 2 * network.vision * 4 * prompt * work.groups / work.rows
+    tokens = prompt * work.groups / work.rows + work.expected  # per row
+    forward = 2 * network.language * tokens + 4 * network.layers * network.hidden * prompt * tokens
+    vision = 2 * network.vision * 4 * prompt * work.groups / work.rows
     passes = 3 + (1 if work.checkpointing else 0) + work.passes
-    training = work.sequences * (forward * passes + seeing * (1 + work.passes)) / (gpu.flops * BUSY * gpus)
+    training = work.sequences * (forward * passes + vision * (1 + work.passes)) / (gpu.flops * UTILIZATION * gpus)
     batches = work.rollouts / max(1, work.rows) / gpus
-    decoding = batches * work.expected * 2 * network.language / (gpu.bytes_per_s * BUSY)
-    prefill = work.rollouts * (forward + seeing) / (gpu.flops * BUSY * gpus)
+    decoding = batches * work.expected * 2 * network.language / (gpu.bytes_per_s * UTILIZATION)
+    prefill = work.rollouts * (forward + vision) / (gpu.flops * UTILIZATION * gpus)
     return training + decoding + prefill
 
 

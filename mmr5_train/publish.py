@@ -1,11 +1,11 @@
-"""A model card beside a trained checkpoint, and the checkpoint on the Hugging Face hub where told to.
+"""Writes a model card for a trained checkpoint; with `push_to_hub` also uploads it to the Hugging Face hub.
 
     python -m mmr5_train.publish checkpoint=outputs/grpo/model evaluation=outputs/evaluate license=apache-2.0
     python -m mmr5_train.publish … push_to_hub=USER/NAME
 
-Reads what the stages left: how the checkpoint was trained, from which one, on what, and what the evaluation gave
-it. Writes README.md into the checkpoint's folder, in the hub's own format (huggingface.co/docs/hub/model-cards).
-Nothing leaves the machine without `push_to_hub`; the token is the hub's own (`hf auth login`, or HF_TOKEN).
+Reads the manifests of the stages that trained the checkpoint, and its results in an evaluation. Writes README.md
+into the checkpoint's folder, in the hub's format (huggingface.co/docs/hub/model-cards). Uploads only with
+`push_to_hub`, with the token of `hf auth login` or HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ FIGURES = {"recall@1": "Recall@1", "recall@3": "Recall@3", "recall@5": "Recall@5
 
 
 class PublishStage(BaseModel):
-    """`python -m mmr5_train.publish` (configs/publish.yaml)."""
+    """Config of `python -m mmr5_train.publish` (configs/publish.yaml)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    checkpoint: Path = Field(description="a checkpoint that sft or grpo wrote: its folder model/ or best/")
-    evaluation: Path | None = Field(default=None, description="folder of the evaluate stage that ranked with it")
-    license: str = Field(description="identifier of the checkpoint's licence; the base model's own binds it")
-    data: str = Field(default="", description="what it was trained on, in a sentence")
-    push_to_hub: str | None = Field(default=None, description="USER/NAME: upload it there")
+    checkpoint: Path = Field(description="checkpoint folder model/ or best/ of sft or grpo")
+    evaluation: Path | None = Field(default=None, description="evaluate folder that ranked with it")
+    license: str = Field(description="license identifier; must be compatible with the base model's")
+    data: str = Field(default="", description="the training data in a sentence")
+    push_to_hub: str | None = Field(default=None, description="repository to upload to, as USER/NAME")
     private: bool = True
 
 
@@ -44,17 +44,19 @@ def main(config: PublishStage) -> None:
     card = model_card(config)
     with atomic_write(config.checkpoint / "README.md", "w") as stream:
         stream.write(str(card))
-    print(f"publish: a model card in {config.checkpoint / 'README.md'}")
+    print(f"publish: model card in {config.checkpoint / 'README.md'}")
     if config.push_to_hub:
         print(f"publish: {push(config)}")
 
 
 def model_card(config: PublishStage) -> ModelCard:
-    """The card, metadata included. Raises `InputError` for a folder that is no checkpoint of this project."""
+    """The card with its metadata. Raises `InputError` if the folder is not a checkpoint of this project."""
     if not (config.checkpoint / SETTINGS).is_file():
-        raise InputError(f"{config.checkpoint} holds no {SETTINGS}; give model/ or best/ of an sft or grpo folder")
+        raise InputError(
+            f"checkpoint: {config.checkpoint} has no {SETTINGS}; give model/ or best/ of an sft or grpo folder"
+        )
     stages = training_stages(config.checkpoint)
-    row = evaluated(config.evaluation, config.checkpoint) if config.evaluation else None
+    row = evaluation_row(config.evaluation, config.checkpoint) if config.evaluation else None
     base = stages[-1]["config"]["model"]["path"]
     results = [
         EvalResult(
@@ -93,33 +95,42 @@ def model_card(config: PublishStage) -> ModelCard:
 
 
 def training_stages(model: Path) -> list[dict[str, Any]]:
-    """The manifests of the stages that trained a checkpoint, the last one first."""
+    """The manifests of the stages that trained a checkpoint, the latest first."""
     stages = [read_manifest(model.parent)]
-    while (before := Path(stages[-1]["config"]["model"]["path"]).parent / "manifest.json").is_file():
-        stages.append(read_manifest(before.parent))
+    while (manifest := Path(stages[-1]["config"]["model"]["path"]).parent / "manifest.json").is_file():
+        stages.append(read_manifest(manifest.parent))
     return stages
 
 
-def evaluated(folder: Path, model: Path) -> dict[str, Any]:
-    """The results of the system that is this checkpoint, with the data they are from."""
+def evaluation_row(folder: Path, model: Path) -> dict[str, Any]:
+    """The row of results.json of this checkpoint, with `data`, the file of the evaluated questions.
+
+    Raises `InputError` if the checkpoint is not one of the evaluation's systems.
+    """
     manifest = read_manifest(folder)
-    systems = manifest["config"]["systems"]
+    checkpoints = {
+        name: system if isinstance(system, str) else system.get("checkpoint")
+        for name, system in manifest["config"]["systems"].items()
+    }
     for row in json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]:
-        path = systems.get(row["system"])
-        if path is not None and Path(path).resolve() == model.resolve():
+        checkpoint = checkpoints.get(row["system"])
+        if checkpoint is not None and Path(checkpoint).resolve() == model.resolve():
             return {**row, "data": manifest["config"]["data"]}
-    raise InputError(f"evaluation: none of {folder}'s systems is {model} (found: {', '.join(systems.values())})")
+    found = ", ".join(checkpoint for checkpoint in checkpoints.values() if checkpoint)
+    raise InputError(f"evaluation: no system of {folder} is {model} (found: {found})")
 
 
 def push(config: PublishStage) -> str:
-    """Uploads the folder to the hub; the page's address."""
+    """Uploads the checkpoint folder to the hub. Returns the address of the model page."""
     api, repo = HfApi(), str(config.push_to_hub)
     try:
         api.create_repo(repo, private=config.private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=config.checkpoint)
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"push_to_hub: {repo}: {reason}; the card is written, nothing was removed") from None
+        raise InputError(
+            f"push_to_hub: {repo}: {reason}; the model card was written, and the same command tries again"
+        ) from None
     return f"https://huggingface.co/{repo}"
 
 

@@ -1,12 +1,17 @@
-"""A recipe: every stage from documents to a report, with the choices of one experiment.
+"""Runs all stages of an experiment, from documents to a report.
 
     python -m mmr5_train.recipe experiment=mm_r5 out=outputs/mm_r5 launch=zero2
     python -m mmr5_train.recipe experiment=[recommended,no_think] size=tiny
     python -m mmr5_train.recipe -m experiment=recommended,sft_only seed=0,1 size=tiny 'out=outputs/${name}-${seed}'
 
-Prints where the recipe departs from MM-R5 as published, then each stage's command before it runs. A stage that
-was made already with the same settings, from the same files, is not made again: a recipe that was stopped goes
-on with the same command, and recipes may share a folder (`shared`) for what they have in common.
+A recipe (configs/recipe.yaml with options of `experiment` and `size`) lists, for each stage, the values that
+differ from the stage's own config. This command turns them into Hydra overrides, composes each stage's config from
+configs/<stage>.yaml and those overrides, and runs the stages in order. It first prints each setting that differs
+from MM-R5 as published, and before each stage the command that would run it.
+
+It skips a stage whose folder already holds the result of the same config and unchanged input files. After the
+first stage that runs, it runs all later stages, because they read new inputs. An interrupted stage resumes. So the
+same command continues a recipe that was stopped, and recipes can share stages through the folder `shared`.
 """
 
 from __future__ import annotations
@@ -17,9 +22,10 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 from pydantic import Field
@@ -29,118 +35,159 @@ from mmr5_train import distill, evaluate, grpo, report, select, sft
 from mmr5_train.common.config import CONFIGS, StageConfig, compose_stage, config_path, group_choices, run_stage
 from mmr5_train.common.files import RECIPE, InputError, file_hash, is_unfinished, read_manifest, write_json
 
-# Name in a recipe → (the stage's module, its config model, its entry config), in the order in which they run.
-STAGES: dict[str, tuple[Any, type[StageConfig], str]] = {
-    "corpus": (synthetic, synthetic.SyntheticStage, "synthetic"),
-    "heldout": (candidates, candidates.CandidatesStage, "candidates"),
-    "candidates": (candidates, candidates.CandidatesStage, "candidates"),
-    "traces": (traces, traces.TracesStage, "traces"),
-    "sft": (sft, sft.SftStage, "sft"),
-    "select": (select, select.SelectStage, "select"),
-    "grpo": (grpo, grpo.GrpoStage, "grpo"),
-    "evaluate": (evaluate, evaluate.EvaluateStage, "evaluate"),
-    "teach": (evaluate, evaluate.EvaluateStage, "evaluate"),
-    "distill": (distill, distill.DistillStage, "distill"),
-    "modes": (evaluate, evaluate.EvaluateStage, "evaluate"),
-    "report": (report, report.ReportStage, "report"),
+
+class Stage(NamedTuple):
+    """A stage of a recipe: the module with its `main`, its config model, and the name of its entry config."""
+
+    module: ModuleType
+    model: type[StageConfig]
+    entry: str
+
+
+# The stages by their name in a recipe, in the order in which they run.
+STAGES: dict[str, Stage] = {
+    "corpus": Stage(synthetic, synthetic.SyntheticStage, "synthetic"),
+    "heldout": Stage(candidates, candidates.CandidatesStage, "candidates"),
+    "candidates": Stage(candidates, candidates.CandidatesStage, "candidates"),
+    "traces": Stage(traces, traces.TracesStage, "traces"),
+    "sft": Stage(sft, sft.SftStage, "sft"),
+    "select": Stage(select, select.SelectStage, "select"),
+    "grpo": Stage(grpo, grpo.GrpoStage, "grpo"),
+    "evaluate": Stage(evaluate, evaluate.EvaluateStage, "evaluate"),
+    "teach": Stage(evaluate, evaluate.EvaluateStage, "evaluate"),
+    "distill": Stage(distill, distill.DistillStage, "distill"),
+    "modes": Stage(evaluate, evaluate.EvaluateStage, "evaluate"),
+    "report": Stage(report, report.ReportStage, "report"),
 }
+# Stages that run under `accelerate launch` if `launch` is set.
 LAUNCHED = ("sft", "grpo")
-# Where things are, and seeds: no departure by themselves.
-PLACES = ("out", "data", "overwrite", "seed", "model.path", "seen", "questions", "systems", "exclude")
+# Settings that don't count as departures from MM-R5: paths and seeds.
+NOT_COMPARED = ("out", "data", "overwrite", "seed", "model.path", "seen", "questions", "systems", "exclude")
 
 
 class RecipeStage(StageConfig):
-    """`python -m mmr5_train.recipe` (configs/recipe.yaml)."""
+    """Config of `python -m mmr5_train.recipe` (configs/recipe.yaml)."""
 
     name: str
-    shared: Path = Field(description="folder of what recipes have in common")
-    folders: dict[str, Path] = Field(description="where the stages put what another recipe may share")
+    shared: Path = Field(description="folder of the stages that recipes share")
+    folders: dict[str, Path] = Field(description="output folders of the stages that recipes may share")
     launch: str | None = Field(default=None, description="accelerate's config for sft and grpo: a name or a file")
-    leave_out: list[str] = Field(default=[], description="stages that are not made")
-    stages: dict[str, dict[str, Any] | None] = Field(description="what each stage is told; null: nothing, none")
+    leave_out: list[str] = Field(default=[], description="stages that don't run")
+    stages: dict[str, dict[str, Any] | None] = Field(
+        description="stage → the values that differ from its own config; null: the stage doesn't run"
+    )
 
 
 def main(config: RecipeStage) -> None:
-    commands = stage_commands(config)
+    overrides = stage_overrides(config)
     for line in departures(config):
         print(f"  {line}")
-    run_commands(commands, config)
+    run_stages(overrides, config)
 
 
-def stage_commands(config: RecipeStage) -> dict[str, list[str]]:
-    """The overrides of each stage of the recipe, in the order in which they run."""
+def stage_overrides(config: RecipeStage) -> dict[str, list[str]]:
+    """The Hydra overrides of each stage that runs, in the order in which the stages run.
+
+    Raises `InputError` if `stages` or `leave_out` names an unknown stage.
+    """
     for field, names in (("stages", config.stages), ("leave_out", config.leave_out)):
         if unknown := sorted(set(names) - set(STAGES)):
             raise InputError(f"{field}: no stage is called {unknown[0]} (choices: {', '.join(STAGES)})")
-    names = [name for name in STAGES if name not in config.leave_out]
-    told = {name: values for name in names if (values := config.stages.get(name)) is not None}
-    if "report" in told:
-        folders = {name: values["out"] for name, values in told.items() if "out" in values}
-        shown: dict[str, Any] = {name: folders[name] for name in ("sft", "grpo", "modes") if name in folders}
-        data = [
-            folders[name] for name in ("corpus", "heldout", "candidates", "traces", "select") if name in folders
-        ]
-        told["report"] = {"evaluation": folders.get("evaluate"), **shown, "data": data, **told["report"]}
-    return {
-        name: [
-            f"{key}={written(value)}" for key, value in told_apart(STAGES[name][2], values) if value is not None
-        ]
-        for name, values in told.items()
+    values_by_stage = {
+        name: values
+        for name in STAGES
+        if name not in config.leave_out and (values := config.stages.get(name)) is not None
     }
+    if "report" in values_by_stage:
+        values_by_stage["report"] = report_inputs(values_by_stage) | values_by_stage["report"]
+    return {name: to_overrides(STAGES[name].entry, values) for name, values in values_by_stage.items()}
 
 
-def told_apart(entry: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What a stage is told, with the fields of `trainer` that its entry config does not name added one by one."""
+def report_inputs(values_by_stage: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The folders that the report reads: those of the recipe's other stages."""
+    folders = {name: values["out"] for name, values in values_by_stage.items() if "out" in values}
+    inputs: dict[str, Any] = {"evaluation": folders.get("evaluate")}
+    inputs |= {name: folders[name] for name in ("sft", "grpo", "modes") if name in folders}
+    data = [folders[name] for name in ("corpus", "heldout", "candidates", "traces", "select") if name in folders]
+    return inputs | {"data": data}
+
+
+def to_overrides(entry: str, values: Mapping[str, Any]) -> list[str]:
+    """Hydra overrides that set these values in an entry config; a value of None is omitted.
+
+    Hydra needs a "+" to add a field that the config does not have. `trainer` accepts every field of TRL's
+    arguments, so those that the entry config does not list are added one by one.
+    """
+    overrides = []
     for key, value in values.items():
         if key == "trainer":
-            named = OmegaConf.select(OmegaConf.load(CONFIGS / f"{entry}.yaml"), key)
-            yield key, {field: given for field, given in value.items() if field in named}
-            yield from ((f"+{key}.{field}", given) for field, given in value.items() if field not in named)
-        else:
-            yield key, value
+            listed = OmegaConf.select(OmegaConf.load(CONFIGS / f"{entry}.yaml"), key)
+            overrides.append(to_override(key, {field: v for field, v in value.items() if field in listed}))
+            added = {f"+{key}.{field}": v for field, v in value.items() if field not in listed}
+            overrides += [to_override(field, v) for field, v in added.items() if v is not None]
+        elif value is not None:
+            overrides.append(to_override(key, value))
+    return overrides
 
 
-def written(value: Any) -> str:
-    """A value in Hydra's override grammar (hydra.cc/docs/advanced/override_grammar); nulls in it fall out."""
+def to_override(key: str, value: Any) -> str:
+    return f"{key}={to_override_value(value)}"
+
+
+def to_override_value(value: Any) -> str:
+    """A value in Hydra's override grammar (hydra.cc/docs/advanced/override_grammar); omits dict items of None."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
-        parts = [f"{key}:{written(part)}" for key, part in value.items() if part is not None]
-        return "{" + ",".join(parts) + "}"
+        items = [f"{key}:{to_override_value(item)}" for key, item in value.items() if item is not None]
+        return "{" + ",".join(items) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(written(part) for part in value) + "]"
+        return "[" + ",".join(to_override_value(item) for item in value) + "]"
     if isinstance(value, str) and not re.fullmatch(r"[\w/.+-]+", value):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return str(value)
 
 
-def run_commands(commands: dict[str, list[str]], config: RecipeStage) -> None:
-    """Runs the stages, each as from the command line; those made already stay. Ends with recipe.json."""
+def run_stages(overrides_by_stage: Mapping[str, list[str]], config: RecipeStage) -> None:
+    """Runs the stages in order, skips those that are up to date, and writes recipe.json.
+
+    recipe.json records where each stage wrote and the seconds of its last run.
+    """
     launch = launch_file(config.launch) if config.launch else None
-    anew, made, before = config.overwrite, {}, _seconds_before(config.out / RECIPE)
-    for name, overrides in commands.items():
-        module, model, entry = STAGES[name]
+    recorded_seconds = _recorded_seconds(config.out / RECIPE)
+    inputs_changed = config.overwrite
+    records = {}
+    for name, overrides in overrides_by_stage.items():
+        _, model, entry = STAGES[name]
         stage = compose_stage(model, entry, overrides)
-        made[name] = {"out": str(stage.out), "seconds": before.get(str(stage.out))}
-        if not anew and is_made(stage):
+        seconds = recorded_seconds.get(str(stage.out))
+        if not inputs_changed and is_up_to_date(stage):
             print(f"\n{name}: already in {stage.out}", flush=True)
-            continue
-        anew = True  # what follows reads what this stage writes
-        overwrite = config.overwrite or not is_unfinished(stage.out, entry)  # one that was stopped goes on
-        started = time.monotonic()
-        if launch and name in LAUNCHED:
-            launched = ["accelerate.commands.launch", "--config_file", str(launch), "-m", module.__name__]
-            command = [*launched, *overrides, f"overwrite={written(overwrite)}"]
-            print(f"\n{name}: {shlex.join(['python', '-m', *command])}", flush=True)
-            ended = subprocess.run([sys.executable, "-m", *command])
-            if ended.returncode:
-                raise InputError(f"{name}: ended with {ended.returncode}; its message stands above")
         else:
-            print(f"\n{name}: {shlex.join(['python', '-m', module.__name__, *overrides])}", flush=True)
-            module.main(stage.model_copy(update={"overwrite": overwrite}))
-        made[name]["seconds"] = round(time.monotonic() - started, 1)
+            inputs_changed = True  # of all later stages
+            resume = not config.overwrite and is_unfinished(stage.out, entry)
+            stage = stage.model_copy(update={"overwrite": not resume})
+            seconds = run_one_stage(name, stage, overrides, launch)
+        records[name] = {"out": str(stage.out), "seconds": seconds}
     config.out.mkdir(parents=True, exist_ok=True)
-    write_json(config.out / RECIPE, {"name": config.name, "seed": config.seed, "stages": made})
+    write_json(config.out / RECIPE, {"name": config.name, "seed": config.seed, "stages": records})
+
+
+def run_one_stage(name: str, stage: StageConfig, overrides: list[str], launch: Path | None) -> float:
+    """Prints a stage's command and runs it, in this process or under `accelerate launch`. Returns the seconds."""
+    module = STAGES[name].module
+    started = time.monotonic()
+    if launch and name in LAUNCHED:
+        command = ["accelerate.commands.launch", "--config_file", str(launch), "-m", module.__name__]
+        command += [*overrides, to_override("overwrite", stage.overwrite)]
+        print(f"\n{name}: {shlex.join(['python', '-m', *command])}", flush=True)
+        process = subprocess.run([sys.executable, "-m", *command])
+        if process.returncode:
+            raise InputError(f"{name}: failed with exit code {process.returncode}; see its message above")
+    else:
+        print(f"\n{name}: {shlex.join(['python', '-m', module.__name__, *overrides])}", flush=True)
+        module.main(stage)
+    return round(time.monotonic() - started, 1)
 
 
 def launch_file(name: str) -> Path:
@@ -151,55 +198,54 @@ def launch_file(name: str) -> Path:
     return path
 
 
-def _seconds_before(path: Path) -> dict[str, float]:
-    """By folder, what the stages took that an earlier run of the recipe made."""
+def _recorded_seconds(path: Path) -> dict[str, float]:
+    """Output folder → seconds of the stage, from the recipe.json of an earlier run; empty if there is none."""
     if not path.is_file():
         return {}
-    return {
-        made["out"]: made["seconds"] for made in json.loads(path.read_text(encoding="utf-8"))["stages"].values()
-    }
+    stages = json.loads(path.read_text(encoding="utf-8"))["stages"]
+    return {record["out"]: record["seconds"] for record in stages.values()}
 
 
-def is_made(stage: StageConfig) -> bool:
-    """Whether the stage's folder holds what this config makes, from files that have not changed since."""
+def is_up_to_date(stage: StageConfig) -> bool:
+    """Whether the stage's folder holds the finished result of this config, and the input files are unchanged."""
     try:
         manifest = read_manifest(stage.out)
     except InputError:
         return False
     settings = stage.model_dump(mode="json", exclude={"overwrite"})
-    made = {key: value for key, value in manifest["config"].items() if key != "overwrite"}
-    same_files = all(
+    recorded_settings = {key: value for key, value in manifest["config"].items() if key != "overwrite"}
+    return recorded_settings == settings and all(
         Path(path).is_file() and file_hash(Path(path)) == digest for path, digest in manifest["inputs"].items()
     )
-    return made == settings and same_files
 
 
 def departures(config: RecipeStage) -> Iterator[str]:
-    """A line for each setting that is not MM-R5's, as `stage.field: its value (MM-R5: its value)`."""
-    published = compose_stage(RecipeStage, "recipe", [f"out={written(str(config.out))}"])
-    theirs, ours = resolved(published), resolved(config)
+    """Yields a line for each setting that differs from MM-R5's: `stage.field: value (MM-R5: value)`."""
+    mm_r5 = compose_stage(RecipeStage, "recipe", [to_override("out", str(config.out))])
+    published, settings = stage_settings(mm_r5), stage_settings(config)
     for name in STAGES:
-        if name in ours and name in theirs:
-            for key in sorted(ours[name].keys() | theirs[name].keys()):
-                here, there = ours[name].get(key), theirs[name].get(key)
-                if here != there and not key.startswith(PLACES):
-                    yield f"{name}.{key}: {here} (MM-R5: {there})"
-        elif name in ours or name in theirs:
-            yield f"{name}: {'added' if name in ours else 'left out'}"
+        if name in settings and name in published:
+            for key in sorted(settings[name].keys() | published[name].keys()):
+                value, published_value = settings[name].get(key), published[name].get(key)
+                if value != published_value and not key.startswith(NOT_COMPARED):
+                    yield f"{name}.{key}: {value} (MM-R5: {published_value})"
+        elif name in settings or name in published:
+            yield f"{name}: {'added' if name in settings else 'left out'}"
 
 
-def resolved(config: RecipeStage) -> dict[str, dict[str, Any]]:
-    """Every setting of every stage, by dotted name."""
-    return {
-        name: dict(flat(compose_stage(STAGES[name][1], STAGES[name][2], overrides).model_dump(mode="json")))
-        for name, overrides in stage_commands(config).items()
-    }
+def stage_settings(config: RecipeStage) -> dict[str, dict[str, Any]]:
+    """All settings of each stage that runs, keyed by dotted name."""
+    settings = {}
+    for name, overrides in stage_overrides(config).items():
+        stage = compose_stage(STAGES[name].model, STAGES[name].entry, overrides)
+        settings[name] = dict(flatten(stage.model_dump(mode="json")))
+    return settings
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

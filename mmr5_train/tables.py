@@ -1,12 +1,12 @@
-"""Stage 5, the tables: what was measured, in the frame of MM-R5's published tables.
+"""Puts measured figures into MM-R5's published tables.
 
     python -m mmr5_train.tables 'evaluations={ColQwen: outputs/colqwen/evaluation, DSE: outputs/dse/evaluation}' \\
         'rows={sft: SFT only, grpo: MM-R5}' out=outputs/tables
 
-Reads the results.json of some evaluate folders, each under the name of its first stage. A first stage stands
-against the published one of the same name; `rows` says what the other systems stand against. Rows without a
-counterpart stand alone. Writes tables.md and tables.html: every published row, and below it what was measured,
-with the difference.
+Reads results.json from evaluate folders; `evaluations` maps the name of a first stage to its folder. A first stage
+is compared with the published one of the same name. `rows` says which published row each other system is compared
+with; the remaining systems are listed without a comparison. Writes tables.md and tables.html: every published row,
+followed by the measured rows and their differences from it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from mmr5_train.reporting.views import read_results
 
 
 class TablesStage(StageConfig):
-    """`python -m mmr5_train.tables` (configs/tables.yaml)."""
+    """Config of `python -m mmr5_train.tables` (configs/tables.yaml)."""
 
     evaluations: dict[str, Path] = Field(description="first stage → folder of the evaluate stage")
-    rows: dict[str, str] = Field(description="system → the published row it stands against, e.g. sft: SFT only")
+    rows: dict[str, str] = Field(description="system → the published row it is compared with, e.g. sft: SFT only")
 
     @field_validator("evaluations", "rows", mode="before")
     @classmethod
-    def _none_given(cls, named: Any) -> Any:
-        return {} if named is None else named  # Hydra adds names to a null, not to an empty dict
+    def _null_is_empty(cls, value: Any) -> Any:
+        # The default in the config is null, because Hydra can't add new keys to an empty dict.
+        return {} if value is None else value
 
     @field_validator("evaluations")
     @classmethod
-    def _at_least_one(cls, evaluations: dict[str, Path]) -> dict[str, Path]:
+    def _is_not_empty(cls, evaluations: dict[str, Path]) -> dict[str, Path]:
         if not evaluations:
             raise ValueError("give at least one, such as 'evaluations={ColQwen: outputs/evaluate}'")
         return evaluations
@@ -51,16 +52,17 @@ def main(config: TablesStage) -> None:
         stream.write(markdown(blocks))
     with atomic_write(out / "tables.html") as stream:
         stream.write(tables_page(blocks))
-    beside = sum(row.published is not None for row in measured)
+    compared = sum(row.published is not None for row in measured)
     write_manifest(
         out,
         stage="tables",
         config=config.model_dump(mode="json"),
         inputs=[folder / "results.json" for folder in config.evaluations.values()],
-        counts={"measured": len(measured), "beside_published": beside},
+        counts={"measured": len(measured), "beside_published": compared},
     )
     print(markdown(blocks))
-    print(f"tables: {len(measured)} measured rows, {beside} beside a published one, in {out / 'tables.html'}")
+    counts = f"{len(measured)} measured rows, {compared} with a published counterpart"
+    print(f"tables: {counts}, in {out / 'tables.html'}")
 
 
 if __name__ == "__main__":

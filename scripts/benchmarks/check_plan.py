@@ -27,7 +27,7 @@ from mmr5_train.models.loading import load_model
 from mmr5_train.models.shapes import shape_config
 from mmr5_train.ranking.notes import format_note, join_notes
 from mmr5_train.ranking.records import Candidate, LocalId, PageId, RankingTask, Trace
-from mmr5_train.recipe import LAUNCHED, STAGES, stage_commands
+from mmr5_train.recipe import LAUNCHED, STAGES, stage_overrides
 from mmr5_train.training import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def run_one(stage: str, model: str, tokens: int, experiment: str, folder: Path) 
         plan.PlanStage, "plan", [f"experiment={experiment}", "gpus=1", f"out={folder}/x", *sizes]
     )
     overrides = [
-        o for o in stage_commands(whole)[stage] if not o.startswith(("data=", "out=", "model.path=", "model="))
+        o for o in stage_overrides(whole)[stage] if not o.startswith(("data=", "out=", "model.path=", "model="))
     ]
     data = folder / ("traces.jsonl" if stage == "sft" else "questions.jsonl")
     base = "tiny" if model == "tiny" else f"qwen2_5_vl_{model.lower()}"

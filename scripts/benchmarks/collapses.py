@@ -23,7 +23,7 @@ from typing import Any
 from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import is_unfinished, read_manifest, write_json
 from mmr5_train.evaluation.alarms import read_alarms
-from mmr5_train.recipe import STAGES, is_made
+from mmr5_train.recipe import STAGES, is_up_to_date
 
 ROOT = Path(__file__).resolve().parents[2]
 # name → (what is wrong with it, SFT steps (None: the recipe's), settings of GRPO)
@@ -81,7 +81,7 @@ def grpo_overrides(settings: str) -> list[str]:
 def stage(name: str, out: Path, *overrides: str) -> None:
     """Runs a stage, on one core, unless its folder holds what these settings make."""
     module, model, entry = STAGES[name]
-    if is_made(compose_stage(model, entry, [f"out={out}", *overrides])):
+    if is_up_to_date(compose_stage(model, entry, [f"out={out}", *overrides])):
         print(f"{name}: already in {out}", flush=True)
         return
     anew = [] if is_unfinished(out, entry) else ["overwrite=true"]

@@ -1,4 +1,4 @@
-"""The demo, very small: every stage runs on what the one before it wrote."""
+"""The demo at a very small size: every stage reads the output of the previous one."""
 
 import json
 
@@ -24,20 +24,20 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def demo_folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
     demo.main(compose_stage(RecipeStage, "demo", [f"out={out}", "seed=5", *SMALL]))
     return out
 
 
-def go_on(out):
+def add_modes(out):
     demo.main(
         compose_stage(RecipeStage, "demo", [f"out={out}", "seed=5", *SMALL, "overwrite=false", "leave_out=[]"])
     )
 
 
-def test_the_summary_has_every_figure(made):
-    results = json.loads((made / "results.json").read_text())
+def test_results_have_every_figure(demo_folder):
+    results = json.loads((demo_folder / "results.json").read_text())
     assert results["seed"] == 5
     assert results["seconds"] > 0
     assert [row["system"] for row in results["rows"]] == ["first_stage", "sft", "sft+grpo"]
@@ -55,15 +55,15 @@ def test_the_summary_has_every_figure(made):
         assert difference["mean"] == pytest.approx(rows[2][name] - rows[1][name])
 
 
-def test_the_report_stands_alone(made):
-    html = (made / "report.html").read_text()
+def test_report_is_self_contained(demo_folder):
+    html = (demo_folder / "report.html").read_text()
     assert "<html" in html
     assert "sft+grpo" in html
     assert 'src="http' not in html
     assert html.count("data:image/jpeg;base64") >= 3
 
 
-def test_training_never_saw_a_held_out_document(made):
+def test_training_data_excludes_held_out_documents(demo_folder):
     def documents(path):
         return {
             page["doc_name"]
@@ -71,20 +71,20 @@ def test_training_never_saw_a_held_out_document(made):
             for page in (json.loads(line).get("candidates") or json.loads(line)["shown"])
         }
 
-    heldout = documents(made / "data/heldout.jsonl")
+    heldout = documents(demo_folder / "data/heldout.jsonl")
     assert heldout
-    assert not heldout & documents(made / "traces/traces.jsonl")
-    assert not heldout & documents(made / "select/questions.jsonl")
+    assert not heldout & documents(demo_folder / "traces/traces.jsonl")
+    assert not heldout & documents(demo_folder / "select/questions.jsonl")
 
 
-def test_it_goes_on_to_the_three_modes(made):
+def test_second_run_adds_modes_and_keeps_earlier_stages(demo_folder):
     stages = ("traces", "sft", "grpo", "evaluation")
-    before = json.loads((made / "results.json").read_text())
-    times = [(made / stage / "manifest.json").stat().st_mtime_ns for stage in stages]
+    before = json.loads((demo_folder / "results.json").read_text())
+    times = [(demo_folder / stage / "manifest.json").stat().st_mtime_ns for stage in stages]
     assert "modes" not in before
-    go_on(made)
-    assert times == [(made / stage / "manifest.json").stat().st_mtime_ns for stage in stages]
-    results = json.loads((made / "results.json").read_text())
+    add_modes(demo_folder)
+    assert times == [(demo_folder / stage / "manifest.json").stat().st_mtime_ns for stage in stages]
+    results = json.loads((demo_folder / "results.json").read_text())
     assert {name: results[name] for name in ("seed", "rows", "grpo_minus_sft")} == {
         name: before[name] for name in ("seed", "rows", "grpo_minus_sft")
     }
@@ -95,4 +95,4 @@ def test_it_goes_on_to_the_three_modes(made):
         assert row["seconds_per_question"] > 0
     _, reason, logits = (row["recall@1"] for row in results["modes"])
     assert results["logits_minus_reason"]["recall@1"]["mean"] == pytest.approx(logits - reason)
-    assert "milliseconds a question" in (made / "report.html").read_text()
+    assert "milliseconds a question" in (demo_folder / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""The plan's sizes are those of real models, and its warnings name a knob."""
+"""The plan command: exact model sizes, steps, and warnings with advice."""
 
 import pytest
 
@@ -16,46 +16,46 @@ def compose(*overrides):
 @pytest.mark.parametrize(
     ("path", "billions"), [("3B", 3.75), ("7B", 8.29), ("32B", 33.45)], ids=["3B", "7B", "32B"]
 )
-def test_published_sizes(path, billions):
-    """The parameter counts on the checkpoints' pages."""
+def test_model_shapes_have_the_published_sizes(path, billions):
+    """The parameter counts are those on the checkpoints' hub pages."""
     name = f"Qwen/Qwen2.5-VL-{path}-Instruct"
     assert name in SHAPES
     total = sum(parameter.numel() for parameter in empty_model(name).parameters())
     assert total / 1e9 == pytest.approx(billions, rel=0.01)
 
 
-def test_the_tiny_model_is_counted_exactly(tiny):
+def test_measure_counts_parameters_exactly(tiny):
     model = load_model(tiny)
-    found = plan.measure(tiny)
-    assert found.language + found.vision == sum(p.numel() for p in model.parameters())
-    assert found.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    network = plan.measure(tiny)
+    assert network.language + network.vision == sum(p.numel() for p in model.parameters())
+    assert network.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_the_papers_recipe(capsys):
+def test_plan_of_mm_r5(capsys):
     plan.main(compose("experiment=mm_r5", "gpu=a100_80gb", "gpus=4"))
-    said = capsys.readouterr().out
-    assert "Qwen/Qwen2.5-VL-7B-Instruct: 8.29 billion parameters" in said
-    assert said.count("memory a GPU at the longest prompt") == 2
-    assert "5 pages of 724 × 1024 pixels" in said  # no data has been made
-    assert "WARNING" not in said
-    assert "1,800 updates" not in said
+    output = capsys.readouterr().out
+    assert "Qwen/Qwen2.5-VL-7B-Instruct: 8.29 billion parameters" in output
+    assert output.count("memory per GPU at the longest prompt") == 2
+    assert "5 pages of 724 × 1024 pixels" in output  # without data
+    assert "WARNING" not in output
+    assert "1,800 updates" not in output
 
 
-def test_steps_follow_the_batch():
-    """7,200 examples at 4 GPUs × 4 are 450 updates; 3,000 questions × 4 × 2 at 4 × 2 are 3,000."""
+def test_number_of_updates():
+    """SFT: 7,200 examples ÷ (4 GPUs × 4). GRPO: 3,000 questions × 4 completions × 2 iterations ÷ (4 GPUs × 2)."""
     report = plan.plan(compose("experiment=mm_r5", "gpus=4"))
     assert report["sft"][-1].startswith("450 updates")
     assert report["grpo"][-1].startswith("3,000 updates")
 
 
-def test_what_does_not_fit_is_said_with_the_knob(capsys):
+def test_warning_if_it_does_not_fit(capsys):
     plan.main(compose("experiment=mm_r5", "gpu=rtx_4090", "gpus=1"))
-    said = capsys.readouterr().out
-    assert "WARNING: ddp, zero2, zero3" in said
-    assert "Take a smaller model" in said or "zero3_offload does" in said
+    output = capsys.readouterr().out
+    assert "WARNING: does not fit: ddp, zero2, zero3" in output
+    assert "Use a smaller model" in output or "Use zero3_offload." in output
 
 
-def test_more_gpus_and_smaller_pages_take_less():
+def test_more_gpus_and_smaller_pages_need_less_memory():
     def sums(*overrides):
         config = compose("experiment=recommended", *overrides)
         report = plan.plan(config)["grpo"]
@@ -77,11 +77,11 @@ def test_page_sizes_come_from_the_data(tmp_path, capsys):
     write_records(data / "train.jsonl", read_records(data / "heldout.jsonl", RankingTask))
     write_records(data / "select.jsonl", read_records(data / "heldout.jsonl", RankingTask))
     plan.main(compose("experiment=recommended", "size=tiny", f"shared={tmp_path}/shared", "gpus=1"))
-    said = capsys.readouterr().out
-    assert "6 questions of" in said
-    assert "prompts: 260 tokens, longest 260" in said  # five pages of 3 × 4 visual tokens and the words
+    output = capsys.readouterr().out
+    assert "6 questions of" in output
+    assert "prompts: 260 tokens, longest 260" in output  # 5 pages of 3 × 4 visual tokens, and TEXT_TOKENS
 
 
-def test_an_unknown_card_is_named():
-    with pytest.raises(InputError, match="gpu: no card is called b200 "):
+def test_unknown_gpu_type_is_an_error():
+    with pytest.raises(InputError, match="gpu: unknown GPU type b200 "):
         plan.main(compose("gpu=b200"))

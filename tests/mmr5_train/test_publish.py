@@ -1,4 +1,4 @@
-"""The model card says what the stages left, and nothing leaves the machine unasked."""
+"""The model card is made from manifests and results, and only push_to_hub uploads anything."""
 
 import json
 
@@ -13,14 +13,19 @@ from mmr5_train.models.loading import SETTINGS
 
 @pytest.fixture
 def trained(tmp_path):
-    """sft/model and grpo/model as the stages leave them, without weights, and an evaluation of both."""
+    """Folders of sft, grpo and evaluate as the stages write them, without weights. evaluate ranked with both."""
     for stage, base in (("sft", "Qwen/Qwen2.5-VL-7B-Instruct"), ("grpo", str(tmp_path / "sft/model"))):
         folder = tmp_path / stage / "model"
         folder.mkdir(parents=True)
         write_json(folder / SETTINGS, {"think": True, "max_pixels": 12_845_056})
         config = {"model": {"path": base}, "seed": 42, "trainer": {"learning_rate": 1e-5}}
         write_manifest(tmp_path / stage, stage=stage, config=config, counts={"steps": 7})
-    systems = {stage: str(tmp_path / stage / "model") for stage in ("sft", "grpo")}
+    checkpoints = {stage: str(tmp_path / stage / "model") for stage in ("sft", "grpo")}
+    systems = {
+        "sft": checkpoints["sft"],
+        "server": {"server": {}},
+        "grpo": {"checkpoint": checkpoints["grpo"], "mode": "reason"},
+    }
     evaluation = tmp_path / "evaluation"
     evaluation.mkdir()
     write_manifest(evaluation, stage="evaluate", config={"systems": systems, "data": "heldout.jsonl"})
@@ -36,8 +41,8 @@ def run(*overrides):
     publish.main(compose_stage(publish.PublishStage, "publish", ["license=apache-2.0", *overrides]))
 
 
-def test_the_card(trained, monkeypatch):
-    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: pytest.fail("nobody asked for an upload"))
+def test_model_card(trained, monkeypatch):
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: pytest.fail("uploaded without push_to_hub"))
     run(f"checkpoint={trained}/grpo/model", f"evaluation={trained}/evaluation", "data='7,200 traces of MMDocIR.'")
     card = ModelCard.load(trained / "grpo/model/README.md")
     assert card.data.base_model == "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -51,12 +56,12 @@ def test_the_card(trained, monkeypatch):
     assert "learning_rate: 1.0e-05" in card.text
 
 
-def test_without_an_evaluation(trained):
+def test_card_without_evaluation(trained):
     run(f"checkpoint={trained}/sft/model")
     assert "Not evaluated yet." in ModelCard.load(trained / "sft/model/README.md").text
 
 
-def test_it_is_uploaded_only_when_told_to(trained, monkeypatch, capsys):
+def test_push_to_hub_uploads_the_checkpoint(trained, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(HfApi, "create_repo", lambda _, repo, **rest: calls.append((repo, rest)))
     monkeypatch.setattr(HfApi, "upload_folder", lambda _, **rest: calls.append(rest))
@@ -68,18 +73,20 @@ def test_it_is_uploaded_only_when_told_to(trained, monkeypatch, capsys):
     assert "https://huggingface.co/me/reranker" in capsys.readouterr().out
 
 
-def test_wrong_input(trained, monkeypatch):
-    with pytest.raises(InputError, match=rf"holds no {SETTINGS}; give model/ or best/"):
+def test_invalid_input_is_an_error(trained, monkeypatch):
+    with pytest.raises(InputError, match=rf"has no {SETTINGS}; give model/ or best/"):
         run(f"checkpoint={trained}/grpo")
     best = trained / "grpo/best"
     best.mkdir()
     best.joinpath(SETTINGS).write_text(json.dumps({"think": True, "max_pixels": 1}))
-    with pytest.raises(InputError, match=r"evaluation: none of .*'s systems is .*best"):
+    with pytest.raises(
+        InputError, match=r"evaluation: no system of .* is .*best \(found: .*/sft/model, .*/grpo/model\)"
+    ):
         run(f"checkpoint={best}", f"evaluation={trained}/evaluation")
 
     def refuse(*_, **__):
         raise ValueError("the token is not valid\nand more")
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
-    with pytest.raises(InputError, match="push_to_hub: me/x: the token is not valid; the card is written"):
+    with pytest.raises(InputError, match="push_to_hub: me/x: the token is not valid; the model card was written"):
         run(f"checkpoint={trained}/grpo/model", "push_to_hub=me/x")

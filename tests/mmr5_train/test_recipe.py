@@ -1,4 +1,4 @@
-"""Recipes compose, say where they depart from the paper, and make no stage twice."""
+"""Recipes: composing the stages, reporting departures from the paper, skipping stages that are up to date."""
 
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from mmr5_train.recipe import (
     departures,
     launch_file,
     main,
-    resolved,
-    stage_commands,
-    written,
+    stage_overrides,
+    stage_settings,
+    to_override,
 )
 
 EXPERIMENTS = sorted(path.stem for path in CONFIGS.glob("experiment/*.yaml"))
@@ -37,22 +37,22 @@ def compose(*overrides):
 
 @pytest.mark.parametrize("size", ["full", "tiny"])
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_recipe_fits_its_stages(experiment, size):
+def test_every_experiment_composes(experiment, size):
     config = compose(f"experiment={experiment}", *(["size=tiny"] if size == "tiny" else []))
     assert config.name == experiment
-    settings = resolved(config)
+    settings = stage_settings(config)
     assert list(settings) == [name for name in STAGES if name in settings]
     trained = {f"{settings[stage]['out']}/model" for stage in ("sft", "grpo") if stage in settings}
     assert {value for key, value in settings["evaluate"].items() if key.startswith("systems.")} == trained
 
 
-def test_the_paper_departs_from_itself_in_nothing():
+def test_mm_r5_has_no_departures():
     assert list(departures(compose("experiment=mm_r5", "out=elsewhere", "seed=7"))) == []
 
 
-def test_the_settings_are_the_papers():
-    """MM-R5 (arXiv 2506.12364v2), implementation details."""
-    settings = resolved(compose("experiment=mm_r5"))
+def test_mm_r5_has_the_settings_of_the_paper():
+    """Section "Implementation details" of MM-R5 (arXiv 2506.12364v2)."""
+    settings = stage_settings(compose("experiment=mm_r5"))
     sft, grpo = settings["sft"], settings["grpo"]
     assert (sft["model.lora.r"], sft["model.lora.alpha"], sft["model.lora.plus_ratio"]) == (8, 32, 16)
     assert (grpo["model.lora.r"], grpo["model.lora.alpha"]) == (64, 128)
@@ -64,16 +64,16 @@ def test_the_settings_are_the_papers():
     assert (sft["limit"], sft["model.freeze_vision"], grpo["model.freeze_vision"]) == (7200, True, True)
 
 
-def test_departures_are_named():
+def test_departures_list_changed_settings_and_stages():
     lines = list(departures(compose("experiment=[recommended,no_think]")))
     assert "sft.think: False (MM-R5: True)" in lines
     assert "grpo.reward.name: gated (MM-R5: mm_r5)" in lines
     assert "grpo: left out" in list(departures(compose("experiment=sft_only")))
 
 
-def test_choices_add_up():
+def test_experiments_and_overrides_combine():
     config = compose("experiment=[recommended,rl_only]", "size=tiny", "stages.grpo.trainer.beta=0.1")
-    settings = resolved(config)
+    settings = stage_settings(config)
     assert "sft" not in settings
     assert settings["grpo"]["reward.name"] == "gated"
     assert settings["grpo"]["trainer.beta"] == 0.1
@@ -84,42 +84,42 @@ VALUES = [True, 3, 1e-4, "a", "a/b c.jsonl", "it's", "x,y={}", [1, "b c"], {"a":
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_values_survive_the_command_line(value):
+def test_to_override_is_parsed_back_by_hydra(value):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    [override] = OverridesParser.create().parse_overrides([f"key={written(value)}"])
+    [override] = OverridesParser.create().parse_overrides([to_override("key", value)])
     assert override.value() == value
 
 
-def test_an_unknown_stage_is_named():
+def test_unknown_stage_is_an_error():
     with pytest.raises(InputError, match="stages: no stage is called sftt"):
-        stage_commands(compose("+stages.sftt={think:true}"))
+        stage_overrides(compose("+stages.sftt={think:true}"))
     with pytest.raises(InputError, match="leave_out: no stage is called reprot"):
-        stage_commands(compose("leave_out=[reprot]"))
+        stage_overrides(compose("leave_out=[reprot]"))
 
 
-def test_what_was_made_is_not_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_stages_that_are_up_to_date_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     shared = [f"out={tmp_path}/a", f"shared={tmp_path}/shared", "seed=5", *SMALL]
     main(compose("experiment=[recommended,sft_only]", *shared))
-    said = capsys.readouterr().out
-    assert "already" not in said
+    output = capsys.readouterr().out
+    assert "already" not in output
     assert (tmp_path / "a/report/report.html").is_file()
     weights = tmp_path / "shared/sft/model/model.safetensors"
     first = weights.stat().st_mtime_ns
 
     main(compose("experiment=recommended", *shared, f"out={tmp_path}/b"))
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for stage in ("corpus", "candidates", "traces", "sft"):
-        assert f"{stage}: already in {tmp_path}/shared" in said
+        assert f"{stage}: already in {tmp_path}/shared" in output
     assert weights.stat().st_mtime_ns == first
     assert (tmp_path / "b/grpo/model/model.safetensors").is_file()
 
-    # Another setting, or another input, and the stage is made again, and all that follows it.
+    # A changed setting or input file makes the stage and all later ones run again.
     main(compose("experiment=recommended", *shared, f"out={tmp_path}/b", "stages.grpo.trainer.beta=0.1"))
-    said = capsys.readouterr().out
-    assert "select: already" in said
-    assert "grpo: already" not in said
-    assert "report: already" not in said
+    output = capsys.readouterr().out
+    assert "select: already" in output
+    assert "grpo: already" not in output
+    assert "report: already" not in output
     write_json(tmp_path / "b/grpo/manifest.json", {"finished": False})
     main(compose("experiment=recommended", *shared, f"out={tmp_path}/b", "stages.grpo.trainer.beta=0.1"))
     assert "evaluate: already" not in capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_recipe_of_own_options(tmp_path, monkeypatch):
     )
     monkeypatch.setenv(USER_CONFIGS, str(tmp_path))
     config = compose_stage(RecipeStage, "recipe", ["experiment=mine", "size=tiny", "stages.sft.model=mine"])
-    stage = compose_stage(sft.SftStage, "sft", stage_commands(config)["sft"])
+    stage = compose_stage(sft.SftStage, "sft", stage_overrides(config)["sft"])
     assert (stage.model.path, stage.model.max_pixels, stage.prompt.name) == ("tiny", 8000, "mine")
     assert read_prompt("mine").system == "Rank."
 

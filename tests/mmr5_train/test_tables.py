@@ -1,4 +1,4 @@
-"""The tables: measured rows in the frame of the published ones."""
+"""The tables command: measured rows in the published tables."""
 
 import json
 
@@ -20,17 +20,17 @@ def folder(tmp_path_factory):
 
 
 def run(folder, out, *overrides):
-    wanted = [f"evaluations={{ColQwen: {folder}/colqwen, BM25: {folder}/bm25}}", f"out={out}", *overrides]
-    tables.main(compose_stage(tables.TablesStage, "tables", wanted))
+    arguments = [f"evaluations={{ColQwen: {folder}/colqwen, BM25: {folder}/bm25}}", f"out={out}", *overrides]
+    tables.main(compose_stage(tables.TablesStage, "tables", arguments))
 
 
-def test_both_forms_hold_what_was_measured_and_what_was_published(folder, tmp_path, capsys):
+def test_markdown_and_html_hold_measured_and_published_figures(folder, tmp_path, capsys):
     run(folder, tmp_path / "out", "rows={sft: SFT only, sft+grpo: MM-R5}")
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     text = (tmp_path / "out/tables.md").read_text()
     page = Reader((tmp_path / "out/tables.html").read_text())
-    assert text in said
-    assert "6 measured rows, 3 beside a published one" in said
+    assert text in output
+    assert "6 measured rows, 3 with a published counterpart" in output
     assert read_manifest(tmp_path / "out")["counts"] == {"measured": 6, "beside_published": 3}
     for first_stage in ("ColQwen", "BM25"):
         results = json.loads((folder / first_stage.lower() / "results.json").read_text())
@@ -40,21 +40,21 @@ def test_both_forms_hold_what_was_measured_and_what_was_published(folder, tmp_pa
             assert f"{value} [{ends['low']:.4f}, {ends['high']:.4f}]" in text
             assert f"{value} {ends['low']:.4f} – {ends['high']:.4f}" in page.text
     assert "ColQwen + MM-R5 published 0.6951 0.8520" in page.text
-    against = "ColQwen + sft+grpo measured on 12 questions measured − published"
-    assert page.text.index("ColQwen + MM-R5 published") < page.text.index(against)
+    measured = "ColQwen + sft+grpo measured on 12 questions measured − published"
+    assert page.text.index("ColQwen + MM-R5 published") < page.text.index(measured)
     assert text.count("| difference |") == 3
     assert "treated as exact" in page.text
     assert page.text.endswith("everything in it is in it.")
 
 
-def test_the_same_inputs_give_the_same_bytes(folder, tmp_path):
+def test_output_is_deterministic(folder, tmp_path):
     for name in ("one", "two"):
         run(folder, tmp_path / name)
     for name in ("tables.md", "tables.html"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_wrong_input(folder, tmp_path):
+def test_invalid_input_is_an_error(folder, tmp_path):
     with pytest.raises(InputError, match=r"rows\.sft: no published row is called 'nothing'"):
         run(folder, tmp_path / "out", "rows={sft: nothing}")
     with pytest.raises(InputError, match=r"evaluations: .*give at least one, such as"):

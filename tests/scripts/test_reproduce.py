@@ -24,7 +24,7 @@ def test_three_checkpoints_beside_the_published_figures(tmp_path):
     assert ended.returncode == 0, f"{ended.stdout[-3000:]}\n{ended.stderr[-3000:]}"
     said = ended.stdout
     assert said.count("files, checked, in") == 2
-    assert said.count("memory a GPU at the longest prompt") == 2
+    assert said.count("memory per GPU at the longest prompt") == 2
     assert "sft: already in" in said  # made once for both recipes
     for stage in ("shared/sft", "mm_r5/grpo", "rl_only/grpo"):
         assert read_manifest(tmp_path / "out" / stage)["counts"]["processes"] == 2

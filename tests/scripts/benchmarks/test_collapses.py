@@ -17,10 +17,10 @@ def test_settings_fit_the_stage(name):
 
 
 def test_the_default_is_the_recipe_of_the_demo():
-    from mmr5_train.recipe import RecipeStage, resolved
+    from mmr5_train.recipe import RecipeStage, stage_settings
 
     ours = compose_stage(GrpoStage, "grpo", collapses.grpo_overrides(collapses.RUNS["default"][2]))
-    theirs = resolved(compose_stage(RecipeStage, "demo", []))["grpo"]
+    theirs = stage_settings(compose_stage(RecipeStage, "demo", []))["grpo"]
     for name, value in ours.trainer.items():
         if name != "save_steps":
             assert theirs[f"trainer.{name}"] == value, name

@@ -65,6 +65,7 @@ def run_stage(main: Callable[[StageT], None], model: type[StageT], config_name: 
     task.__module__ = f"mmr5.{config_name}"  # Hydra's --help shows this name
     try:
         _use_user_configs()
+        _check_flags(model, sys.argv[1:])
         _check_groups(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(task)()
     except InputError as error:
@@ -163,6 +164,14 @@ def _use_user_configs() -> None:
         config_folders()
     elif len(folders := config_folders()) > 1:
         sys.argv[1:1] = ["--config-dir", str(folders[1])]
+
+
+def _check_flags(model: type[BaseModel], arguments: Sequence[str]) -> None:
+    """Raises `InputError` for a field that is written as a flag, as in --seed 3."""
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and name.partition(".")[0] in model.model_fields:
+            raise InputError(f"{argument}: fields are not flags; write {name}=…")
 
 
 def _check_groups(overrides: Sequence[str]) -> None:

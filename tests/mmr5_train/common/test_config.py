@@ -121,6 +121,8 @@ def test_help_shows_the_fields_and_the_options_of_a_group(run):
         (["out=a=b"], "out=a=b: can't be read as an override (mismatched input '=' expecting <EOF>); write "),
         (["seed=null"], "seed: Input should be a valid integer, found null"),
         (["tags=x"], "tags: Input should be a list, such as tags=[a,b], found 'x'"),
+        (["--steps", "3"], "--steps: fields are not flags; write steps=…"),
+        (["--teacher.words=3"], "--teacher.words=3: fields are not flags; write teacher.words=…"),
         (["steps.few=1"], "steps.few: no such field; steps is a single value"),
     ],
 )

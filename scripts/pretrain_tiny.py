@@ -1,15 +1,15 @@
-"""The shipped tiny Qwen2.5-VL, and the recipe that rebuilds it.
+"""Pretrains the tiny Qwen2.5-VL that ships with the package.
 
     python scripts/pretrain_tiny.py out=outputs/tiny
 
-A real `Qwen2_5_VLForConditionalGeneration` of about 1.2 million parameters with its own small BPE tokenizer
-that carries Qwen's special tokens. From random weights listwise reranking is not learned in minutes, so the
-model first learns, in the phases of configs/tiny.yaml, to read synthetic pages: to say what is on each page of
-a prompt, and whether that is what the question asks for. This stands in for the pretraining of a real model;
-it has seen no think or answer block and no page of the demo's corpus (other documents, other seeds).
+The model is a `Qwen2_5_VLForConditionalGeneration` of about 1.2 million parameters. Its small BPE tokenizer has
+Qwen's special tokens. A model with random weights does not learn listwise reranking within minutes. So this script
+first trains it, in the phases of configs/tiny.yaml, to read synthetic pages: to describe each page of a prompt,
+and to decide whether it matches the question. This replaces the pretraining of a real model. The model is not
+trained on think or answer blocks, nor on pages of the demo's corpus (other documents, other seeds).
 
-A page must match a question in both colour and kind. Two things make that learnable in minutes: batches whose
-pages are given in words (no pictures, so cheap and easy to bind), and a loss on the verdict by itself, which is
+A page matches a question only if both its colour and its kind match. Two things make that learnable in minutes:
+batches whose pages are text instead of images, which are cheap, and an extra loss on the verdict, which is only
 one token in thirteen.
 """
 
@@ -83,32 +83,32 @@ CHAT_TEMPLATE = """\
 
 
 class Phase(BaseModel):
-    """One phase of training, with a cosine schedule of its own."""
+    """One phase of training, with its own cosine schedule."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: int = Field(ge=0)
-    batch_size: int = Field(gt=0, description="prompts of one page; fewer where prompts are longer")
+    batch_size: int = Field(gt=0, description="prompts per batch if they have one page; fewer for longer prompts")
     learning_rate: float = Field(gt=0)
-    pages: tuple[int, ...] = Field(description="page counts of prompts with pictures, drawn evenly")
-    words: float = Field(ge=0, le=1, description="share of batches whose pages are given in words")
-    easy: float = Field(ge=0, le=1, description="share of other pages that need not resemble what is asked for")
-    verdicts_up_to: int = Field(ge=0, description="prompts of more pages are described without verdicts")
-    order: bool = Field(description="the notes end with a list of all ids, those that help first")
-    key_loss: float = Field(ge=0, description="weight of the loss on the verdicts and that list alone")
+    pages: tuple[int, ...] = Field(description="numbers of pages of prompts with images, sampled uniformly")
+    text_batches: float = Field(ge=0, le=1, description="share of batches whose pages are text, not images")
+    random_negatives: float = Field(ge=0, le=1, description="share of random pages among the irrelevant ones")
+    max_verdict_pages: int = Field(ge=0, description="notes on more pages than this have no verdicts")
+    list_ids: bool = Field(description="the notes end with a list of all ids, relevant ones first")
+    extra_loss: float = Field(ge=0, description="weight of the extra loss on the verdicts and on that list")
 
 
 class TinyStage(StageConfig):
     """`python scripts/pretrain_tiny.py` (configs/tiny.yaml)."""
 
     prompt: Prompt
-    pages: int = Field(gt=0, description="synthetic pages drawn for reading")
+    pages: int = Field(gt=0, description="number of synthetic pages to draw")
     phases: dict[str, Phase] = Field(description="in the order in which they run")
     threads: int = Field(default=2, gt=0)
 
 
 def build_tokenizer(prompt: Prompt) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learned from the synthetic corpus' words and the prompt."""
+    """Trains a byte-level BPE tokenizer on the words of the synthetic corpus and the prompt."""
     tokenizer = Tokenizer(models.BPE())
     pieces = Regex(r" ?\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -124,7 +124,7 @@ def build_tokenizer(prompt: Prompt) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_words(prompt), trainer)
+    tokenizer.train_from_iterator(_training_texts(prompt), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -134,14 +134,17 @@ def build_tokenizer(prompt: Prompt) -> PreTrainedTokenizerFast:
         model_max_length=32_768,
         clean_up_tokenization_spaces=False,
     )
-    fast.add_tokens(list(TAGS))  # one token each, but text: they are read back by the answer grammar
+    fast.add_tokens(
+        list(TAGS)
+    )  # one token each, but not special: decoded text must contain them for the answer parser
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
-def _words(prompt: Prompt) -> Iterator[str]:
+def _training_texts(prompt: Prompt) -> Iterator[str]:
     rng = random.Random(0)
-    # The share of two-page sections that the shipped vocabulary was learned with: another would number it anew.
+    # The share of sections with two relevant pages when the shipped vocabulary was trained: another share would
+    # change the token ids.
     contents = [content for index in range(200) for content in make_document(index, 0, two_relevant=0.3).pages]
     yield from (content.text for content in contents)
     yield from (" ".join((*DOMAINS, *ORGANISATIONS, *TOPICS)) for _ in range(20))
@@ -160,7 +163,7 @@ def build_processor(prompt: Prompt) -> Qwen2_5_VLProcessor:
 
 
 def build_model(processor: Any, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """The architecture with random weights."""
+    """The model with random weights."""
     tokenizer = processor.tokenizer
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     config = Qwen2_5_VLConfig(
@@ -200,15 +203,17 @@ def build_model(processor: Any, seed: int) -> Qwen2_5_VLForConditionalGeneration
 
 
 @dataclass(frozen=True)
-class SeenPage:
+class PoolPage:
+    """A synthetic page; `image` is resized as for the model's input."""
+
     color: str
     kind: str
     description: str
     image: Image.Image
 
 
-def draw_pool(processor: Any, count: int, seed: int, workers: int) -> list[SeenPage]:
-    """Pages of every colour and kind, as the model sees them."""
+def draw_pool(processor: Any, count: int, seed: int, workers: int) -> list[PoolPage]:
+    """Draws `count` pages, with all combinations of colour and kind equally often."""
     rng = random.Random(f"pool {seed}")
     contents = []
     for index in range(count):
@@ -219,94 +224,97 @@ def draw_pool(processor: Any, count: int, seed: int, workers: int) -> list[SeenP
         contents.append(PageContent(title, lines, color, kind, domain, rng.randint(1, 12), rng.getrandbits(32)))
     limits = page_limits(processor)
     with ProcessPoolExecutor(workers) as pool:
-        drawn = tqdm(pool.map(draw_page, contents, chunksize=64), total=count, desc="draw", unit="page")
+        images = tqdm(pool.map(draw_page, contents, chunksize=64), total=count, desc="draw", unit="page")
         return [
-            SeenPage(content.color, content.kind, content.description, prepare_page(image, limits))
-            for content, image in zip(contents, drawn, strict=True)
+            PoolPage(content.color, content.kind, content.description, prepare_page(image, limits))
+            for content, image in zip(contents, images, strict=True)
         ]
 
 
-class Reader:
-    """Examples of page reading: pages of a pool, a question about one of them or none, notes on each."""
+class ExampleSampler:
+    """Samples training examples: pages from a pool, a question, and a note on each page."""
 
-    def __init__(self, pool: list[SeenPage], prompt: Prompt, seed: str) -> None:
+    def __init__(self, pool: list[PoolPage], prompt: Prompt, seed: str) -> None:
         self.rng, self.pool, self.prompt = random.Random(f"reader {seed}"), pool, prompt
-        self.by_look: dict[tuple[str, str], list[SeenPage]] = {}
+        self.by_content: dict[tuple[str, str], list[PoolPage]] = {}
         for page in pool:
-            self.by_look.setdefault((page.color, page.kind), []).append(page)
+            self.by_content.setdefault((page.color, page.kind), []).append(page)
 
     def batch(self, phase: Phase) -> list[dict[str, Any]]:
-        """Prompts of one page count, so that nothing is spent on padding, in TRL's prompt-completion form."""
-        in_words = self.rng.random() < phase.words
-        count = self.rng.choice(range(1, 6) if in_words else phase.pages)
+        """Examples in TRL's prompt-completion format, all with the same number of pages, which avoids padding."""
+        as_text = self.rng.random() < phase.text_batches
+        count = self.rng.choice(range(1, 6) if as_text else phase.pages)
         size = max(1, phase.batch_size * 3 // (2 + count))
-        return [self.example(phase, count, in_words) for _ in range(size)]
+        return [self.example(phase, count, as_text) for _ in range(size)]
 
-    def example(self, phase: Phase, pages: int, in_words: bool) -> dict[str, Any]:
-        """One prompt with `pages` pages, about two in five of them what is asked for."""
+    def example(self, phase: Phase, pages: int, as_text: bool) -> dict[str, Any]:
+        """One example with `pages` pages, of which about 40 % match the question."""
         rng = self.rng
-        asked = rng.choice(COLORS), rng.choice(KINDS)
-        shown = [rng.choice(self.by_look[asked]) if rng.random() < 0.4 else self._other(asked, phase.easy)
-                 for _ in range(pages)]  # fmt: skip
-        what = self.by_look[asked][0].description
+        target = rng.choice(COLORS), rng.choice(KINDS)
+        random_share = phase.random_negatives
+        shown = [
+            rng.choice(self.by_content[target]) if rng.random() < 0.4 else self._negative(target, random_share)
+            for _ in range(pages)
+        ]
+        what = self.by_content[target][0].description
         query = rng.choice(QUERIES).format(what=what, topic=rng.choice(TOPICS))
-        helps = [(page.color, page.kind) == asked for page in shown]
+        helps = [(page.color, page.kind) == target for page in shown]
         notes = [format_note(page.description, help_) for page, help_ in zip(shown, helps, strict=True)]
-        if pages > phase.verdicts_up_to:
+        if pages > phase.max_verdict_pages:
             notes = [f"{page.description}." for page in shown]
         text = join_notes(notes)
-        if phase.order:
+        if phase.list_ids:
             text += f"\n{sorted(range(1, pages + 1), key=lambda i: not helps[i - 1])}"
         messages = build_messages(self.prompt, query, pages)
-        if in_words:
+        if as_text:
             messages = insert_images(
                 messages, [{"type": "text", "text": f"{page.description}."} for page in shown]
             )
         return {
             "prompt": messages,
             "completion": [{"role": "assistant", "content": [{"type": "text", "text": text}]}],
-            "images": [] if in_words else [page.image for page in shown],
+            "images": [] if as_text else [page.image for page in shown],
         }
 
-    def _other(self, asked: tuple[str, str], easy: float) -> SeenPage:
-        """A page that shares the colour or the kind asked for; with probability `easy`, any page."""
-        color, kind = asked
-        if self.rng.random() < easy:
+    def _negative(self, target: tuple[str, str], random_share: float) -> PoolPage:
+        """A page that shares only colour or only kind with `target`; with probability `random_share`, any page."""
+        color, kind = target
+        if self.rng.random() < random_share:
             return self.rng.choice(self.pool)
         if self.rng.random() < 0.5:
             kind = self.rng.choice([k for k in KINDS if k != kind])
         else:
             color = self.rng.choice([c for c in COLORS if c != color])
-        return self.rng.choice(self.by_look[color, kind])
+        return self.rng.choice(self.by_content[color, kind])
 
 
-def train(name: str, phase: Phase, model: Any, processor: Any, reader: Reader) -> None:
-    """Runs one phase."""
+def train(name: str, phase: Phase, model: Any, processor: Any, sampler: ExampleSampler) -> None:
+    """Trains the model for one phase."""
     collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
-    # The first token in which "helps" and "does not help" differ, and the one that opens the list of ids.
+    # The tokens in which "helps" and "does not help" first differ, and the token that opens the list of ids.
     yes, no, opening = (processor.tokenizer(word).input_ids[0] for word in (" helps", " does", "["))
     optimizer = torch.optim.AdamW(model.parameters(), phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, phase.steps // 50, phase.steps)
     model.train()
     bar = tqdm(range(phase.steps), desc=name, unit="step")
     for step in bar:
-        batch = collate(reader.batch(phase))
+        batch = collate(sampler.batch(phase))
         output = model(**batch)
         logits_BTV, labels_BT = output.logits[:, :-1], batch["labels"][:, 1:]
         in_list_BT = ((labels_BT == opening).cumsum(1) > 0) & (labels_BT != -100)
-        is_key_BT = (labels_BT == yes) | (labels_BT == no) | in_list_BT
-        loss, shown = output.loss, {"loss": f"{output.loss.item():.3f}"}
-        if is_key_BT.any():
-            logits_NV, labels_N = logits_BTV[is_key_BT], labels_BT[is_key_BT]
-            loss = loss + phase.key_loss * cross_entropy(logits_NV, labels_N)
-            shown["keys right"] = f"{(logits_NV.argmax(-1) == labels_N).float().mean().item():.2f}"
+        in_extra_loss_BT = (labels_BT == yes) | (labels_BT == no) | in_list_BT
+        loss, metrics = output.loss, {"loss": f"{output.loss.item():.3f}"}
+        if in_extra_loss_BT.any():
+            logits_NV, labels_N = logits_BTV[in_extra_loss_BT], labels_BT[in_extra_loss_BT]
+            loss = loss + phase.extra_loss * cross_entropy(logits_NV, labels_N)
+            metrics["verdict accuracy"] = f"{(logits_NV.argmax(-1) == labels_N).float().mean().item():.2f}"
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if step % 10 == 0:
-            bar.set_postfix(shown)
+            bar.set_postfix(metrics)
 
 
 def main(config: TinyStage) -> None:
@@ -316,7 +324,7 @@ def main(config: TinyStage) -> None:
     model = build_model(processor, config.seed)
     pool = draw_pool(processor, config.pages, config.seed, config.threads)
     for name, phase in config.phases.items():
-        train(name, phase, model, processor, Reader(pool, config.prompt, f"{name} {config.seed}"))
+        train(name, phase, model, processor, ExampleSampler(pool, config.prompt, f"{name} {config.seed}"))
     model.save_pretrained(out)
     processor.save_pretrained(out)
     size = processor.image_processor.size

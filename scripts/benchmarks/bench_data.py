@@ -1,22 +1,25 @@
-"""What the data stages do under load.
+"""Benchmarks of data construction: teacher calls per second, restarts after kills, and large training sets.
 
-    python scripts/benchmarks/bench_data.py  # make bench-data: every kind of row
+    python scripts/benchmarks/bench_data.py  # or: make bench-data; all kinds of rows
     python scripts/benchmarks/bench_data.py --rows throughput  # one kind
     python scripts/benchmarks/bench_data.py --rows faults --questions 60 --kills 3
 
-- *throughput*: traces from a server on this machine that answers after 200 ms, page pictures of about a megapixel,
-  32 calls at once, so that no client can do better than 160 calls a second. Beside it the plain way on the same
-  server: 10 threads, in each one page of a question after the other, the openai client, each page encoded anew.
-  Both times hold everything from the task file to the answers, imports excepted.
-- *faults*: the traces stage, 30 of 100 calls going wrong (429 with Retry-After, 500, reset connection, no answer,
-  cut-off JSON, empty text), while it is killed with SIGKILL at random moments and started anew with the same
-  command. `traces` of `questions` must be there in the end, their bytes the same as those of a run without faults
-  and kills, and `paid_twice` 0: no request was sent again whose answer was in the store at a kill. The server gave
-  more answers: those on the wire at a kill (`lost_on_the_wire`), and those that came when the stage had given the
-  call up (`given_up`; none, unless something else takes the processor for as long as `--timeout`).
-- *corpora*: rows of a training set read, and made into candidates (bench_corpora.py), at two sizes.
+- *throughput*: the traces stage calls a local server that answers after 200 ms, with page images of about one
+  megapixel and 32 concurrent calls, so the upper bound is 160 calls per second. It is compared with a simple
+  script on the same server: 10 threads that each process the pages of a question one after the other, the openai
+  client, and every page encoded for each call. Both times cover everything from reading the task file to the last
+  answer, except imports.
+- *faults*: 30 % of the server's replies are faults (429 with Retry-After, 500, connection reset, no reply,
+  truncated JSON, empty text). The traces stage is killed with SIGKILL at random moments and restarted with the
+  same command. At the end, it must have written `questions` traces with the same bytes as a run without faults and
+  kills. `paid_twice` must be 0: a request whose answer was already in the store at a kill must not be sent again.
+  The server may have sent more answers than the store needed: answers in transit at a kill (`lost_on_the_wire`),
+  and answers after the stage's timeout (`given_up`; 0 unless another program occupies the processor for
+  `--timeout` seconds).
+- *corpora*: reads a training set and builds candidates from it (bench_corpora.py), at two sizes.
 
-Another kind of row: a function of the arguments that returns rows, and its name in ROWS.
+Writes outputs/bench/data.json. To add a kind of row, write a function from the arguments to rows, and add it to
+ROWS.
 """
 
 from __future__ import annotations
@@ -26,7 +29,6 @@ import base64
 import io
 import json
 import os
-import platform
 import random
 import sqlite3
 import subprocess
@@ -40,21 +42,32 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench_common import (
+    OUTPUT,
+    ROOT,
+    Row,
+    argument_parser,
+    at_least,
+    at_most,
+    equal,
+    machine,
+    print_targets,
+    write_results,
+)
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from mmr5_train.common.files import write_json, write_records
+from mmr5_train.common.files import write_records
 from mmr5_train.ranking.records import Candidate, Page, PageId, RankingTask
 
-ROOT = Path(__file__).resolve().parents[2]
 DELAY, CONCURRENCY, PLAIN_THREADS, PAGES = 0.2, 32, 10, 5
-MEGAPIXEL, SMALL = (880, 1136), (120, 160)
-
-Row = dict[str, Any]
+MEGAPIXEL, SMALL = (880, 1136), (120, 160)  # sizes of page images in pixels
+MAX_PEAK_MIB = 1.5e9 / 2**20
+FAULTS_SETTINGS = ("refine=true", f"teacher.concurrency={CONCURRENCY}", "teacher.max_wait=2")
 
 
 def throughput(args: argparse.Namespace) -> list[Row]:
-    """The traces stage and the plain way, in turn, on one server."""
+    """Measures the traces stage and the simple script, one after the other, on one server."""
     from data_construction.traces import TracesStage, main
     from mmr5_train.common.config import compose_stage
 
@@ -62,9 +75,9 @@ def throughput(args: argparse.Namespace) -> list[Row]:
         data = make_tasks(Path(folder), args.calls // PAGES, MEGAPIXEL)
         command = traces_command(data, Path(folder) / "out", f"teacher.concurrency={CONCURRENCY}")
         config = compose_stage(TracesStage, "traces", command)
-        stage = measured(lambda: main(config))
+        stage = time_work(lambda: main(config))
         plain_calls = min(args.calls, 800)
-        plain = measured(lambda: plain_traces(data, plain_calls // PAGES))
+        plain = time_work(lambda: plain_traces(data, plain_calls // PAGES))
         sizes = [path.stat().st_size for path in data.parent.glob("images/*")]
     kilobytes, ideal = sum(sizes) / len(sizes) / 1000, CONCURRENCY / DELAY
     rows: list[Row] = []
@@ -79,7 +92,7 @@ def throughput(args: argparse.Namespace) -> list[Row]:
 
 
 def plain_traces(data: Path, questions: int) -> None:
-    """Notes as a short script would get them: the same words to the same server."""
+    """Gets the notes as a simple script would: the same prompts and the same server, without the stage."""
     import openai
 
     from data_construction.teacher.vision import OpenAIConfig
@@ -98,11 +111,14 @@ def plain_traces(data: Path, questions: int) -> None:
             with Image.open(data.parent / page.image) as image:
                 image.convert("RGB").save(stream, "JPEG", quality=90)
             url = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
-            picture: Any = {"type": "image_url", "image_url": {"url": url}}
-            asked: Any = {"type": "text", "text": teacher.explain_text(task.query, page.id in task.positives, 40)}
+            image_part: Any = {"type": "image_url", "image_url": {"url": url}}
+            text_part: Any = {
+                "type": "text",
+                "text": teacher.explain_text(task.query, page.id in task.positives, 40),
+            }
             messages: Any = [
                 {"role": "system", "content": teacher.system},
-                {"role": "user", "content": [picture, asked]},
+                {"role": "user", "content": [image_part, text_part]},
             ]
             reply = client.chat.completions.create(model="m", messages=messages, max_completion_tokens=1024)
             notes.append(reply.choices[0].message.content)
@@ -114,46 +130,57 @@ def plain_traces(data: Path, questions: int) -> None:
 
 
 def faults(args: argparse.Namespace) -> list[Row]:
-    """A run that is killed again and again while the server makes trouble, and one that nothing befalls."""
-    rng = random.Random(args.seed)
+    """Compares a run with faults and kills to a run without them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = make_tasks(folder, args.questions, SMALL)
         with chat_server("--delay", "0.02"):
-            run_to_the_end(traces_command(data, folder / "calm", *CALM))
+            run_to_the_end(traces_command(data, folder / "reference", *FAULTS_SETTINGS))
         with chat_server("--delay", str(args.delay), "--faults", "0.3") as base_url:
-            command = traces_command(
-                data, folder / "out", *CALM, f"teacher.timeout={args.timeout}", "teacher.attempts=12"
-            )
-            store, lost, before = folder / "out.answers.sqlite", 0, dict[str, int]()
-            safe: dict[str, int] = {}  # how often an answer had been given when it was first seen in the store
+            settings = (*FAULTS_SETTINGS, f"teacher.timeout={args.timeout}", "teacher.attempts=12")
+            command = traces_command(data, folder / "out", *settings)
             started = time.monotonic()
-            for kill in tqdm(range(args.kills), desc="kills", disable=args.kills < 5):
-                goal = args.questions * (PAGES + 1) * (kill + rng.uniform(0.2, 1)) / (args.kills + 1)
-                kill_at(command, folder, lambda goal=goal: ask(base_url, "counts")["distinct"] >= goal)
-                given, kept = ask(base_url, "answers"), stored(store)
-                lost += sum(count > before.get(text, 0) and text not in kept for text, count in given.items())
-                safe = {text: given[text] for text in kept} | safe
-                before = given
+            stored_counts, lost = kill_repeatedly(command, folder, base_url, args)
             run_to_the_end(command)
-            seconds, seen = time.monotonic() - started, ask(base_url, "counts")
-            given = ask(base_url, "answers")
-        paid_twice = sum(given[text] - count for text, count in safe.items())
-        same = (folder / "out/traces.jsonl").read_bytes() == (folder / "calm/traces.jsonl").read_bytes()
-        found = sum(1 for _ in (folder / "out/traces.jsonl").open())
-        made = {key: seen[key] for key in seen if key not in ("requests", "answered", "distinct")}
-        repeated = seen["answered"] - seen["distinct"]
+            seconds, counts = time.monotonic() - started, query_server(base_url, "counts")
+            sent = query_server(base_url, "answers")
+        paid_twice = sum(sent[text] - count for text, count in stored_counts.items())
+        repeated = counts["answered"] - counts["distinct"]
+        traces = (folder / "out/traces.jsonl").read_bytes()
         return [
-            {"kind": "faults", "questions": args.questions, "traces": found, "same_bytes": same,
-             "kills": args.kills, "requests": seen["requests"], "answered": seen["answered"],
-             "stored": len(stored(store)), "lost_on_the_wire": lost,
+            {"kind": "faults", "questions": args.questions, "traces": len(traces.splitlines()),
+             "same_bytes": traces == (folder / "reference/traces.jsonl").read_bytes(),
+             "kills": args.kills, "requests": counts["requests"], "answered": counts["answered"],
+             "stored": len(stored_texts(folder / "out.answers.sqlite")), "lost_on_the_wire": lost,
              "given_up": repeated - lost - paid_twice, "paid_twice": paid_twice, "seconds": seconds,
-             "faults": made}
+             "faults": {key: counts[key] for key in counts if key not in ("requests", "answered", "distinct")}}
         ]  # fmt: skip
 
 
+def kill_repeatedly(
+    command: list[str], folder: Path, base_url: str, args: argparse.Namespace
+) -> tuple[dict[str, int], int]:
+    """Starts the stage and kills it, `args.kills` times.
+
+    Returns, for each answer in the store at a kill, how often the server had sent it when it was first seen there,
+    and the number of answers that the server sent but that a kill prevented from reaching the store.
+    """
+    rng = random.Random(args.seed)
+    calls = args.questions * (PAGES + 1)
+    stored_counts: dict[str, int] = {}
+    lost, sent_before = 0, dict[str, int]()
+    for kill in tqdm(range(args.kills), desc="kills", disable=args.kills < 5):
+        goal = calls * (kill + rng.uniform(0.2, 1)) / (args.kills + 1)
+        kill_at(command, folder, lambda goal=goal: query_server(base_url, "counts")["distinct"] >= goal)
+        sent, stored = query_server(base_url, "answers"), stored_texts(folder / "out.answers.sqlite")
+        lost += sum(count > sent_before.get(text, 0) and text not in stored for text, count in sent.items())
+        stored_counts = {text: sent[text] for text in stored} | stored_counts
+        sent_before = sent
+    return stored_counts, lost
+
+
 def corpora(args: argparse.Namespace) -> list[Row]:
-    """The training-set reader and the candidates stage at two sizes: does ten times as much cost ten times?"""
+    """Measures the training-set reader and the candidates stage, with a tenth of the pages and with all of them."""
     from bench_corpora import run_all
 
     return [{"kind": "corpora", **row} for row in run_all([args.pages // 10, args.pages])]
@@ -164,11 +191,32 @@ ROWS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "faults": faults,
     "corpora": corpora,
 }
-CALM = ("refine=true", f"teacher.concurrency={CONCURRENCY}", "teacher.max_wait=2")
+
+
+def targets(rows: list[Row]) -> list[Row]:
+    """The targets of the kinds of rows that were measured."""
+    found = []
+    for row in rows:
+        if row["kind"] == "throughput" and row["way"] == "stage":
+            found.append(at_least("share of the ideal call rate", row["share_of_ideal"], 0.85))
+        if row["kind"] == "faults":
+            found.append(equal("traces after the kills", row["traces"], row["questions"]))
+            found.append(equal("traces equal those of an undisturbed run, byte for byte", row["same_bytes"], True))
+            found.append(equal("stored answers that were requested again", row["paid_twice"], 0))
+    corpora_rows = [row for row in rows if row["kind"] == "corpora"]
+    for what in ("read", "candidates"):
+        sizes = [row for row in corpora_rows if row["what"] == what]
+        if sizes:
+            small, large = sizes
+            name = f"{what}, {large['rows']} rows"
+            found.append(at_most(f"{name}: peak memory in MiB", large["peak_mib"], MAX_PEAK_MIB))
+            slowdown = large["seconds"] / small["seconds"] / (large["rows"] / small["rows"])
+            found.append(at_most(f"{name}: seconds per row, relative to a tenth of the rows", slowdown, 1.2))
+    return found
 
 
 def make_tasks(folder: Path, questions: int, size: tuple[int, int]) -> Path:
-    """train.jsonl, pages.jsonl and JPEG pages full of lines, ten a document; five pages a question."""
+    """Writes train.jsonl, pages.jsonl and JPEG pages full of text: ten pages per document, five per question."""
     rng = random.Random(0)
     (folder / "images").mkdir()
     documents = max(1, min(20, questions // 10))
@@ -205,7 +253,7 @@ def traces_command(data: Path, out: Path, *overrides: str) -> list[str]:
 
 @contextmanager
 def chat_server(*options: str) -> Iterator[str]:
-    """scripts/benchmarks/chat_server.py in a process of its own; the environment points to it."""
+    """Runs chat_server.py as a separate process, and sets the environment variables of the openai client to it."""
     command = [sys.executable, str(ROOT / "scripts/benchmarks/chat_server.py"), *options]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -218,15 +266,15 @@ def chat_server(*options: str) -> Iterator[str]:
         server.wait()
 
 
-def ask(base_url: str, what: str) -> dict[str, int]:
-    """The server's `counts` or `answers`."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(f"{base_url}/{what}", timeout=20) as reply:
+def query_server(base_url: str, what: str) -> dict[str, int]:
+    """Gets the server's `counts` or `answers`."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # without a proxy
+    with opener.open(f"{base_url}/{what}", timeout=20) as reply:
         return json.load(reply)
 
 
-def stored(store: Path) -> set[str]:
-    """The texts in a store that are not empty."""
+def stored_texts(store: Path) -> set[str]:
+    """The non-empty answers in a store."""
     with closing(sqlite3.connect(store, timeout=30)) as connection:
         return {text for (text,) in connection.execute("SELECT text FROM answers WHERE text != ''")}
 
@@ -236,52 +284,50 @@ def stage_command(command: list[str]) -> list[str]:
 
 
 def kill_at(command: list[str], folder: Path, reached: Callable[[], bool]) -> None:
-    """Runs the stage and kills it once enough is answered: the goal is random, and so is the moment."""
-    with (folder / "log.txt").open("ab") as log:
-        stage = subprocess.Popen(stage_command(command), cwd=ROOT, stdout=log, stderr=log)
+    """Starts the stage and kills it as soon as `reached()` is true."""
+    log = folder / "log.txt"
+    with log.open("ab") as stream:
+        stage = subprocess.Popen(stage_command(command), cwd=ROOT, stdout=stream, stderr=stream)
     while stage.poll() is None and not reached():
         time.sleep(0.01)
     if stage.poll() is not None:
-        raise SystemExit(
-            f"bench-data: the stage ended before it was killed:\n{(folder / 'log.txt').read_text()[-2000:]}"
-        )
+        raise SystemExit(f"bench-data: the stage ended before it was killed:\n{log.read_text()[-2000:]}")
     stage.kill()
     stage.wait()
 
 
 def run_to_the_end(command: list[str]) -> None:
-    ended = subprocess.run(stage_command(command), cwd=ROOT, capture_output=True, text=True)
-    if ended.returncode:
-        raise SystemExit(f"bench-data: the stage failed:\n{ended.stderr[-3000:]}")
+    process = subprocess.run(stage_command(command), cwd=ROOT, capture_output=True, text=True)
+    if process.returncode:
+        raise SystemExit(f"bench-data: the stage failed:\n{process.stderr[-3000:]}")
 
 
-def measured(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds by the clock, and of this process's CPU time."""
+def time_work(work: Callable[[], Any]) -> tuple[float, float]:
+    """Wall-clock seconds, and seconds of this process's CPU time."""
     clock, cpu = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - clock, time.process_time() - cpu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--calls", type=int, default=3200, help="throughput: calls of the stage")
-    parser.add_argument("--questions", type=int, default=2000, help="faults: questions, five pages each")
-    parser.add_argument("--kills", type=int, default=20, help="faults: SIGKILLs")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="kinds of rows")
+    parser.add_argument("--calls", type=int, default=3200, help="throughput: calls that the stage makes")
+    parser.add_argument("--questions", type=int, default=2000, help="faults: questions with five pages each")
+    parser.add_argument("--kills", type=int, default=20, help="faults: number of SIGKILLs")
     parser.add_argument("--delay", type=float, default=0.05, help="faults: seconds before a reply")
-    parser.add_argument("--timeout", type=float, default=10, help="faults: seconds until a call is given up")
-    parser.add_argument("--pages", type=int, default=100_000, help="corpora: pages, and as many questions")
+    parser.add_argument("--timeout", type=float, default=10, help="faults: timeout of a call in seconds")
+    parser.add_argument("--pages", type=int, default=100_000, help="corpora: pages, with one question each")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench/data.json")
+    parser.add_argument("--out", type=Path, default=OUTPUT / "data.json")
     args = parser.parse_args()
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     rows: list[Row] = []
     for kind in args.rows:
         for row in ROWS[kind](args):
             rows.append(row)
             print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}))
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, {"rows": rows, "machine": machine})
+        write_results(args.out, {"rows": rows, "machine": machine()}, targets(rows))
+    print_targets(targets(rows))
     print(f"bench-data: {len(rows)} rows in {args.out}")
 
 

@@ -1,12 +1,12 @@
-"""A chat completion endpoint for measurements: it answers after a delay, or makes trouble, and counts both.
+"""A chat completion server for benchmarks. It answers after a delay, injects faults, and counts both.
 
     python scripts/benchmarks/chat_server.py --delay 0.2                  # prints its base URL
-    python scripts/benchmarks/chat_server.py --delay 0.05 --faults 0.3    # 30 % of the calls go wrong, in six ways
+    python scripts/benchmarks/chat_server.py --delay 0.05 --faults 0.3    # 30 % of the calls fail, in six ways
 
-The answer depends on the question, the page and the label that are asked about, and on nothing else; no two are
-alike. `GET /counts` says how many requests came, how many were answered well (`answered`), how many of these
-answers were different (`distinct`), and which faults were made; `GET /answers` says how often each answer was
-given. It does as little as it can, since it shares its machine with what is measured.
+The answer depends only on the question, the page and the relevance label in the request, and differs for each
+combination. `GET /counts` returns the number of requests, of valid answers (`answered`), of different valid
+answers (`distinct`), and of each kind of fault. `GET /answers` returns how often each answer was sent. The server
+does as little work as possible, since it shares the machine with the program that is measured.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ _LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 _REASON = {200: "OK", 429: "Too Many Requests", 500: "Internal Server Error"}
 
 
-class Counts:
-    """What every connection of the server shares."""
+class ServerState:
+    """The state that all connections share: settings and counts."""
 
     def __init__(self, delay: float, faults: float, seed: int) -> None:
-        self.delay, self.faults, self.random = delay, faults, random.Random(seed)
+        self.delay, self.fault_rate, self.random = delay, faults, random.Random(seed)
         self.requests = 0
         self.answers: Counter[str] = Counter()
-        self.made: Counter[str] = Counter()
+        self.faults_sent: Counter[str] = Counter()
 
     def report(self, path: bytes) -> dict[str, int]:
         if path.startswith(b"GET /v1/answers"):
             return self.answers
         answered = {"answered": self.answers.total(), "distinct": len(self.answers)}
-        return {"requests": self.requests, **answered, **self.made}
+        return {"requests": self.requests, **answered, **self.faults_sent}
 
 
 class Endpoint(asyncio.BufferedProtocol):
-    """One connection: a request, its reply, the next request."""
+    """One connection, which handles one request after the other."""
 
-    def __init__(self, counts: Counts) -> None:
-        self.counts, self.buffer, self.received = counts, bytearray(1 << 18), bytearray()
-        self.body_at = self.expected = 0
+    def __init__(self, state: ServerState) -> None:
+        self.state, self.buffer, self.received = state, bytearray(1 << 18), bytearray()
+        self.body_start = self.expected_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: Any = transport
@@ -57,30 +57,29 @@ class Endpoint(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self.received += memoryview(self.buffer)[:nbytes]
-        if not self.expected and (end := self.received.find(b"\r\n\r\n")) >= 0:
+        if not self.expected_bytes and (end := self.received.find(b"\r\n\r\n")) >= 0:
             length = _LENGTH.search(self.received, 0, end)
-            self.body_at, self.expected = end + 4, end + 4 + (int(length[1]) if length else 0)
-        if self.expected and len(self.received) >= self.expected:
-            whole, self.received, self.expected = self.received, bytearray(), 0
-            if whole.startswith(b"GET"):
-                self.reply(200, json.dumps(self.counts.report(bytes(whole[:40]))))
+            self.body_start, self.expected_bytes = end + 4, end + 4 + (int(length[1]) if length else 0)
+        if self.expected_bytes and len(self.received) >= self.expected_bytes:
+            request, self.received, self.expected_bytes = self.received, bytearray(), 0
+            if request.startswith(b"GET"):
+                self.reply(200, json.dumps(self.state.report(bytes(request[:40]))))
             else:
-                asyncio.get_running_loop().call_later(
-                    self.counts.delay, self.answer, memoryview(whole)[self.body_at :]
-                )
+                body = memoryview(request)[self.body_start :]
+                asyncio.get_running_loop().call_later(self.state.delay, self.answer, body)
 
     def answer(self, body: memoryview) -> None:
-        if self.transport.is_closing():  # nobody is there any more: nothing was answered
+        if self.transport.is_closing():  # the client disconnected, so nothing is answered or counted
             return
-        counts = self.counts
-        counts.requests += 1
-        fault = counts.random.choice(FAULTS) if counts.random.random() < counts.faults else None
+        state = self.state
+        state.requests += 1
+        fault = state.random.choice(FAULTS) if state.random.random() < state.fault_rate else None
         if fault:
-            counts.made[fault] += 1
+            state.faults_sent[fault] += 1
             self.fail(fault, body)
         else:
             answer = answer_to(body)
-            counts.answers[answer] += 1
+            state.answers[answer] += 1
             self.reply(200, completion(answer))
 
     def fail(self, fault: str, body: memoryview) -> None:
@@ -90,11 +89,11 @@ class Endpoint(asyncio.BufferedProtocol):
         elif fault == "reset":
             self.transport.abort()
         elif fault == "cut_off":
-            whole = completion(answer_to(body))
-            self.reply(200, whole[: len(whole) // 2])
+            complete = completion(answer_to(body))
+            self.reply(200, complete[: len(complete) // 2])
         elif fault == "empty":
             self.reply(200, completion(""))
-        # and "hang" says nothing, ever
+        # "hang" never replies
 
     def reply(self, status: int, body: str, header: str = "") -> None:
         data = body.encode()
@@ -103,16 +102,18 @@ class Endpoint(asyncio.BufferedProtocol):
 
 
 def answer_to(body: memoryview) -> str:
-    """A note, or two sentences, made of what the default templates of configs/teacher/openai.yaml ask."""
+    """A note, or two sentences, as the default templates of configs/teacher/openai.yaml request."""
     user = json.loads(bytes(body))["messages"][1]["content"]
-    text = user[-1]["text"].partition("\n\nYour last reply")[0]  # nor on what is said when asked again
-    pictures = [part["image_url"]["url"] for part in user[:-1]]
-    what = hashlib.sha256("\n".join([text, *pictures]).encode()).hexdigest()[:12]
-    if not pictures:
+    text = user[-1]["text"].partition("\n\nYour last reply")[
+        0
+    ]  # a repeated request after a bad reply gets the same answer
+    images = [part["image_url"]["url"] for part in user[:-1]]
+    figure = hashlib.sha256("\n".join([text, *images]).encode()).hexdigest()[:12]
+    if not images:
         helping, _, rest = text.partition("why ")[2].partition(" can help")
         others = rest.partition("why ")[2].partition(" can't")[0]
-        return f"{helping} can help with figure {what}." + (f" {others} can't." if others else "")
-    return f"It shows figure {what}, so it {'helps' if 'is of use' in text else 'does not help'}."
+        return f"{helping} can help with figure {figure}." + (f" {others} can't." if others else "")
+    return f"It shows figure {figure}, so it {'helps' if 'is of use' in text else 'does not help'}."
 
 
 def completion(text: str) -> str:
@@ -124,8 +125,8 @@ def completion(text: str) -> str:
 
 
 async def serve(args: argparse.Namespace) -> None:
-    counts = Counts(args.delay, args.faults, args.seed)
-    server = await asyncio.get_running_loop().create_server(lambda: Endpoint(counts), "127.0.0.1", args.port)
+    state = ServerState(args.delay, args.faults, args.seed)
+    server = await asyncio.get_running_loop().create_server(lambda: Endpoint(state), "127.0.0.1", args.port)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
     await server.serve_forever()
 
@@ -133,7 +134,7 @@ async def serve(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--delay", type=float, default=0.2, help="seconds before a reply")
-    parser.add_argument("--faults", type=float, default=0.0, help="share of calls that go wrong")
+    parser.add_argument("--faults", type=float, default=0.0, help="share of calls that fail")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=0)
     with contextlib.suppress(KeyboardInterrupt):

@@ -180,7 +180,7 @@ def kill_repeatedly(
 
 
 def corpora(args: argparse.Namespace) -> list[Row]:
-    """Measures the training-set reader and the candidates stage, with a tenth of the pages and with all of them."""
+    """Measures the training-set reader and the candidates stage, with a tenth of the pages and with all pages."""
     from bench_corpora import run_all
 
     return [{"kind": "corpora", **row} for row in run_all([args.pages // 10, args.pages])]

@@ -1,18 +1,22 @@
-"""GRPO with shared prompts beside TRL's own trainer: seconds and memory of an update and of a whole step.
+"""GRPO with shared prompt prefixes compared to TRL's trainer: time and memory of an update and of a complete step.
 
-    python scripts/benchmarks/bench_grpo.py  # make bench-grpo: the whole table, on the CPU
+    python scripts/benchmarks/bench_grpo.py  # or: make bench-grpo; the complete table, on the CPU
     python scripts/benchmarks/bench_grpo.py --P 1200 --G 8 --C 100  # one cell of it
     python scripts/benchmarks/bench_grpo.py --shape 3b --P 5250 --G 8 --C 256 --out grpo_3b.json  # on a GPU
 
-For every prompt length P, group size G and completion length C, the two trainers run in turn, each in a
-process of its own: a Qwen2.5-VL with LoRA and a frozen tower, one question with five drawn pages that fill P
-tokens, completions of exactly C sampled tokens, KL on. `--shape tiny` is the shipped model in float32 on the CPU;
-`3b` has the shape of Qwen2.5-VL-3B with random weights in bfloat16, on the GPU where there is one. *update* is
-forward, backward and optimizer step on a finished batch; *step* is the rollout, the reference pass and the update.
-Memory is the peak of the update above what was held before it. `bound` is the ratio of tokens, G (P + C) over
-P + G C; pages go through the tower G times on the one side and once on the other, on top. The rooflines are the
-operations of the update, as PyTorch counts them, at the rate of a large matrix product on the same machine: what
-an update takes beyond that is overhead and memory traffic.
+For every prompt length P, group size G and completion length C, it runs the two trainers one after the other, each
+in a separate process. Both train a Qwen2.5-VL with LoRA and a frozen vision tower on one question with five
+generated pages that fill P tokens, with completions of exactly C sampled tokens, and with a KL penalty. `--shape
+tiny` uses the shipped model in float32 on the CPU. `--shape 3b` uses the shape of Qwen2.5-VL-3B with random
+weights in bfloat16, on a GPU if there is one.
+
+*update* is forward pass, backward pass and optimizer step on a finished batch. *step* is the rollout, the
+reference model's forward pass and the update. Memory is the peak during the update, minus the memory in use before
+it. `bound` is the ratio of the processed tokens, G (P + C) / (P + G C). TRL also processes the pages with the
+vision tower G times instead of once, so the speedup can exceed this bound. The roofline is the number of
+floating-point operations of the update, as PyTorch counts them, divided by the measured rate of a large matrix
+product on the same machine. The time above the roofline is overhead and memory traffic. Writes
+outputs/bench/grpo.json.
 """
 
 from __future__ import annotations
@@ -22,22 +26,19 @@ import ctypes
 import gc
 import itertools
 import json
-import platform
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import bench_common
 import torch
+from bench_common import OUTPUT, Row, argument_parser, at_least, print_targets, run_for_json, write_results
 from tqdm import tqdm
 
-from mmr5_train.common.files import write_json
-
-ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"P": (600, 1200, 2500, 5000), "G": (4, 8, 16), "C": (100, 300)}
 PAGES = 5
 QUESTION = "Which page shows a red bar chart about water use?"
@@ -45,7 +46,7 @@ SHAPE_3B = "Qwen/Qwen2.5-VL-3B-Instruct"
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One trainer at one size, in this process."""
+    """Measures one trainer at one size, in this process."""
     P, G, C = args.P[0], args.G[0], args.C[0]
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -54,9 +55,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     model = trainer.model
     model.train()
     batch = trainer._generate_and_score_completions(rows)
-    found = int(batch["prompt_mask"][0].sum())
-    if abs(found - P) > 0.02 * P or batch["completion_mask"].sum() != G * C:
-        raise RuntimeError(f"a batch of {found} prompt tokens, not {P}, or not {G} × {C} completion tokens")
+    prompt_tokens, completion_tokens = int(batch["prompt_mask"][0].sum()), int(batch["completion_mask"].sum())
+    if abs(prompt_tokens - P) > 0.02 * P or completion_tokens != G * C:
+        found = f"{prompt_tokens} and {completion_tokens}"
+        raise RuntimeError(f"expected {P} prompt tokens and {G} × {C} completion tokens, found {found}")
 
     def update(inputs: Any) -> None:
         trainer.compute_loss(model, inputs).backward()
@@ -66,45 +68,27 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     def step() -> None:
         update(trainer._generate_and_score_completions(rows))
 
-    update(batch)  # the optimizer's state is there from now on
-    done = operations(lambda: update(batch))
+    update(batch)  # allocates the optimizer's state
+    flops = count_flops(lambda: update(batch))
     return {
-        "operations": done,
+        "operations": flops,
         "mib": peak_mib(lambda: update(batch)),
         "update_s": median_s(lambda: update(batch), args.repeats),
         "step_s": median_s(step, args.repeats),
-        "roofline_s": done / matmul_rate(model.dtype, model.device),
+        "roofline_s": flops / matmul_rate(model.dtype, model.device),
     }
 
 
 def make_trainer(kind: str, shape: str, P: int, G: int, C: int) -> tuple[Any, list[dict[str, Any]]]:
-    """A trainer and the G rows of its one prompt, which holds about P tokens."""
+    """A trainer, and the G rows of its one prompt with about P tokens."""
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
-    from mmr5_train.common.config import compose_stage
-    from mmr5_train.grpo import GrpoStage
-    from mmr5_train.models.loading import load_processor, vision_token_ids
-    from mmr5_train.ranking.records import Candidate
-    from mmr5_train.training.dataset import prompt_dataset
+    from mmr5_train.models.loading import vision_token_ids
     from mmr5_train.training.shared_grpo import SharedPrefixGRPOTrainer
 
-    config = compose_stage(GrpoStage, "grpo", [])
-    processor = load_processor(config.model)
-    text = len(processor.tokenizer(QUESTION)["input_ids"]) + 120  # the prompt's own words and markers
-    side = int(((P - text) / PAGES) ** 0.5) * 28  # words fill the rest
-    limits = {"min_pixels": 28 * 28, "max_pixels": side * side}
-    model_config = config.model.model_copy(update=limits)
-    processor = load_processor(model_config)
     folder = Path(tempfile.mkdtemp())
-    shown = [Candidate(doc_name="d", page=i, image=f"{i}.png", score=0) for i in range(PAGES)]
-    draw_pages(folder, side)
-    query, missing = QUESTION, P
-    while missing > 0:
-        data = prompt_dataset([{}] * G, [query] * G, [shown] * G, folder, config.prompt, processor)
-        rows = [data[i] for i in range(G)]
-        missing = P - prompt_length(processor, rows[0])
-        query += " water" * missing
+    model_config, processor, data = make_data(folder, P, G)
     model = make_model(shape, model_config)
     arguments = GRPOConfig(
         output_dir=str(folder), per_device_train_batch_size=G, num_generations=G, max_completion_length=C,
@@ -119,7 +103,34 @@ def make_trainer(kind: str, shape: str, P: int, G: int, C: int) -> tuple[Any, li
         reward_funcs=[lambda completion_ids, **_: [float(ids[0]) for ids in completion_ids]],
     )  # fmt: skip
     trainer.current_gradient_accumulation_steps = 1
-    return trainer, rows
+    return trainer, [data[i] for i in range(G)]
+
+
+def make_data(folder: Path, P: int, G: int) -> tuple[Any, Any, Any]:
+    """Page images in `folder` and a data set of G equal prompts with about P tokens.
+
+    Returns the model's config, the processor and the data set.
+    """
+    from mmr5_train.common.config import compose_stage
+    from mmr5_train.grpo import GrpoStage
+    from mmr5_train.models.loading import load_processor
+    from mmr5_train.ranking.records import Candidate
+    from mmr5_train.training.dataset import prompt_dataset
+
+    config = compose_stage(GrpoStage, "grpo", [])
+    processor = load_processor(config.model)
+    text_tokens = len(processor.tokenizer(QUESTION)["input_ids"]) + 120  # 120: the prompt's text and markers
+    side = int(((P - text_tokens) / PAGES) ** 0.5) * 28
+    model_config = config.model.model_copy(update={"min_pixels": 28 * 28, "max_pixels": side * side})
+    processor = load_processor(model_config)
+    draw_pages(folder, side)
+    pages = [Candidate(doc_name="d", page=i, image=f"{i}.png", score=0) for i in range(PAGES)]
+    query, missing = QUESTION, P
+    while missing > 0:  # append words until the prompt has P tokens
+        data = prompt_dataset([{}] * G, [query] * G, [pages] * G, folder, config.prompt, processor)
+        missing = P - prompt_length(processor, data[0])
+        query += " water" * missing
+    return model_config, processor, data
 
 
 def make_model(shape: str, config: Any) -> Any:
@@ -154,25 +165,25 @@ def prompt_length(processor: Any, row: dict[str, Any]) -> int:
 
 
 def peak_mib(work: Any) -> float:
-    """The peak of memory while `work` runs, above what was held before: the GPU's, else resident (Linux)."""
+    """Peak memory while `work` runs minus memory before it: of the GPU, or else resident memory (Linux only)."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_allocated()
         work()
-        return (torch.cuda.max_memory_allocated() - held) / 2**20
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
+    before = _status_kib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
     work()
-    return (_status("VmHWM") - before) / 1024
+    return (_status_kib("VmHWM") - before) / 1024
 
 
-def _status(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if found is None:
-        raise RuntimeError(f"/proc/self/status has no {field}")
-    return int(found[1])
+def _status_kib(field: str) -> int:
+    match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if match is None:
+        raise RuntimeError(f"/proc/self/status: expected the field {field}, found none")
+    return int(match[1])
 
 
 def median_s(work: Any, repeats: int) -> float:
@@ -180,7 +191,7 @@ def median_s(work: Any, repeats: int) -> float:
 
 
 def _seconds(work: Any) -> float:
-    """Of one call, the GPU's part included."""
+    """Seconds of one call, including its work on the GPU."""
     _synchronize()
     started = time.perf_counter()
     work()
@@ -193,8 +204,8 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def operations(work: Any) -> int:
-    """Floating-point operations of the matrix products and attentions in `work`."""
+def count_flops(work: Any) -> int:
+    """Floating-point operations of the matrix products and attention in `work`."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -203,23 +214,20 @@ def operations(work: Any) -> int:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of a product of large square matrices, the median of ten."""
+    """Floating-point operations per second of a product of large square matrices, the median of ten."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, dtype=dtype, device=device)
-    a @ a  # the first one also sets up
+    a @ a  # the first product also initializes the library
     return 2 * n**3 / median_s(lambda: a @ a, 10)
 
 
 def run_pair(P: int, G: int, C: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Both trainers in turn, each in a fresh process: the two rows of a size."""
+    """Measures both trainers, each in a separate process. Returns the two rows of a size."""
     results = {}
     for kind in ("stock", "shared"):
         command = [sys.executable, __file__, "--one", kind, "--P", str(P), "--G", str(G), "--C", str(C)]
         command += ["--shape", args.shape, "--repeats", str(args.repeats), "--threads", str(args.threads)]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if ended.returncode:
-            raise SystemExit(f"bench_grpo: {kind} at P {P}, G {G}, C {C} failed:\n{ended.stderr[-3000:]}")
-        results[kind] = json.loads(ended.stdout.splitlines()[-1])
+        results[kind] = run_for_json(command, f"bench_grpo: {kind} at P {P}, G {G}, C {C}")
     rows = []
     for what in ("update", "step"):
         row: dict[str, Any] = {"what": what, "P": P, "G": G, "C": C}
@@ -237,6 +245,27 @@ COLUMNS = {
 }  # fmt: skip
 
 
+def targets(rows: list[Row]) -> list[Row]:
+    """The targets on the CPU with the tiny model, for the sizes that were measured."""
+    updates = {(row["P"], row["G"], row["C"]): row for row in rows if row["what"] == "update"}
+    steps = {(row["P"], row["G"], row["C"]): row for row in rows if row["what"] == "step"}
+    found = []
+    shares = [row["speedup"] / row["bound"] for row in updates.values() if row["P"] >= 1200]
+    if shares:
+        name = "smallest speedup of an update with P >= 1,200, as a share of the bound"
+        found.append(at_least(name, min(shares), 0.75))
+    for size, speedup in (((1200, 8, 100), 4), ((5000, 16, 100), 5.5)):
+        if size in updates:
+            name = f"speedup of an update at P {size[0]:,}, G {size[1]}, C {size[2]}"
+            found.append(at_least(name, updates[size]["speedup"], speedup))
+    savings = [row["stock_mib"] / row["shared_mib"] for (P, G, _), row in updates.items() if (P, G) == (5000, 16)]
+    if savings:
+        found.append(at_least("TRL's peak memory relative to the shared one at P 5,000, G 16", min(savings), 3))
+    if (1200, 8, 100) in steps:
+        found.append(at_least("speedup of a step at P 1,200, G 8, C 100", steps[1200, 8, 100]["speedup"], 2))
+    return found
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(COLUMNS).replace('_', ' ')} |", "|" + "---|" * len(COLUMNS)]
     for row in rows:
@@ -246,7 +275,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def figure(rows: list[dict[str, Any]], path: Path) -> None:
-    """How many times faster, and the memory of the largest groups, over the prompt's length."""
+    """Plots the speedups, and the memory of the largest groups, against the prompt's length."""
     import matplotlib.pyplot as plt
 
     panels = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")[1]
@@ -259,7 +288,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
             lengths = [row["P"] for row in line]
             panel.plot(lengths, [row["speedup"] for row in line], "o-", color=colors.get(G), label=f"G = {G}")
             panel.plot(lengths, [row["bound"] for row in line], ":", color=colors.get(G))
-        panel.set(title=f"{what}, C = {C}: times as fast as TRL (dotted: bound)", xlabel="prompt tokens", ylim=0)
+        panel.set(title=f"{what}, C = {C}: speedup over TRL (dotted: bound)", xlabel="prompt tokens", ylim=0)
         panel.legend()
     largest = [row for row in rows if (row["what"], row["G"], row["C"]) == ("update", sizes[-1], C)]
     for kind, name, color in (("stock", "TRL", "#808080"), ("shared", "shared", "#ca3c25")):
@@ -271,14 +300,15 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
+    names = {"P": "prompt lengths in tokens", "G": "completions per prompt", "C": "completion lengths in tokens"}
     for name, values in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, nargs="+", default=list(values))
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=list(values), help=names[name])
     parser.add_argument("--shape", choices=("tiny", "3b"), default="tiny")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench/grpo.json")
-    parser.add_argument("--figure", type=Path, help="draw the table there, as .svg or .png")
+    parser.add_argument("--out", type=Path, default=OUTPUT / "grpo.json")
+    parser.add_argument("--figure", type=Path, help="file for a plot of the table, .svg or .png")
     parser.add_argument("--one", choices=("stock", "shared"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -287,18 +317,19 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for P, G, C in tqdm(list(itertools.product(args.P, args.G, args.C)), unit="size"):
         rows += run_pair(P, G, C, args)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, {"rows": rows, "machine": machine(args), "repeats": args.repeats})
+        results = {"rows": rows, "machine": machine(args), "repeats": args.repeats}
+        write_results(args.out, results, targets(rows) if args.shape == "tiny" else [])
     if args.figure:
         figure(rows, args.figure)
     print(table(rows))
+    print_targets(targets(rows) if args.shape == "tiny" else [])
     print(f"bench-grpo: {len(rows)} rows in {args.out}")
 
 
 def machine(args: argparse.Namespace) -> str:
     if args.shape != "tiny" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {args.threads} threads"
+    return bench_common.machine(threads=args.threads)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
-"""How fast the reranker's modes are beside the plain loop, how well they rank, and the server under load.
+"""The reranker's modes: speed compared to a plain loop, quality over seeds, and the server under load.
 
-    python scripts/benchmarks/bench_rerank.py          # make bench-rerank; writes outputs/bench/rerank.json
+    python scripts/benchmarks/bench_rerank.py          # or: make bench-rerank
 
-Makes the distilled model of the demo for each of `--seeds` first, under `--models` (what is there already stays).
-*Quality* is each one's recall@1 on its held-out questions, by mode. *Speed* is measured with the first: the *plain
-loop* is what MM-R5's own inference does: one question after another, `generate` as transformers has it, each page
-opened as it is needed; here with the same model, pages, prompt and number of tokens, greedily. The modes are asked
-through `Reranker.rank_many`. All in one process, in turn, so that a slow minute is everyone's; medians.
-Pages are candidates of several questions, and a reranker opens each once; so there is a second measurement, on
-questions no two of which share a page. The *server* is scripts/benchmarks/bench_serve.py's.
+First, it trains the distilled model of the demo for each of `--seeds` under `--models`, unless it exists already.
+
+*Quality* is the recall@1 of each model and mode on the held-out questions.
+
+*Speed* is measured with the model of the first seed. The *plain loop* works as MM-R5's own inference: it ranks one
+question after the other with `generate` of transformers, and opens each page when it needs it. Here it uses the
+same model, pages, prompt and number of new tokens, with greedy decoding. The modes run through
+`Reranker.rank_many`. All run in one process and take turns, so that a slow minute of the machine affects each of
+them; the result is the median. A page can be a candidate of several questions, and a reranker opens it only once,
+so there is a second measurement on questions that share no page.
+
+The *server* is measured as in bench_serve.py. Writes outputs/bench/rerank.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -25,11 +29,12 @@ from typing import Any
 
 import bench_serve
 import torch
+from bench_common import OUTPUT, ROOT, Row, argument_parser, at_least, print_targets, write_results
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmr5_train import Reranker
-from mmr5_train.common.files import read_records, write_json
+from mmr5_train.common.files import read_records
 from mmr5_train.demo import of_modes
 from mmr5_train.evaluation.metrics import recall_at_k
 from mmr5_train.models.inputs import encode
@@ -38,12 +43,11 @@ from mmr5_train.ranking.answer import to_model_answer
 from mmr5_train.ranking.records import RankingTask
 from mmr5_train.reporting.views import read_results
 
-ROOT = Path(__file__).resolve().parents[2]
-Ranks = Callable[[Sequence[RankingTask], Path], list[list[int]]]
+RankFunction = Callable[[Sequence[RankingTask], Path], list[list[int]]]
 
 
-def plain_loop(checkpoint: str, max_new_tokens: int) -> Ranks:
-    """Orders of indices from 0, one question at a time."""
+def plain_loop(checkpoint: str, max_new_tokens: int) -> RankFunction:
+    """A function that ranks one question at a time. It returns page indices, from 0, in ranked order."""
     settings = read_settings(checkpoint)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(checkpoint)
@@ -62,7 +66,7 @@ def plain_loop(checkpoint: str, max_new_tokens: int) -> Ranks:
     return rank
 
 
-def mode(checkpoint: str, name: Any, max_new_tokens: int, batch_size: int) -> Ranks:
+def reranker_mode(checkpoint: str, name: Any, max_new_tokens: int, batch_size: int) -> RankFunction:
     reranker = Reranker(checkpoint, mode=name, max_new_tokens=max_new_tokens, batch_size=batch_size)
 
     def rank(tasks: Sequence[RankingTask], folder: Path) -> list[list[int]]:
@@ -73,15 +77,15 @@ def mode(checkpoint: str, name: Any, max_new_tokens: int, batch_size: int) -> Ra
 
 
 def measure(
-    ways: dict[str, Ranks], tasks: Sequence[RankingTask], folder: Path, repeats: int
+    methods: dict[str, RankFunction], tasks: Sequence[RankingTask], folder: Path, repeats: int
 ) -> list[dict[str, Any]]:
-    """A row a way: questions a second, how many times the plain loop's, recall@1 of its orders."""
-    for rank in ways.values():
-        rank(tasks[:2], folder)  # what is slow the first time is not what is measured
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    """One row per method: questions per second, speedup over the plain loop, and recall@1."""
+    for rank in methods.values():
+        rank(tasks[:2], folder)  # warm up
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     orders: dict[str, list[list[int]]] = {}
     for _ in range(repeats):
-        for name, rank in ways.items():
+        for name, rank in methods.items():
             started = time.perf_counter()
             orders[name] = rank(tasks, folder)
             seconds[name].append(time.perf_counter() - started)
@@ -89,66 +93,78 @@ def measure(
     return [
         {
             "way": name,
-            "questions_per_s": round(len(tasks) / median(taken), 2),
-            "times_the_plain_loop": round(plain / median(taken), 2),
-            "recall@1": round(recall(orders[name], tasks), 4),
+            "questions_per_s": round(len(tasks) / median(durations), 2),
+            "times_the_plain_loop": round(plain / median(durations), 2),
+            "recall@1": round(mean_recall(orders[name], tasks), 4),
         }
-        for name, taken in seconds.items()
+        for name, durations in seconds.items()
     ]
 
 
-def recall(orders: Sequence[Sequence[int]], tasks: Sequence[RankingTask]) -> float:
-    found = [
+def mean_recall(orders: Sequence[Sequence[int]], tasks: Sequence[RankingTask]) -> float:
+    recalls = [
         recall_at_k([task.candidates[i].id for i in order], task.positives, 1)
         for order, task in zip(orders, tasks, strict=True)
     ]
-    return sum(found) / len(found)
+    return sum(recalls) / len(recalls)
 
 
-def without_common_pages(tasks: Sequence[RankingTask]) -> list[RankingTask]:
-    """Those, from the first on, that share no page with one before."""
+def without_shared_pages(tasks: Sequence[RankingTask]) -> list[RankingTask]:
+    """The tasks that share no page with an earlier selected task."""
     seen: set[str] = set()
-    apart = []
+    selected = []
     for task in tasks:
         pages = {page.image for page in task.candidates}
         if not pages & seen:
-            apart.append(task)
+            selected.append(task)
             seen |= pages
-    return apart
+    return selected
 
 
-def make_model(folder: Path, seed: int) -> None:
+def train_model(folder: Path, seed: int) -> None:
     command = [sys.executable, "-m", "mmr5_train.recipe", "experiment=[recommended,distilled]", "size=tiny"]
     subprocess.run([*command, f"seed={seed}", f"out={folder}"], cwd=ROOT, check=True)
 
 
 def quality(folder: Path) -> dict[str, Any]:
-    """Each mode on the held-out questions, and what `logits` loses or gains, with its interval."""
+    """Recall of each mode on the held-out questions, and the difference of `logits` to `reason`."""
     return {"ceiling": read_results(folder / "modes")["ceiling"]["recall@1"], **of_modes(folder / "modes")}
 
 
 def speed(folder: Path, questions: int, repeats: int, batch_size: int, max_new_tokens: int) -> dict[str, Any]:
     checkpoint, data = str(folder / "distill/model"), folder / "data/heldout.jsonl"
     tasks = read_records(data, RankingTask)
-    ways = {"plain_loop": plain_loop(checkpoint, max_new_tokens)}
+    methods = {"plain_loop": plain_loop(checkpoint, max_new_tokens)}
     for name in ("reason", "direct", "logits"):
-        ways[name] = mode(checkpoint, name, max_new_tokens, batch_size)
+        methods[name] = reranker_mode(checkpoint, name, max_new_tokens, batch_size)
     measured = {}
-    for name, asked in (("as_they_come", tasks), ("no_page_twice", without_common_pages(tasks))):
-        chosen = asked[:questions]
-        shown = [page.image for task in chosen for page in task.candidates]
+    for name, candidates in (("as_they_come", tasks), ("no_page_twice", without_shared_pages(tasks))):
+        selected = candidates[:questions]
+        images = [page.image for task in selected for page in task.candidates]
         measured[name] = {
-            "questions": len(chosen),
-            "pages": len(shown),
-            "different_pages": len(set(shown)),
-            "rows": measure(ways, chosen, data.parent, repeats),
+            "questions": len(selected),
+            "pages": len(images),
+            "different_pages": len(set(images)),
+            "rows": measure(methods, selected, data.parent, repeats),
         }
     return {"batch_size": batch_size, **measured}
 
 
+def targets(result: dict[str, Any]) -> list[Row]:
+    rows = {row["way"]: row for row in result["speed"]["as_they_come"]["rows"]}
+    found = [
+        at_least("speedup of reason over the plain loop", rows["reason"]["times_the_plain_loop"], 2),
+        at_least("speedup of logits over the plain loop", rows["logits"]["times_the_plain_loop"], 10),
+    ]
+    for seed, quality_of_seed in result["quality"].items():
+        difference = quality_of_seed["logits_minus_reason"]["recall@1"]["mean"]
+        found.append(at_least(f"recall@1 of logits minus that of reason, seed {seed}", difference, -0.03))
+    return found + bench_serve.targets(result["server"])
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=ROOT / "outputs/bench/rerank")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--models", type=Path, default=OUTPUT / "rerank", help="folder of the models")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--questions", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
@@ -157,11 +173,11 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--malformed", type=int, default=1000)
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs/bench/rerank.json")
+    parser.add_argument("--out", type=Path, default=OUTPUT / "rerank.json")
     args = parser.parse_args()
     folders = {seed: (args.models / str(seed)).resolve() for seed in args.seeds}
     for seed, folder in folders.items():
-        make_model(folder, seed)
+        train_model(folder, seed)
     first = folders[args.seeds[0]]
     result = {
         "quality": {str(seed): quality(folder) for seed, folder in folders.items()},
@@ -170,10 +186,11 @@ def main() -> None:
             str(first / "distill/model"), args.clients, args.seconds, args.malformed, []
         ),
     }
-    write_json(args.out, result)
+    write_results(args.out, result, targets(result))
     print(json.dumps(result, indent=2))
-    if bench_serve.unanswered(result["server"]):
-        sys.exit("bench_rerank: a request to the server was not answered as it must be; see above")
+    print_targets(targets(result))
+    if bench_serve.has_wrong_response(result["server"]):
+        sys.exit("bench_rerank: the server gave a wrong response; see above")
 
 
 if __name__ == "__main__":

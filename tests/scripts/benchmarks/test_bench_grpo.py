@@ -1,4 +1,4 @@
-"""The GRPO benchmark at a small size: both shapes, both trainers."""
+"""The GRPO benchmark at a small size, with both model shapes and both trainers."""
 
 import argparse
 
@@ -28,10 +28,10 @@ def test_measures_both_trainers(shape, monkeypatch):
     for measured in (stock, shared):
         assert min(measured[time] for time in ("step_s", "update_s", "roofline_s")) > 0
     assert stock["mib"] > shared["mib"] > 0
-    assert stock["operations"] > 2 * shared["operations"]  # of 3.7 times the tokens
+    assert stock["operations"] > 2 * shared["operations"]  # it processes 3.7 times the tokens
 
 
-def test_a_row_of_each_kind_in_the_table_and_the_figure(tmp_path):
+def test_table_figure_and_targets(tmp_path):
     row = {"P": 1200, "G": 8, "C": 100, "stock_s": 3.2, "shared_s": 0.8, "speedup": 4.0, "bound": 5.2}
     memory = {"stock_mib": 1500.0, "shared_mib": 250.0, "stock_roofline_s": 1.0, "shared_roofline_s": 0.25}
     rows = [{"what": "update", **row, **memory}, {"what": "step", **row}]
@@ -40,3 +40,9 @@ def test_a_row_of_each_kind_in_the_table_and_the_figure(tmp_path):
     assert lines[3] == "| step | 1,200 | 8 | 100 | 3.20 | 0.80 | 4.00 | 5.20 |  |  |  |  |"
     bench.figure(rows, tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").read_text().count("<svg") == 1
+    targets = {target["name"]: target["met"] for target in bench.targets(rows)}
+    assert targets == {
+        "smallest speedup of an update with P >= 1,200, as a share of the bound": True,
+        "speedup of an update at P 1,200, G 8, C 100": True,
+        "speedup of a step at P 1,200, G 8, C 100": True,
+    }

@@ -1,4 +1,4 @@
-"""The runs that are made to collapse are settings of the GRPO stage, and their table says what happened."""
+"""The settings of the collapsing runs are valid, and the table shows their results."""
 
 import json
 
@@ -10,24 +10,24 @@ from mmr5_train.grpo import GrpoStage
 
 
 @pytest.mark.parametrize("name", collapses.RUNS)
-def test_settings_fit_the_stage(name):
+def test_settings_are_valid(name):
     _, _, settings = collapses.RUNS[name]
     config = compose_stage(GrpoStage, "grpo", [*collapses.grpo_overrides(settings), "alarms=warn"])
     assert config.trainer["per_device_train_batch_size"] % config.trainer["num_generations"] == 0
 
 
-def test_the_default_is_the_recipe_of_the_demo():
+def test_default_run_has_the_settings_of_the_demo():
     from mmr5_train.recipe import RecipeStage, stage_settings
 
-    ours = compose_stage(GrpoStage, "grpo", collapses.grpo_overrides(collapses.RUNS["default"][2]))
+    run_config = compose_stage(GrpoStage, "grpo", collapses.grpo_overrides(collapses.RUNS["default"][2]))
     theirs = stage_settings(compose_stage(RecipeStage, "demo", []))["grpo"]
-    for name, value in ours.trainer.items():
+    for name, value in run_config.trainer.items():
         if name != "save_steps":
             assert theirs[f"trainer.{name}"] == value, name
-    assert theirs["reward.name"] == ours.reward.name
+    assert theirs["reward.name"] == run_config.reward.name
 
 
-def test_the_table(tmp_path):
+def test_table_and_targets(tmp_path):
     history = [
         {"step": step, "answers/reranking": 0.5 + step / 100, "answers/complete": 1.0, "entropy": 0.02}
         for step in range(1, 21)
@@ -42,3 +42,8 @@ def test_the_table(tmp_path):
     assert line == (
         "| released | 0.800 → 0.300 | 0.530 → 0.680 | 1.000 → 1.000 | – | – | 0.020 → 0.020 | ranking falls (40) |"
     )
+    (target,) = collapses.targets([row])
+    assert target == {
+        "name": "alarms of the run released", "measured": 1, "wanted": "at least 1", "met": True
+    }  # fmt: skip
+    assert not collapses.targets([row | {"run": "default"}])[0]["met"]

@@ -1,15 +1,16 @@
-"""What of the Hugging Face hub's HTTP interface a download uses, with datasets of a few bytes.
+"""A local replacement for the Hugging Face hub, for tests and machines without a network.
 
-    python scripts/hub_server.py 18080      # then HF_ENDPOINT=http://127.0.0.1:18080
+    python scripts/hub_server.py 18080      # then set HF_ENDPOINT=http://127.0.0.1:18080
 
-Stands in for the hub where there is no network: the files have the names of MMDocIR's, and nothing in them.
+It implements only the parts of the hub's HTTP API that a download uses. Its files have the names of MMDocIR's
+files, but contain only a few bytes.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,16 +20,16 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves datasets: name → file → content. `sent` lists the files it gave away."""
+    """Serves datasets: name → file → content. `sent` lists the files that were downloaded."""
 
     def __init__(self, datasets: Mapping[str, Mapping[str, bytes]], port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Request)
         self.datasets = {name: dict(files) for name, files in datasets.items()}
-        self.told: dict[str, str] = {}  # file → SHA-256, where it is not that of the content
+        self.false_hashes: dict[str, str] = {}  # file → a SHA-256 to report instead of the correct one
         self.sent: list[str] = []
 
     def sha256(self, dataset: str, file: str) -> str:
-        return self.told.get(file) or hashlib.sha256(self.datasets[dataset][file]).hexdigest()
+        return self.false_hashes.get(file) or hashlib.sha256(self.datasets[dataset][file]).hexdigest()
 
 
 class _Request(BaseHTTPRequestHandler):
@@ -37,19 +38,19 @@ class _Request(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
     def do_HEAD(self) -> None:
-        self.answer(body=False)
+        self.respond(body=False)
 
     def do_GET(self) -> None:
-        self.answer(body=True)
+        self.respond(body=True)
 
-    def answer(self, body: bool) -> None:
-        as_json = {"Content-Type": "application/json"}
+    def respond(self, body: bool) -> None:
+        json_type = {"Content-Type": "application/json"}
         for dataset, files in self.server.datasets.items():
             file = self.path.partition(f"/datasets/{dataset}/resolve/{COMMIT}/")[2]
             if self.path.startswith(f"/api/datasets/{dataset}/revision/"):
-                return self.send(json.dumps(self.info(dataset)).encode(), body, as_json)
+                return self.send(json.dumps(self.info(dataset)).encode(), body, json_type)
             if self.path.startswith(f"/api/datasets/{dataset}/tree/{COMMIT}"):
-                return self.send(json.dumps(self.tree(dataset)).encode(), body, as_json)
+                return self.send(json.dumps(self.tree(dataset)).encode(), body, json_type)
             if file in files:
                 if body:
                     self.server.sent.append(file)
@@ -81,14 +82,15 @@ def main() -> None:
     from data_construction.download import Download, files_to_download
     from mmr5_train.common.config import compose_stage
 
-    wanted = [
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("port", type=int)
+    args = parser.parse_args()
+    datasets = [
         files_to_download(compose_stage(Download, "download", [f"dataset={dataset}", "out=."]))
         for dataset in ("evaluation", "train")
     ]
-    server = Hub(
-        {name: {path: Path(path).name.encode() for path in paths} for name, paths in wanted}, int(sys.argv[1])
-    )
-    print(f"a small hub at http://127.0.0.1:{server.server_port}", flush=True)
+    server = Hub({name: {path: Path(path).name.encode() for path in paths} for name, paths in datasets}, args.port)
+    print(f"hub server at http://127.0.0.1:{server.server_port}", flush=True)
     server.serve_forever()
 
 

@@ -1,17 +1,18 @@
-"""Makes a `Prompt` of the words in a user's own copy of the MM-R5 repository.
+"""Imports the prompt of the MM-R5 repository as an option of configs/prompt.
 
     python scripts/import_prompt.py ../MM-R5 configs/prompt/mm_r5.yaml
     python -m mmr5_train.evaluate prompt=mm_r5 …
 
-The released checkpoint ranks best with the words it was trained on, and those belong to its authors. The
-released `examples/reranker.py` holds a constant with "system" in its name, a `str.format` template with the
-field {Question} and fields for the number of images, and, in a loop over the images, a message part with an
-f-string label such as f"Page {i+1}" followed by an image part. This is what is looked for. The source is
-parsed, never imported or run.
+The released checkpoint ranks best with the prompt it was trained with. That prompt belongs to its authors, so this
+script reads it from the user's own copy of their repository. It looks for what the released `examples/reranker.py`
+contains: a constant with "system" in its name; a `str.format` template with the field {Question} and fields for
+the number of images; and, in a loop over the images, a text message part with an f-string such as f"Page {i+1}",
+followed by an image part. It parses the source, and never imports or runs it.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 import string
@@ -26,7 +27,7 @@ from mmr5_train.common.files import InputError, atomic_write, validation_message
 from mmr5_train.ranking.prompt import Prompt
 
 RERANKER = Path("examples/reranker.py")
-"""Where the released repository keeps its inference prompt."""
+"""The file with the inference prompt in the released repository."""
 
 MAX_BYTES = 1_000_000
 
@@ -35,59 +36,61 @@ _COUNT_FIELD = re.compile(r"n|.*(num|count|total).*", re.IGNORECASE)
 
 
 def import_prompt(repo: Path, name: str = "mm_r5") -> Prompt:
-    """The prompt of a copy of the MM-R5 repository, or of one Python file of it.
+    """Reads the prompt from a copy of the MM-R5 repository, or from one of its Python files.
 
-    In a folder, `RERANKER` is read where it exists; else all Python files are, and exactly one prompt must
-    come out. Raises `InputError` where none or several do, naming what is missing.
+    In a folder, it reads `RERANKER` if that file exists, or else all Python files. Raises `InputError` unless it
+    finds exactly one prompt.
     """
     if repo.is_file():
-        return _prompt_of(repo, name)
+        return _read_prompt(repo, name)
     if not repo.is_dir():
-        raise InputError(f"{repo}: no such folder; give the folder of a copy of the MM-R5 repository")
+        raise InputError(f"{repo}: no such folder; pass the folder of your copy of the MM-R5 repository")
     if (repo / RERANKER).is_file():
-        return _prompt_of(repo / RERANKER, name)
-    found: dict[Prompt, Path] = {}
+        return _read_prompt(repo / RERANKER, name)
+    prompts: dict[Prompt, Path] = {}
     for path in sorted(repo.rglob("*.py")):
         if any(part.startswith(".") for part in path.relative_to(repo).parts):
-            continue  # a virtual environment, not the repository
+            continue  # skip virtual environments and other hidden folders
         try:
-            found.setdefault(_prompt_of(path, name), path)
-        except InputError:  # most files of a repository hold no prompt
+            prompts.setdefault(_read_prompt(path, name), path)
+        except InputError:  # most files contain no prompt
             continue
-    if len(found) == 1:
-        return next(iter(found))
-    if not found:
+    if len(prompts) == 1:
+        return next(iter(prompts))
+    if not prompts:
         raise InputError(
-            f"{repo}: no {RERANKER}, and no other Python file there holds a reranking prompt (a constant with "
+            f"{repo}: no {RERANKER}, and no other Python file contains a reranking prompt (a constant with "
             '"system" in its name, a template with {Question}, a message part with "type": "image"); '
-            "give the file that does"
+            "pass the file that contains it"
         )
-    files = ", ".join(str(path) for path in found.values())
+    files = ", ".join(str(path) for path in prompts.values())
     raise InputError(
-        f"{repo}: holds {len(found)} different reranking prompts, in {files}; give one of these files"
+        f"{repo}: expected one reranking prompt, found {len(prompts)} in {files}; pass one of these files"
     )
 
 
 def write_prompt(prompt: Prompt, path: Path) -> None:
     """Writes a prompt as an option of the config group `prompt`."""
-    # "${" would be an interpolation to Hydra; "\${" is the text.
+    # Hydra reads "${" as an interpolation, and "\${" as text.
     values = {
         key: value.replace("${", r"\${") if isinstance(value, str) else value
         for key, value in prompt.model_dump().items()
     }
     with atomic_write(path) as stream:
-        stream.write("# Imported by scripts/import_prompt.py; the words are not this project's.\n")
+        stream.write(
+            "# Imported by scripts/import_prompt.py. The text belongs to the authors of the imported repository.\n"
+        )
         yaml.safe_dump(values, stream, sort_keys=False, allow_unicode=True, width=100)
 
 
-def _prompt_of(path: Path, name: str) -> Prompt:
+def _read_prompt(path: Path, name: str) -> Prompt:
     tree = _parse(path)
     constants = dict(_string_constants(tree))
-    system = _only(
+    system = _only_name(
         path, {k: v for k, v in constants.items() if "system" in k.lower()}, 'constant with "system" in its name'
     )
     templates = {k: v for k, v in constants.items() if _has_question(v)}
-    question = _only(path, templates, "string constant with the field {Question}")
+    question = _only_name(path, templates, "string constant with the field {Question}")
     labels = {ast.unparse(node): node for node in _label_nodes(tree)}
     images = [node.lineno for node in _parts(tree, "image")]
     if not images:
@@ -98,9 +101,9 @@ def _prompt_of(path: Path, name: str) -> Prompt:
         return Prompt(
             name=name,
             system=constants[system],
-            question=_question(path, constants[question]),
-            image_label=_label(path, next(iter(labels.values()))) if labels else "",
-            images_first=min(images) < _first_use(path, tree, question),
+            question=_convert_question(path, constants[question]),
+            image_label=_convert_label(path, next(iter(labels.values()))) if labels else "",
+            images_first=min(images) < _first_use_line(path, tree, question),
         )
     except ValidationError as error:
         raise InputError(f"{path}: {validation_message(error)}") from None
@@ -109,7 +112,7 @@ def _prompt_of(path: Path, name: str) -> Prompt:
 def _parse(path: Path) -> ast.Module:
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path}: larger than {MAX_BYTES:,} bytes, which no prompt file is")
+            raise InputError(f"{path}: larger than {MAX_BYTES:,} bytes, so not a prompt file")
         return ast.parse(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror})") from None
@@ -118,17 +121,17 @@ def _parse(path: Path) -> ast.Module:
 
 
 def _string_constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """(name, value) of every assignment of a string, adjacent and added strings joined."""
+    """(name, value) of every assignment of a string. Joins adjacent strings and strings added with +."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign | ast.AnnAssign):
-            value = _text(node.value)
+            value = _string_value(node.value)
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 if isinstance(target, ast.Name) and value is not None:
                     yield target.id, value
 
 
-def _text(node: ast.expr | None) -> str | None:
-    """The value of a string, or of strings added up; None for any other expression."""
+def _string_value(node: ast.expr | None) -> str | None:
+    """The value of a string literal or of a sum of string literals; None for other expressions."""
     parts = []
     while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         parts.append(node.right)
@@ -139,7 +142,8 @@ def _text(node: ast.expr | None) -> str | None:
     return "".join(reversed(values)) if values and len(values) == len(parts) else None
 
 
-def _only(path: Path, found: dict[str, str], what: str) -> str:
+def _only_name(path: Path, found: dict[str, str], what: str) -> str:
+    """The only key of `found`. Raises `InputError` if there are none or several."""
     if len(found) != 1:
         raise InputError(f"{path}: expected one {what}, found {', '.join(sorted(found)) or 'none'}")
     return next(iter(found))
@@ -153,12 +157,12 @@ def _has_question(value: str) -> bool:
     return any(field and field.lower() in _QUESTION_FIELDS for field in fields)
 
 
-def _question(path: Path, template: str) -> str:
-    """A `str.format` template with this project's field names: {query}, and {n} for every count."""
-    text = bare = ""
+def _convert_question(path: Path, template: str) -> str:
+    """Renames the fields of a `str.format` template: the question to {query}, and every count to {n}."""
+    text = literals = ""
     for literal, field, spec, conversion in string.Formatter().parse(template):
         text += literal
-        bare += literal
+        literals += literal
         if field is None:
             continue
         if field.lower() in _QUESTION_FIELDS and not spec and not conversion:
@@ -167,12 +171,14 @@ def _question(path: Path, template: str) -> str:
             text += "{n}"
         else:
             raise InputError(
-                f"{path}: the question template has the field {{{field}}}, expected {{Question}} and numbers of "
-                "images, such as {image_num}"
+                f"{path}: the question template has the field {{{field}}}, expected {{Question}} and fields for "
+                "the number of images, such as {image_num}"
             )
-        bare += " "
-    if re.search(r"\{(query|n)\}", bare):
-        raise InputError(f"{path}: the question template shows braces that would be filled, {{query}} or {{n}}")
+        literals += " "
+    if re.search(r"\{(query|n)\}", literals):
+        raise InputError(
+            f"{path}: the question template contains {{query}} or {{n}} as text, which can't be imported"
+        )
     return text
 
 
@@ -181,19 +187,19 @@ def _parts(tree: ast.Module, kind: str) -> Iterator[ast.Dict]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Dict):
             pairs = zip(node.keys, node.values, strict=True)
-            if any(_text(key) == "type" and _text(value) == kind for key, value in pairs):
+            if any(_string_value(key) == "type" and _string_value(value) == kind for key, value in pairs):
                 yield node
 
 
 def _label_nodes(tree: ast.Module) -> Iterator[ast.JoinedStr]:
     for part in _parts(tree, "text"):
         for key, value in zip(part.keys, part.values, strict=True):
-            if _text(key) == "text" and isinstance(value, ast.JoinedStr):
+            if _string_value(key) == "text" and isinstance(value, ast.JoinedStr):
                 yield value
 
 
-def _label(path: Path, node: ast.JoinedStr) -> str:
-    """f"Page {i + 1}: " as "Page {i}: ". Only ids from 1 can be what the checkpoint learned."""
+def _convert_label(path: Path, node: ast.JoinedStr) -> str:
+    """Converts f"Page {i + 1}: " to "Page {i}: ". Other labels are rejected, since page ids start at 1."""
     text = ""
     for part in node.values:
         if isinstance(part, ast.Constant):
@@ -205,8 +211,8 @@ def _label(path: Path, node: ast.JoinedStr) -> str:
     return text
 
 
-def _first_use(path: Path, tree: ast.Module, name: str) -> int:
-    """The first line that reads a constant, as a name or an attribute."""
+def _first_use_line(path: Path, tree: ast.Module, name: str) -> int:
+    """The line number of the first use of a constant, as a name or an attribute."""
     lines = [
         node.lineno
         for node in ast.walk(tree)
@@ -214,20 +220,21 @@ def _first_use(path: Path, tree: ast.Module, name: str) -> int:
         or (isinstance(node, ast.Attribute) and node.attr == name)
     ]
     if not lines:
-        raise InputError(f"{path}: {name} is never used, so the place of the question is unknown")
+        raise InputError(f"{path}: {name} is never used, so the position of the question is unknown")
     return min(lines)
 
 
 def main(arguments: list[str]) -> None:
-    if len(arguments) != 2:
-        raise InputError("two arguments are needed: REPOSITORY configs/prompt/NAME.yaml")
-    repo, out = Path(arguments[0]), Path(arguments[1])
-    if out.suffix != ".yaml":
-        raise InputError(f"{out}: the output must end in .yaml, or no config can choose it")
-    if out.exists():
-        raise InputError(f"{out}: exists already; remove it or give another name")
-    write_prompt(import_prompt(repo, name=out.stem), out)
-    print(f"wrote the prompt of {repo} to {out}; choose it with prompt={out.stem}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repository", type=Path, help="a copy of the MM-R5 repository, or one of its Python files")
+    parser.add_argument("output", type=Path, help="the option to write: configs/prompt/NAME.yaml")
+    args = parser.parse_args(arguments)
+    if args.output.suffix != ".yaml":
+        raise InputError(f"{args.output}: expected a file name that ends in .yaml")
+    if args.output.exists():
+        raise InputError(f"{args.output}: already exists; delete it, or choose another name")
+    write_prompt(import_prompt(args.repository, name=args.output.stem), args.output)
+    print(f"wrote the prompt of {args.repository} to {args.output}; select it with prompt={args.output.stem}")
 
 
 if __name__ == "__main__":

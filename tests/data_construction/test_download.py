@@ -61,7 +61,7 @@ def test_downloads_only_missing_files(tmp_path: Path, hub: Hub, capsys: pytest.C
 
 
 def test_corrupt_download_raises(tmp_path: Path, hub: Hub) -> None:
-    hub.told["MMDocIR_pages.parquet"] = "0" * 64
+    hub.false_hashes["MMDocIR_pages.parquet"] = "0" * 64
     with pytest.raises(InputError, match=r"MMDocIR_pages.parquet differ from the hub; delete"):
         main(config(tmp_path, "yes=true"))
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from mmr5_train.common.files import InputError
 from mmr5_train.ranking.prompt import Prompt, build_messages
 
-# The shape of the released examples/reranker.py, in this project's own words. Importing it would fail.
+# The structure of the released examples/reranker.py with other text. Importing this module would fail.
 RERANKER = """
 import a_package_that_is_not_there
 raise SystemExit("this file was run")
@@ -55,7 +55,7 @@ def repo(tmp_path):
     return make
 
 
-def test_the_words_come_out_in_this_projects_fields(repo):
+def test_fields_are_renamed(repo):
     assert import_prompt(repo()) == Prompt(
         name="mm_r5",
         system="Sort the pages. First <think> notes </think>, then <answer> ids </answer>. Braces {stay}.",
@@ -66,24 +66,24 @@ def test_the_words_come_out_in_this_projects_fields(repo):
     )
 
 
-def test_the_messages_are_those_the_source_builds(repo):
+def test_messages_equal_those_of_the_source(repo):
     source = RERANKER.replace("import a_package_that_is_not_there", "").replace("raise SystemExit", "str")
-    space = {}
-    exec(source, space)
-    theirs = space["QueryReranker"]().rerank("how many?", ["a", "b", "c"])
-    for message in theirs:
+    namespace = {}
+    exec(source, namespace)
+    expected = namespace["QueryReranker"]().rerank("how many?", ["a", "b", "c"])
+    for message in expected:
         for part in message["content"]:
             part.pop("image", None)
-    assert build_messages(import_prompt(repo(source)), "how many?", 3) == theirs
+    assert build_messages(import_prompt(repo(source)), "how many?", 3) == expected
 
 
-def test_other_spellings_of_the_same(repo):
-    source = RERANKER.replace("{Question}", "{{kept}} {query}").replace("question_template", "self.TEMPLATE")
+def test_code_variants_are_read(repo):
+    source = RERANKER.replace("{Question}", "{{braces}} {query}").replace("question_template", "self.TEMPLATE")
     source = source.replace("self.TEMPLATE = (", "class Words:\n  TEMPLATE: str = (", 1)
     source = source.replace('"Which pages', '"Which" + " pages').replace("i+1", "index + 1")
     prompt = import_prompt(repo(source))
     assert prompt.question.startswith("Which pages answer it?")
-    assert "{kept} {query}" in prompt.question
+    assert "{braces} {query}" in prompt.question
 
 
 def test_images_before_the_question_and_no_label(repo):
@@ -95,7 +95,7 @@ def test_images_before_the_question_and_no_label(repo):
     assert prompt.image_label == ""
 
 
-def test_the_released_place_comes_first_then_every_file(repo):
+def test_released_file_is_preferred_to_other_files(repo):
     repo()
     folder = repo(RERANKER.replace("Sort", "Order"), "src/rl/other.py")
     assert import_prompt(folder).system.startswith("Sort")
@@ -106,7 +106,9 @@ def test_the_released_place_comes_first_then_every_file(repo):
     repo(RERANKER.replace("Sort", "Order"), "src/sft/same.py")
     assert import_prompt(folder).system.startswith("Order")
     repo(RERANKER, "src/sft/different.py")
-    with pytest.raises(InputError, match=r"2 different reranking prompts, in .*other\.py, .*different\.py"):
+    with pytest.raises(
+        InputError, match=r"expected one reranking prompt, found 2 in .*other\.py, .*different\.py"
+    ):
         import_prompt(folder)
     assert import_prompt(folder / "src/sft/different.py").system.startswith("Sort")
 
@@ -119,7 +121,7 @@ def test_the_released_place_comes_first_then_every_file(repo):
         ("{image_num}", "{language}", r"has the field \{language\}, expected"),
         ("{image_num}", "{image_num:>3}", "has the field {image_num}, expected"),
         ("{image_num}", "{}", "has the field {}, expected"),
-        ("{image_num}", "{{n}}", "braces that would be filled"),
+        ("{image_num}", "{{n}}", "as text, which can't be imported"),
         ("i+1", "i", "expected an image label such as f'Page {i \\+ 1}: '"),
         ('"type": "image"', '"type": "video"', '"type": "image", found none'),
         ("{Question}", "{Question} {query}", "must contain {query} exactly once"),
@@ -128,13 +130,13 @@ def test_the_released_place_comes_first_then_every_file(repo):
         ("import a_package", "\0", r"reranker\.py: not valid Python"),
     ],
 )
-def test_a_file_of_another_shape_is_refused_by_what_it_lacks(repo, old, new, message):
+def test_error_names_the_missing_part(repo, old, new, message):
     assert old in RERANKER
     with pytest.raises(InputError, match=message):
         import_prompt(repo(RERANKER.replace(old, new)))
 
 
-def test_no_repository_no_prompt_no_small_file(repo, tmp_path):
+def test_missing_folder_missing_prompt_and_large_file(repo, tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         import_prompt(tmp_path / "nowhere")
     folder = repo("x = 1\n", "src/x.py")
@@ -144,7 +146,7 @@ def test_no_repository_no_prompt_no_small_file(repo, tmp_path):
         import_prompt(repo("#" * 1_000_001))
 
 
-def test_what_is_written_is_a_config_choice_with_the_same_words(repo, tmp_path):
+def test_written_file_is_a_config_option_with_the_same_text(repo, tmp_path):
     source = RERANKER.replace("Braces {stay}.", "Costs ${price}, \\\\x, 'single', \"double\": # ü")
     prompt = import_prompt(repo(source.replace('"double"', '\\"double\\"')), name="theirs")
     assert "${price}" in prompt.system
@@ -161,19 +163,22 @@ def test_command_line(repo, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
 
     out = tmp_path / "theirs.yaml"
-    done = run(repo(), out)
-    assert done.returncode == 0, done.stderr
-    assert "choose it with prompt=theirs" in done.stdout
+    process = run(repo(), out)
+    assert process.returncode == 0, process.stderr
+    assert "select it with prompt=theirs" in process.stdout
     assert OmegaConf.load(out).name == "theirs"
     again = run(repo(), out)
     assert again.returncode == 2
-    assert again.stderr == f"error: {out}: exists already; remove it or give another name\n"
+    assert again.stderr == f"error: {out}: already exists; delete it, or choose another name\n"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [([], "two arguments"), (["repo"], "two arguments"), (["r", "x.txt"], r"end in \.yaml")],
-)
-def test_wrong_arguments(arguments, message):
-    with pytest.raises(InputError, match=message):
+def test_output_must_be_a_yaml_file():
+    with pytest.raises(InputError, match=r"x\.txt: expected a file name that ends in \.yaml"):
+        main(["repository", "x.txt"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["repository"]])
+def test_both_arguments_are_required(arguments, capsys):
+    with pytest.raises(SystemExit):
         main(arguments)
+    assert "the following arguments are required" in capsys.readouterr().err

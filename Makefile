@@ -1,12 +1,12 @@
-# Two commands to know: `make demo` (the whole pipeline, small) and `make test`.
-# Each makes .venv and installs what it needs the first time.
+# The two main commands are `make demo` (the complete pipeline at a small size) and `make test`.
+# Each target creates .venv and installs the project on its first run.
 
 PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 0
 
-# The demo and the tests are CPU runs that reach no network and track nothing.
+# The demo and the tests run on the CPU, without network access or experiment tracking.
 export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
@@ -15,25 +15,25 @@ export TOKENIZERS_PARALLELISM ?= false
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo [SEED=n]  train and evaluate a tiny reasoning reranker, write outputs/demo/report.html"
-	@echo "make demo-modes     go on from there: teach it one forward pass, compare the three modes in the report"
+	@echo "make demo [SEED=n]  train and evaluate a tiny reasoning reranker; writes outputs/demo/report.html"
+	@echo "make demo-modes     continue the demo with distillation; adds the comparison of the three modes to the report"
 	@echo "make test           run the tests"
-	@echo "make test-wheel     install the wheel with its dependencies into a fresh environment, and run the demo from there"
-	@echo "make bench-grpo     time GRPO with shared prompts beside TRL's trainer, write outputs/bench/grpo.json"
-	@echo "make bench-data     time the data stages, and kill them while calls fail, write outputs/bench/data.json"
-	@echo "make bench-train    time SFT beside a bare TRL script, and two processes beside one, write outputs/bench/train.json"
-	@echo "make bench-serve    the server under load and under malformed requests, write outputs/bench/serve.json"
-	@echo "make bench-rerank   the reranker's modes beside a plain loop, three seeds, write outputs/bench/rerank.json"
-	@echo "make lint           ruff (lint, format), mypy, the import rules, and whether generated documents are current"
-	@echo "make format         let ruff rewrite what it can"
-	@echo "make setup          make .venv and install (the other targets do it too)"
-	@echo "make lock           write constraints.txt anew from pyproject.toml"
-	@echo "make clean          remove .venv, outputs and caches"
+	@echo "make test-wheel     install the wheel into a fresh environment and run the demo there"
+	@echo "make bench-grpo     compare GRPO with shared prompts to TRL's trainer; writes outputs/bench/grpo.json"
+	@echo "make bench-data     measure the data stages, also with faults and kills; writes outputs/bench/data.json"
+	@echo "make bench-train    compare SFT to a plain TRL script, and two processes to one; writes outputs/bench/train.json"
+	@echo "make bench-serve    measure the server under load and malformed requests; writes outputs/bench/serve.json"
+	@echo "make bench-rerank   compare the reranker's modes to a plain loop, on three seeds; writes outputs/bench/rerank.json"
+	@echo "make lint           run ruff (lint and format), mypy, import-linter, and the check of generated documents"
+	@echo "make format         format the code and apply ruff's automatic fixes"
+	@echo "make setup          create .venv and install the project (other targets do this, too)"
+	@echo "make lock           update constraints.txt to the newest versions that pyproject.toml allows"
+	@echo "make clean          delete .venv, outputs and caches"
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, found " + sys.version.split()[0] + "; say which with: make PYTHON=python3.12 …")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "expected Python 3.11 to 3.13, found " + sys.version.split()[0] + "; choose another one with: make PYTHON=python3.12 …")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
@@ -45,7 +45,7 @@ demo: setup
 demo-modes: setup
 	$(BIN)/python -m mmr5_train.demo seed=$(SEED) overwrite=false 'leave_out=[]'
 
-# Two processes with a thread each: faster than one with two.
+# Two processes with one thread each are faster than one process with two threads.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 

@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# What each choice does: recipes × seeds, and one table of them with intervals (docs/training.md shows a result).
+# Ablations: several recipes with several seeds, and one table of them with confidence intervals. docs/training.md
+# describes the results.
 #
 #     scripts/ablations.sh [OUT] [OVERRIDE…]           # on GPUs: LAUNCH=zero2
 #     scripts/ablations.sh --tiny [OUT] [OVERRIDE…]    # synthetic corpus, shipped model, under an hour on two cores
 #
-# Overrides go to every recipe. What recipes of one seed share (candidates, traces, SFT) is made once. A run that was
-# stopped goes on with the same command. JOBS recipes run at a time, with a core each.
+# Overrides apply to every recipe. Stages that the recipes of one seed share (candidates, traces, SFT) run once. To
+# resume after an interruption, run the same command again. JOBS recipes run at the same time, with one core each.
+# RECIPES and SEEDS select other recipes and seeds.
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$0"
+    exit
+fi
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 RECIPES=${RECIPES:-sft_only rl_only no_think reward_mm_r5 reward_permutation}
@@ -22,12 +28,12 @@ OUT=${1:-outputs/ablations}
 shift || true
 LAUNCH=${LAUNCH:+launch=$LAUNCH}
 
-job() { # SEED RECIPE: one recipe; its own words go to a log beside it
+job() { # SEED RECIPE [OVERRIDE…]: runs one recipe, with its output in a log file
     local name=${2:-recommended} folder="$OUT/$1"
     mkdir -p "$folder"
     if "$PYTHON" -m mmr5_train.recipe "experiment=[recommended${2:+,$2}]" seed="$1" out="$folder/$name" \
         shared="$folder/shared" ${LAUNCH:-} "${TINY[@]}" "${@:3}" > "$folder/$name.log" 2>&1; then
-        echo "ablations: seed $1, $name: done after $SECONDS s"
+        echo "ablations: seed $1, $name: finished after $SECONDS s"
     else
         echo "ablations: seed $1, $name: failed; the end of $folder/$name.log:" >&2
         tail -n 20 "$folder/$name.log" >&2
@@ -36,7 +42,7 @@ job() { # SEED RECIPE: one recipe; its own words go to a log beside it
 }
 
 running=0
-start() { # never more than JOBS at a time; the first failure ends the script
+start() { # runs a job in the background, at most JOBS at the same time; the first failure ends the script
     if ((running == ${JOBS:-1})); then wait -n; running=$((running - 1)); fi
     job "$@" &
     running=$((running + 1))
@@ -44,7 +50,7 @@ start() { # never more than JOBS at a time; the first failure ends the script
 finish() { while ((running > 0)); do wait -n; running=$((running - 1)); done; }
 trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
 
-for seed in $SEEDS; do start "$seed" "" "$@"; done # these make what the others share
+for seed in $SEEDS; do start "$seed" "" "$@"; done # these run the shared stages
 finish
 for recipe in $RECIPES; do
     for seed in $SEEDS; do start "$seed" "$recipe" "$@"; done

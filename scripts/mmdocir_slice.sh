@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
-# Real documents, end to end, in minutes on two cores: PDFs and questions in MMDocIR's format → candidates →
-# traces → a few steps of SFT and of GRPO on the tiny model → evaluation → a report, and one on the data.
+# The complete pipeline on real documents, in minutes on two cores: PDFs and questions in MMDocIR's format →
+# candidates → traces → a few steps of SFT and of GRPO with the tiny model → evaluation → reports on the data and on
+# the results.
 #
 #     scripts/mmdocir_slice.sh FOLDER [OUT]
 #
-# FOLDER holds MMDocIR_annotations.jsonl and documents/*.pdf. The tiny model can't read real pages: this shows
-# that every stage takes real input, and how a run on your own documents goes (docs/getting_started.md).
+# FOLDER contains MMDocIR_annotations.jsonl and documents/*.pdf. The tiny model can't read real pages. This script tests
+# that every stage accepts real data, and shows the commands for your own documents (docs/getting_started.md).
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$0"
+    exit
+fi
 cd "$(dirname "$0")/.."
 FOLDER=${1:?usage: scripts/mmdocir_slice.sh FOLDER [OUT]}
 OUT=${2:-outputs/slice}

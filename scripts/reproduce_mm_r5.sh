@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# MM-R5's three checkpoints (SFT only, RL only, SFT then RL) with the paper's settings, from download to a table beside
-# the published figures.
+# Reproduces MM-R5's three checkpoints (SFT only, RL only, SFT and RL) with the paper's settings, from the download of
+# the data to a table next to the published figures.
 #
-#     OPENAI_API_KEY=… scripts/reproduce_mm_r5.sh [OUT]     # 4 GPUs; GPT-4o is the teacher
-#     scripts/reproduce_mm_r5.sh --tiny [OUT]               # the same lines on a synthetic corpus, in minutes, on CPUs
+#     OPENAI_API_KEY=… scripts/reproduce_mm_r5.sh [OUT]     # 4 GPUs; the teacher is GPT-4o
+#     scripts/reproduce_mm_r5.sh --tiny [OUT]               # the same commands on a synthetic corpus, in minutes, on CPUs
 #
-# LAUNCH is accelerate's configuration (default: ZeRO-2 on 4 GPUs, as in the paper), GPU the card to plan for. A run
-# that was stopped goes on with the same command, and pays the teacher for nothing twice.
+# LAUNCH is accelerate's config (default: zero2 on 4 GPUs, as in the paper), and GPU is the card to plan for. To resume
+# after an interruption, run the same command again; it does not repeat teacher calls.
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$0"
+    exit
+fi
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 SIZE=()
@@ -20,7 +24,7 @@ if [[ ${1:-} == --tiny ]]; then
         stages.grpo.trainer.per_device_train_batch_size=6 stages.grpo.trainer.num_generations=6)
     export HF_ENDPOINT=${HF_ENDPOINT:-http://127.0.0.1:${HUB_PORT:-18080}} WANDB_MODE=disabled
     export TOKENIZERS_PARALLELISM=false
-    "$PYTHON" scripts/hub_server.py "${HF_ENDPOINT##*:}" & # stands in for the hub: files of a few bytes
+    "$PYTHON" scripts/hub_server.py "${HF_ENDPOINT##*:}" & # replaces the hub, with files of a few bytes
     trap 'kill %1' EXIT
     until (exec 3<> "/dev/tcp/127.0.0.1/${HF_ENDPOINT##*:}") 2> /dev/null; do kill -0 %1 && sleep 0.1; done
     DATA=$OUT/download
@@ -43,5 +47,5 @@ run mmr5_train.publish checkpoint="$OUT/shared/sft/model" evaluation="$OUT/sft_o
 for recipe in mm_r5 rl_only; do
     run mmr5_train.publish checkpoint="$OUT/$recipe/grpo/model" evaluation="$OUT/$recipe/evaluation" license=apache-2.0
 done
-echo; echo "open $OUT/compare/compare.html; the checkpoints, with a model card each:"
+echo; echo "open $OUT/compare/compare.html; checkpoints with model cards:"
 echo "$OUT/shared/sft/model $OUT/rl_only/grpo/model $OUT/mm_r5/grpo/model"

@@ -199,7 +199,7 @@ def launch_file(name: str) -> Path:
 
 
 def _recorded_seconds(path: Path) -> dict[str, float]:
-    """Output folder → seconds of the stage, from the recipe.json of an earlier run; empty if there is none."""
+    """Output folder → seconds of the stage, from the recipe.json of an earlier run; empty without one."""
     if not path.is_file():
         return {}
     stages = json.loads(path.read_text(encoding="utf-8"))["stages"]

@@ -1,10 +1,10 @@
-"""Stage 5, the report: what training changed, on one page that anyone can open.
+"""Writes an HTML report on what training changed.
 
     python -m mmr5_train.report evaluation=outputs/evaluate sft=outputs/sft grpo=outputs/grpo out=outputs/report
 
-Reads the folder of the evaluate stage (results.json, rankings/, pages.jsonl) and, where given, those of the
-trainers (log_history.json) and of the data stages (manifest.json). Writes `report.html`: one file that holds
-its pictures and needs no network. The same inputs and seed give the same bytes.
+Reads the folder of the evaluate stage (results.json, rankings/, pages.jsonl) and, if given, those of the trainers
+(log_history.json) and of the data stages (manifest.json). Writes `report.html`, one file that contains its
+pictures and needs no network. The same inputs and seed give the same bytes.
 """
 
 from __future__ import annotations
@@ -43,50 +43,50 @@ from mmr5_train.reporting.views import (
     training_view,
 )
 
-PICTURE_BUDGET = 6_500_000  # characters of page pictures; with the rest the file stays below 8 MB
+PICTURE_BUDGET = 6_500_000  # characters of page pictures; keeps the whole file below 8 MB
 
 
 class ReportStage(StageConfig):
-    """`python -m mmr5_train.report` (configs/report.yaml)."""
+    """Config of `python -m mmr5_train.report` (configs/report.yaml)."""
 
     evaluation: Path = Field(description="folder of the evaluate stage")
     sft: Path | None = Field(default=None, description="folder of the SFT stage, for its curves")
     grpo: Path | None = Field(default=None, description="folder of the GRPO stage, for its curves")
-    modes: Path | None = Field(default=None, description="evaluation of one checkpoint asked in several ways")
-    data: list[Path] = Field(default=[], description="folders of the data stages, in order, for their counts")
+    modes: Path | None = Field(default=None, description="evaluate folder of one checkpoint in several modes")
+    data: list[Path] = Field(default=[], description="folders of the data stages, for their counts")
     questions: int = Field(default=12, ge=0, description="held-out questions shown with their pages")
 
 
 def main(config: ReportStage) -> None:
     results, rankings, pages = read_evaluation(config.evaluation)
-    html, unseen = render(config, results, rankings, pages)
-    read = [
-        path
-        for path in (config.evaluation, config.sft, config.grpo, config.modes, *config.data)
-        if path is not None
-    ]
-    out = open_output(config.out, config.overwrite, inputs=read)
+    html, unreadable = render(config, results, rankings, pages)
+    folders = (config.evaluation, config.sft, config.grpo, config.modes, *config.data)
+    out = open_output(config.out, config.overwrite, inputs=[folder for folder in folders if folder is not None])
     with atomic_write(out / "report.html") as stream:
         stream.write(html)
     inputs = [config.evaluation / "results.json", config.evaluation / "pages.jsonl"]
     inputs += [config.evaluation / "rankings" / f"{system}.jsonl" for system in rankings]
-    timed = [config.evaluation / "timing.json"]
+    optional = [config.evaluation / "timing.json"]
     if config.modes is not None:
-        timed += [config.modes / "results.json", config.modes / "timing.json"]
-    inputs += [path for path in timed if path.is_file()]
+        optional += [config.modes / "results.json", config.modes / "timing.json"]
+    inputs += [path for path in optional if path.is_file()]
     write_manifest(
         out,
         stage="report",
         config=config.model_dump(mode="json"),
         inputs=inputs,
-        counts={"questions": results["questions"], "systems": len(rankings), "pictures_not_shown": unseen},
+        counts={
+            "questions": results["questions"],
+            "systems": len(rankings),
+            "pictures_not_shown": unreadable,
+        },
     )
-    problem = f"; {unseen} page pictures could not be shown" if unseen else ""
+    problem = f"; {unreadable} page pictures could not be read" if unreadable else ""
     print(f"report: {', '.join(rankings)} on {results['questions']} questions in {out / 'report.html'}{problem}")
 
 
 def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, list[Ranking]], list[Page]]:
-    """What the evaluate stage wrote: results, rankings by system in the order of the results, pages."""
+    """Output of the evaluate stage: results, rankings by system in the order of the results, pages."""
     results = read_results(folder)
     systems = [row["system"] for row in results["rows"]]
     rankings = {system: read_records(folder / "rankings" / f"{system}.jsonl", Ranking) for system in systems}
@@ -105,9 +105,9 @@ def render(
     rankings: Mapping[str, Sequence[Ranking]],
     pages: Sequence[Page],
 ) -> tuple[str, int]:
-    """The page as HTML, and how many page pictures could not be shown."""
-    known = {page.id: page for page in pages}
-    cases, tally = choose_cases(config, rankings, known)
+    """The HTML, and the number of page pictures that could not be read."""
+    pages_by_id = {page.id: page for page in pages}
+    cases, outcome_counts = choose_cases(config, rankings, pages_by_id)
     images = {c.id: c.image for ranked in rankings.values() for ranking in ranked for c in ranking.shown}
     files = {page: config.evaluation / "rankings" / images[page] for case in cases for page in case.numbers}
     pictures = inline_pictures(files, PICTURE_BUDGET)
@@ -126,8 +126,8 @@ def render(
         temperature=(evaluated.get("config") or {}).get("temperature", "?"),
         breakdowns=groups,
         training=training,
-        cases=[_case_view(i, case, known, pictures) for i, case in enumerate(cases, 1)],
-        tally=tally,
+        cases=[_case_view(i, case, pages_by_id, pictures) for i, case in enumerate(cases, 1)],
+        outcome_counts=outcome_counts,
         answers=answers,
         cost=cost,
         modes=modes,
@@ -146,7 +146,7 @@ def render(
 def choose_cases(
     config: ReportStage, rankings: Mapping[str, Sequence[Ranking]], pages: Mapping[PageId, Page]
 ) -> tuple[list[Case], dict[str, int]]:
-    """The questions to show, and how many of all improved, stayed and worsened (last system against first)."""
+    """The example questions, and how many of all questions have each outcome (last system against the first)."""
     by_question: dict[str, list[Ranking]] = {}
     for ranked in rankings.values():
         for ranking in ranked:
@@ -154,24 +154,26 @@ def choose_cases(
     outcomes = {query_id: outcome(ranked[0], ranked[-1]) for query_id, ranked in by_question.items()}
     descriptions = {page: record.description for page, record in pages.items()}
     chosen = choose(outcomes, config.questions, config.seed)
-    tally = Counter(outcomes.values())
-    return [make_case(by_question[query_id], descriptions) for query_id in chosen], {k: tally[k] for k in OUTCOMES}
+    counts = Counter(outcomes.values())
+    cases = [make_case(by_question[query_id], descriptions) for query_id in chosen]
+    return cases, {kind: counts[kind] for kind in OUTCOMES}
 
 
 def _case_view(
     index: int, case: Case, pages: Mapping[PageId, Page], pictures: Mapping[PageId, Picture]
 ) -> dict[str, Any]:
-    """A case with what the template needs beside it: an anchor, the shape of its pages, one sheet a page."""
+    """The fields of a case, plus anchor, aspect ratio and enlargeable pages for the template."""
     relevant = {place.page for place in (*case.first, *case.last) if place.relevant}
     fields = {name: getattr(case, name) for name in case.__dataclass_fields__}
     return fields | sheet_views(f"q{index}", case.numbers, relevant, pages, pictures)
 
 
 def _sections(groups: Sequence[Mapping[str, Any]], **others: Any) -> list[tuple[str, str]]:
-    """(anchor, name) of the sections there are; of `others`, by anchor, those that hold something."""
+    """(anchor, name) of each section. `others` maps the anchors of optional sections to their content."""
     names = {"training": "Training", "cases": "Questions", "answers": "Answers", "cost": "Cost", "modes": "Modes"}
     sections = [("results", "Results"), *((str(g["anchor"]), str(g["title"])) for g in groups)]
-    return [*sections, *((key, names[key]) for key in names if others[key]), ("made", "How it was made")]
+    sections += [(key, names[key]) for key in names if others[key]]
+    return [*sections, ("stages", "Stages and configurations")]
 
 
 if __name__ == "__main__":

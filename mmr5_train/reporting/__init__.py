@@ -1,1 +1,1 @@
-"""Parts of the report: training curves, held-out cases, page pictures."""
+"""Parts of the HTML pages: tables, training curves, example questions, page pictures."""

@@ -1,4 +1,4 @@
-"""What the report shows of answers as such: what was wrong with them, and what they cost."""
+"""The report's tables of answer classes and defects, and of cost."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from mmr5_train.ranking.records import Ranking
 
 Rankings = Mapping[str, Sequence[Ranking]]
 
-_DEFECTS = {"without_defect": "None of those below."} | {str(defect): text for defect, text in DEFECTS.items()}
-# field of a system in timing.json, or a mean of its rankings; heading; how it is printed
+_DEFECTS = {"without_defect": "None of the defects below."} | {
+    str(defect): text for defect, text in DEFECTS.items()
+}
+# (field of a system in timing.json or mean over its rankings, column heading, format)
 _COST: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("seconds_per_question", "Seconds", "{:.3g}".format),
     ("tokens", "Completion tokens", "{:,.0f}".format),
@@ -29,9 +31,9 @@ _COST: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def answer_view(rankings: Rankings) -> dict[str, Any] | None:
-    """The table of classes and defects, a column for a system's greedy answers and one for its sampled ones.
+    """The table of classes and defects, with a column each for the greedy and the sampled answers of a system.
 
-    None where no system writes answers. Everything that can be wrong has its row, also where nothing is.
+    Every class and defect has a row, also if its count is 0. None if no system writes completions.
     """
     columns = []
     for system, ranked in rankings.items():
@@ -46,8 +48,8 @@ def answer_view(rankings: Rankings) -> dict[str, Any] | None:
         return None
     groups = []
     for key, title, meanings in (
-        ("classes", "One class for each answer", CLASSES),
-        ("defects", "Defects, of which an answer can have several", _DEFECTS),
+        ("classes", "Classes: each answer has one", CLASSES),
+        ("defects", "Defects: an answer can have several", _DEFECTS),
     ):
         rows = [
             {"name": name, "meaning": meaning, "cells": [_cell(column, key, name) for column in columns]}
@@ -63,17 +65,17 @@ def _cell(column: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
 
 
 def cost_view(rankings: Rankings, timing: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
-    """Seconds and tokens a question, means over questions; what no system has is left out. None without any.
+    """Seconds and tokens per question, means over questions. None if no system has any of them.
 
-    Completion tokens are counted in the rankings, so they are there without a `timing` too.
+    `timing` is timing.json; an empty one is allowed, since the rankings contain the completion tokens.
     """
     costs = {}
     for system, ranked in rankings.items():
         cost = dict(timing.get(system, {}))
         if writes_completions(ranked):
             cost["tokens"] = float(np.mean([ranking.greedy.tokens for ranking in ranked]))
-            if drawn := [answered.tokens for ranking in ranked for answered in ranking.samples]:
-                cost["tokens_sampled"] = float(np.mean(drawn))
+            if sampled := [answer.tokens for ranking in ranked for answer in ranking.samples]:
+                cost["tokens_sampled"] = float(np.mean(sampled))
         if cost:
             costs[system] = cost
     columns = [column for column in _COST if any(column[0] in cost for cost in costs.values())]
@@ -82,14 +84,17 @@ def cost_view(rankings: Rankings, timing: Mapping[str, Mapping[str, float]]) -> 
     return {
         "headings": [heading for _, heading, _ in columns],
         "rows": [
-            {"system": system, "cells": [form(cost[key]) if key in cost else "–" for key, _, form in columns]}
+            {
+                "system": system,
+                "cells": [text(cost[key]) if key in cost else "–" for key, _, text in columns],
+            }
             for system, cost in costs.items()
         ],
     }
 
 
 def read_timing(folder: Path) -> dict[str, dict[str, float]]:
-    """timing.json of an evaluation: system → what it took. Empty where there is none."""
+    """timing.json of an evaluation: system → its cost by field. Empty if the file does not exist."""
     path = folder / "timing.json"
     if not path.is_file():
         return {}
@@ -97,6 +102,6 @@ def read_timing(folder: Path) -> dict[str, dict[str, float]]:
         timing = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: can't be read ({error}); remove it, or run the evaluate stage again") from None
-    if not isinstance(timing, dict) or not all(isinstance(took, dict) for took in timing.values()):
-        raise InputError(f"{path}: expected an object a system; remove it, or run the evaluate stage again")
+    if not isinstance(timing, dict) or not all(isinstance(cost, dict) for cost in timing.values()):
+        raise InputError(f"{path}: expected one object per system; remove it, or run the evaluate stage again")
     return timing

@@ -1,4 +1,4 @@
-"""Held-out questions for the report: which are shown, and what every system made of them."""
+"""The report's example questions: choosing them, and each system's ranking and reasoning."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ OUTCOMES: tuple[Outcome, ...] = ("improved", "unchanged", "worsened")
 
 @dataclass(frozen=True)
 class Place:
-    """A page at one position of a ranking. `number` is what the page is called in this case."""
+    """A page at one position of a ranking. `number` is the number that the report gives the page."""
 
     page: PageId
     number: int
     relevant: bool
-    moved: int  # places gained (positive) or lost against the first stage
+    moved: int  # positions gained (positive) or lost relative to the first stage
 
 
 @dataclass(frozen=True)
 class NoteLine:
-    """A line of reasoning. `number` is 0 for a line on no single page; truth is None where unknown."""
+    """A line of reasoning. `number` is 0 if it is not about one page; the `_true` fields are None if unknown."""
 
     number: int
     text: str
     relevant: bool = False
     description_true: bool | None = None
     verdict_true: bool | None = None
-    shows: str = ""  # what the page really shows
+    shows: str = ""  # true description of the page
 
 
 @dataclass(frozen=True)
 class Reasoning:
-    """What one system wrote and answered."""
+    """The completion and ranking of one system."""
 
     system: str
     lines: tuple[NoteLine, ...]
@@ -50,9 +50,9 @@ class Reasoning:
 
 @dataclass(frozen=True)
 class Case:
-    """A question as the report shows it: before, after, and the reasoning of each system.
+    """A question as the report shows it: ranking of the first and the last system, and reasoning of each system.
 
-    `numbers` is what its pages are called here: the image number in the last system's prompt.
+    `numbers` maps a page to its number in the report, which is its image number in the last system's prompt.
     """
 
     query_id: str
@@ -60,9 +60,9 @@ class Case:
     domain: str
     question_types: tuple[str, ...]
     outcome: Outcome
-    before: int | None  # position of the first relevant page; None where no candidate is relevant
+    before: int | None  # position of the first relevant page; None if no candidate is relevant
     after: int | None
-    beyond: int  # relevant pages that are not among the candidates
+    missed: int  # relevant pages that are not candidates
     numbers: dict[PageId, int]
     first: tuple[Place, ...]
     last: tuple[Place, ...]
@@ -70,14 +70,14 @@ class Case:
 
 
 def first_relevant(ranking: Ranking) -> int | None:
-    """1-based position of the first relevant page of the greedy order, None where there is none."""
+    """Position (from 1) of the first relevant page in the greedy order; None if no candidate is relevant."""
     relevant = set(ranking.positives)
     pages = ranking.ranked_pages(ranking.greedy)
     return next((i for i, page in enumerate(pages, 1) if page in relevant), None)
 
 
 def outcome(before: Ranking, after: Ranking) -> Outcome:
-    """Whether the first relevant page stands higher, as high, or lower than before."""
+    """Whether the first relevant page moved up, stayed, or moved down."""
     a, b = first_relevant(before), first_relevant(after)
     if a is None or b is None or a == b:
         return "unchanged"
@@ -85,23 +85,23 @@ def outcome(before: Ranking, after: Ranking) -> Outcome:
 
 
 def choose(outcomes: Mapping[str, Outcome], count: int, seed: int) -> list[str]:
-    """`count` query ids, an equal number of each outcome as far as there are any, drawn by `seed`."""
+    """`count` query ids drawn with `seed`, equally many of each outcome as long as the outcome has any left."""
     groups = {kind: sorted(q for q, o in outcomes.items() if o == kind) for kind in OUTCOMES}
     for kind, group in groups.items():
         random.Random(f"{seed}/{kind}").shuffle(group)
-    taken: dict[Outcome, list[str]] = {kind: [] for kind in OUTCOMES}
-    while sum(map(len, taken.values())) < count and any(groups.values()):
+    chosen: dict[Outcome, list[str]] = {kind: [] for kind in OUTCOMES}
+    while sum(map(len, chosen.values())) < count and any(groups.values()):
         for kind in OUTCOMES:
-            if groups[kind] and sum(map(len, taken.values())) < count:
-                taken[kind].append(groups[kind].pop())
-    return [query_id for kind in OUTCOMES for query_id in taken[kind]]
+            if groups[kind] and sum(map(len, chosen.values())) < count:
+                chosen[kind].append(groups[kind].pop())
+    return [query_id for kind in OUTCOMES for query_id in chosen[kind]]
 
 
 def make_case(rankings: Sequence[Ranking], descriptions: Mapping[PageId, str]) -> Case:
-    """One question's case from its rankings: the baseline first, the system of interest last."""
+    """The case of one question. `rankings` holds one ranking per system, in the order of the results."""
     first, last = rankings[0], rankings[-1]
     start = {page: i for i, page in enumerate(first.ranked_pages(first.greedy), 1)}
-    # Systems of other origins may have had other candidates: those are numbered on.
+    # Systems may have had other candidates than the last one: these get the following numbers.
     pages = dict.fromkeys(page.id for ranking in reversed(rankings) for page in ranking.shown)
     numbers = {page: i for i, page in enumerate(pages, 1)}
     return Case(
@@ -112,7 +112,7 @@ def make_case(rankings: Sequence[Ranking], descriptions: Mapping[PageId, str]) -
         outcome=outcome(first, last),
         before=first_relevant(first),
         after=first_relevant(last),
-        beyond=len(set(last.positives) - {page.id for page in last.shown}),
+        missed=len(set(last.positives) - {page.id for page in last.shown}),
         numbers=numbers,
         first=_places(first, start, numbers),
         last=_places(last, start, numbers),
@@ -141,7 +141,7 @@ def _places(ranking: Ranking, start: Mapping[PageId, int], numbers: Mapping[Page
 def note_lines(
     ranking: Ranking, numbers: Mapping[PageId, int], descriptions: Mapping[PageId, str]
 ) -> list[NoteLine]:
-    """The lines of the greedy think block, each with its page, and checked where the truth is known."""
+    """The lines of the greedy think block, each with its page and, if the truth is known, whether it is true."""
     relevant = set(ranking.positives)
     think = parse_answer(ranking.greedy.completion, len(ranking.shown)).think or ""
     lines: list[NoteLine] = []
@@ -156,12 +156,12 @@ def note_lines(
 
 
 def _checked(note: str, number: int, relevant: bool, description: str) -> NoteLine:
-    said = read_verdict(note)
+    verdict = read_verdict(note)
     return NoteLine(
         number=number,
         text=note,
         relevant=relevant,
         description_true=states_description(note, description) if description else None,
-        verdict_true=None if said is None else said == relevant,
+        verdict_true=None if verdict is None else verdict == relevant,
         shows=description,
     )

@@ -1,4 +1,4 @@
-"""The page on which recipes stand beside each other."""
+"""The page `compare.html` of mmr5_train.compare."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ Row = Mapping[str, Any]
 
 
 def comparison_page(
-    rows: Sequence[Row], figures: Mapping[str, str], data: str, beside: Sequence[Sequence[PaperRow]]
+    rows: Sequence[Row], figures: Mapping[str, str], data: str, published: Sequence[Sequence[PaperRow]]
 ) -> str:
-    """`compare.html` for the rows of mmr5_train.compare, the baseline first.
+    """The HTML for the rows of mmr5_train.compare, the baseline first.
 
-    `figures` is key → heading; `beside` are the published tables with the recipes in them, or empty.
+    `figures` maps a figure to its heading. `published` holds the published tables with the recipes that reproduce
+    a published row; it is empty if no recipe does.
     """
     shown = {key: heading for key, heading in figures.items() if any(key in row for row in rows)}
     return render_page(
@@ -33,7 +34,7 @@ def comparison_page(
         rows=rows,
         figures=shown,
         data=data,
-        beside=paper_view(beside) if beside else None,
+        published=paper_view(published) if published else None,
         code=code_version(),
         pictures={},
         forests=[(heading, forest(rows, key)) for key, heading in shown.items() if len(rows) > 1],
@@ -41,17 +42,17 @@ def comparison_page(
 
 
 def forest(rows: Sequence[Row], key: str) -> str:
-    """Each recipe's paired difference from the baseline with its 95 % interval, as inline SVG."""
+    """Forest plot of the recipes' paired differences from the baseline with 95 % intervals, as inline SVG."""
     compared = [row for row in rows[1:] if row.get(key, {}).get("difference")]
     color = list(PLACEHOLDERS)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.5, 0.5 + 0.24 * max(1, len(compared))))
         axes = figure.add_axes((0.36, 0.3 / figure.get_figheight(), 0.61, 1 - 0.38 / figure.get_figheight()))
         axes.axvline(0, color=color[1], linewidth=1)
-        for place, row in enumerate(compared):
-            gap = row[key]["difference"]
-            axes.plot([gap["low"], gap["high"]], [place, place], color=color[2], linewidth=2.4)
-            axes.plot(gap["mean"], place, "o", color=color[2], markersize=5)
+        for y, row in enumerate(compared):
+            difference = row[key]["difference"]
+            axes.plot([difference["low"], difference["high"]], [y, y], color=color[2], linewidth=2.4)
+            axes.plot(difference["mean"], y, "o", color=color[2], markersize=5)
         axes.set_yticks(range(len(compared)), [row["recipe"] for row in compared])
         axes.set_ylim(len(compared) - 0.5, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(4))

@@ -1,7 +1,7 @@
 """Training curves as small inline SVG charts.
 
-Matplotlib draws them with placeholder colours, which become CSS variables afterwards: a chart follows the
-light or dark scheme of the page it stands on. The same history gives the same bytes.
+Matplotlib draws with placeholder colors that are then replaced by CSS variables, so that a chart follows the light
+or dark color scheme of its page. The same history gives the same bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mmr5_train.common.files import InputError
 
-SIZE = (3.5, 1.75)  # inches at 72 points: about the width of a phone, so that text keeps its size
+SIZE = (3.5, 1.75)  # inches at 72 points: about the width of a phone, so that text is not scaled
 SERIES = ("var(--s1)", "var(--s2)", "var(--s3)", "var(--s4)", "var(--s5)", "var(--s6)")
 INK, RULE = "#010203", "#010204"
 PLACEHOLDERS = {INK: "var(--muted)", RULE: "var(--rule)"} | {
@@ -31,7 +31,7 @@ PLACEHOLDERS = {INK: "var(--muted)", RULE: "var(--rule)"} | {
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mmr5-train",
-    "font.family": "DejaVu Sans",  # ships with matplotlib: the layout is the same on every machine
+    "font.family": "DejaVu Sans",  # part of matplotlib, so the layout is the same on every machine
     "font.size": 8.5,
     "axes.edgecolor": RULE,
     "axes.labelcolor": INK,
@@ -48,11 +48,11 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.6,
 }
 
-# (keys of the log, title, what a reader should know); a key that ends in "*" stands for all with that start.
+# (keys of the log, title, note); a key that ends in "*" selects all keys with that prefix.
 SFT_CHARTS = (
     (("loss", "eval_loss"), "Loss", "cross-entropy on the answer's tokens"),
     (("heldout/recall@1",), "Held-out recall@1", "greedy answers, at each checkpoint"),
-    (("mean_token_accuracy",), "Token accuracy", "share of answer tokens predicted right"),
+    (("mean_token_accuracy",), "Token accuracy", "share of answer tokens predicted correctly"),
     (("entropy",), "Entropy", "of the next token, in nats"),
 )
 GRPO_CHARTS = (
@@ -60,19 +60,23 @@ GRPO_CHARTS = (
     (("rewards/*",), "", "mean over completions"),
     (("frac_reward_zero_std",), "Zero-variance groups", "share whose completions all get the same reward"),
     (("entropy",), "Entropy", "of the next token, in nats"),
-    (("kl",), "KL", "to the model GRPO started from"),
+    (("kl",), "KL", "from the initial model of GRPO"),
     (("heldout/recall@1",), "Held-out recall@1", "greedy answers, at each checkpoint"),
-    (("answers/true_verdicts", "answers/follow_verdicts"), "Verdicts", "right ones; answers that follow them"),
-    (("first/*",), "Put first", "share of answers, by place in the prompt"),
+    (
+        ("answers/true_verdicts", "answers/follow_verdicts"),
+        "Verdicts",
+        "share that is true; answers that follow them",
+    ),
+    (("first/*",), "Ranked first", "share of answers, by position in the prompt"),
     (("completions/mean_length",), "Completion length", "tokens, mean"),
     (("defects/*",), "Defects", "share of sampled completions"),
-    (("loss",), "Loss", "GRPO's objective; near 0 by construction"),
+    (("loss",), "Loss", "GRPO objective; near 0 by construction"),
 )
 
 
 @dataclass(frozen=True)
 class Line:
-    """One series: its name and its (step, value) points."""
+    """One series of a chart: (step, value) points."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -88,7 +92,7 @@ class Chart:
 
     @property
     def summary(self) -> str:
-        """The chart in words, for who can't see it."""
+        """First and last value of each series as text, for screen readers."""
         ends = [
             f"{line.name} {show(line.points[0][1])} at step {line.points[0][0]:g}, "
             f"{show(line.points[-1][1])} at step {line.points[-1][0]:g}"
@@ -98,23 +102,23 @@ class Chart:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """A trainer's `log_history.json`: a list of objects, one a logged step."""
+    """Reads a trainer's `log_history.json`: a list of objects, one per logged step."""
     try:
         history = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: can't be read as a training log ({error}); train again") from None
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
-        raise InputError(f"{path}: expected a list of objects, one a logged step; train again")
+        raise InputError(f"{path}: expected a list of objects, one per logged step; train again")
     return history
 
 
 def training_charts(history: Sequence[dict[str, Any]], stage: str) -> list[Chart]:
-    """The charts of one stage ("sft" or "grpo"); those without a logged value are left out."""
+    """The charts of a stage ("sft" or "grpo"), without those for which nothing was logged."""
     charts = []
     color = 1 if stage == "sft" else 2
     for keys, title, note in SFT_CHARTS if stage == "sft" else GRPO_CHARTS:
         lines = [line for key in keys for line in _lines(history, key, color)]
-        if keys == ("rewards/*",):  # each reward has a scale of its own
+        if keys == ("rewards/*",):  # each reward has its own scale
             charts += [draw(*_reward_title(line.name, note), [line]) for line in lines]
         elif lines:
             if len(lines) > 1:
@@ -154,7 +158,7 @@ def _points(history: Sequence[dict[str, Any]], key: str) -> tuple[tuple[float, f
 
 
 def draw(title: str, note: str, lines: Sequence[Line]) -> Chart:
-    """A chart: each series thin as logged, and bold as its running mean."""
+    """Draws a chart: the logged values as a thin line, their running mean as a bold one."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE)
         axes = figure.add_axes((0.14, 0.135, 0.84, 0.835))
@@ -181,13 +185,13 @@ def _plot(axes: Axes, line: Line) -> None:
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean of each value and those within `width` places on both sides of it."""
+    """Mean of each value and its `width` neighbors on both sides."""
     windows = (values[max(0, i - width) : i + width + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
 
 def show(value: float) -> str:
-    """A figure with three significant digits, without an exponent."""
+    """A number with three significant digits, without an exponent."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
@@ -195,7 +199,7 @@ def show(value: float) -> str:
 
 
 def inline(svg: str, prefix: str) -> str:
-    """The picture as it can stand inside a page: no prolog, no namespace, no rule or id that meets another's."""
+    """Prepares an SVG file for embedding in HTML: removes prolog, namespaces and styles, and makes ids unique."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

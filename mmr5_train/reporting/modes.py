@@ -1,4 +1,4 @@
-"""What the report shows of one checkpoint asked in several ways: how well it ranks, and how long that takes."""
+"""The report's comparison of one checkpoint in several modes: ranking quality and time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SIZE = (6.2, 2.3)  # inches at 72 points
 
 
 def modes_view(folder: Path | None) -> dict[str, Any] | None:
-    """A row a mode, slowest first, and a chart of quality over time; None without a folder."""
+    """One row per mode, slowest first, and a chart of quality over time. None without a folder."""
     if folder is None:
         return None
     results, timing = read_results(folder), read_timing(folder)
@@ -45,20 +45,20 @@ def modes_view(folder: Path | None) -> dict[str, Any] | None:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], ceiling: float) -> str:
-    """Recall@1 with its 95 % interval over the milliseconds of a question, as inline SVG."""
+    """Chart of recall@1 with its 95 % interval over milliseconds per question, as inline SVG."""
     colors = list(PLACEHOLDERS)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE)
         axes = figure.add_axes((0.08, 0.2, 0.9, 0.76))
         axes.axhline(ceiling, color=colors[1], linewidth=1, linestyle=(0, (3, 3)))
-        for place, row in enumerate(rows):
-            color = colors[2 + place % len(SERIES)]
+        for i, row in enumerate(rows):
+            color = colors[2 + i % len(SERIES)]
             axes.plot([row["ms"]] * 2, [row["low"], row["high"]], color=color, linewidth=2.4)
             axes.plot(row["ms"], row["value"], "o", color=color, markersize=6)
             axes.annotate(row["name"], (row["ms"], row["high"]), (0, 4), textcoords="offset points", ha="center")
         axes.margins(y=0.2)
         axes.set_xlim(0, 1.15 * max(row["ms"] for row in rows))
-        axes.set_xlabel("milliseconds a question")
+        axes.set_xlabel("milliseconds per question")
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.grid(axis="y")
         axes.set_axisbelow(True)

@@ -1,4 +1,4 @@
-"""From a template to one self-contained page, and what the page pictures on it need."""
+"""Renders templates to self-contained HTML pages, and prepares page pictures for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
 def render_page(template: str, *folders: Path, **values: Any) -> str:
-    """A template of `folders` or of this package, filled in; text is escaped."""
+    """Renders a template from `folders` or from this package. Text is escaped."""
     loader = FileSystemLoader([*folders, TEMPLATES])
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.filters |= FILTERS
@@ -24,7 +24,7 @@ def render_page(template: str, *folders: Path, **values: Any) -> str:
 
 
 def picture_views(pictures: Mapping[PageId, Picture]) -> dict[PageId, dict[str, Any]]:
-    """`pictures` of a template: each stands in the file once, under its `id`."""
+    """The template variable `pictures`. The file contains each picture once, under its `id`."""
     return {
         page: {
             "id": f"page-{i}",
@@ -44,13 +44,13 @@ def sheet_views(
     pages: Mapping[PageId, Page],
     pictures: Mapping[PageId, Picture],
 ) -> dict[str, Any]:
-    """A question's pages for a template: its anchor, the shape of its pages, and one sheet to enlarge for each."""
+    """A question's pages for a template: anchor, aspect ratio, and a sheet for each page that can be enlarged."""
     sheets = []
     for page, number in numbers.items():
         record = pages.get(page)
         shows = record.description if record else ""
-        said = shows or (record.text[:200] if record else "")
-        alt = f"{page_name(page)}{': ' if said else ''}{' '.join(said.split())}"
+        description = shows or (record.text[:200] if record else "")
+        alt = f"{page_name(page)}{': ' if description else ''}{' '.join(description.split())}"
         sheets.append({"page": page, "number": number, "relevant": page in relevant, "shows": shows, "alt": alt})
     ratios = sorted(pictures[page].width / pictures[page].height for page in numbers)
     return {"anchor": anchor, "sheets": sheets, "aspect": f"{ratios[len(ratios) // 2]:.3f}"}

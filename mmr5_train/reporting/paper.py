@@ -1,4 +1,4 @@
-"""The page on which measured rows stand in the frame of the published tables."""
+"""The page `tables.html` of mmr5_train.tables: measured rows in the published tables."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from mmr5_train.reporting.page import render_page
 
 
 def paper_view(blocks: Sequence[Sequence[Row]]) -> dict[str, Any]:
-    """The arguments of the template's `paper_table`."""
+    """The arguments of the template macro `paper_table`."""
     return {"blocks": blocks, "figures": FIGURES, "source": SOURCE, "note": NOTE}
 
 
 def tables_page(blocks: Sequence[Sequence[Row]]) -> str:
-    """`tables.html`."""
-    stages = dict.fromkeys(row.first_stage for block in blocks for named in block for row in named.measured)
+    measured = [row for block in blocks for table_row in block for row in table_row.measured]
+    stages = dict.fromkeys(row.first_stage for row in measured)
     return render_page(
         "tables.html.j2",
-        title="Measured beside published",
+        title="Measured and published results",
         first_stages=list(stages),
         table=paper_view(blocks),
         code=code_version(),

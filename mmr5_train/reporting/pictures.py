@@ -1,4 +1,4 @@
-"""Page pictures inside the report: one copy of each page, as large as the file's size allows."""
+"""Page pictures embedded in the report: one copy of each page, as large as the size limit of the file allows."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from PIL import Image
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 
-# (longest side in pixels, JPEG quality): the first at which all pictures fit is taken.
+# (longest side in pixels, JPEG quality): the first entry with which all pictures fit is used.
 LADDER = ((1200, 80), (1000, 78), (800, 75), (640, 72), (520, 68), (400, 62), (300, 58), (220, 50), (120, 40))
 PLACEHOLDER = (600, 800)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A page as a JPEG data URL; `url` is empty where the file can't be shown, and `problem` says why."""
+    """A page as a JPEG data URL. If the file can't be shown, `url` is empty and `problem` says why."""
 
     url: str
     width: int
@@ -30,9 +30,9 @@ class Picture:
 
 
 def inline_pictures(paths: Mapping[KeyT, Path], budget: int) -> dict[KeyT, Picture]:
-    """The pictures of `paths`, together at most `budget` characters of data URL.
+    """The pictures of `paths`, with data URLs of at most `budget` characters in total.
 
-    A missing or unreadable file becomes a picture without `url`: a report is worth reading without it.
+    A missing or unreadable file becomes a picture without `url`, so that it does not prevent the report.
     """
     for side, quality in LADDER[:-1]:
         pictures: dict[KeyT, Picture] = {}

@@ -1,4 +1,4 @@
-"""What the report's template shows, made from results, manifests and logs: plain dicts and text filters."""
+"""Data for the report's template, from results, manifests and logs: plain dicts, and filters that format text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = {
     "recall@1_sampled": "Recall@1, sampled",
     "complete_permutations": "Complete orders",
     "true_descriptions": "True descriptions",
-    "of_ceiling": "Of its ceiling",
+    "of_ceiling": "Share of ceiling",
     "mrr": "MRR",
 }
 SHARES = ("of_ceiling", "complete_permutations", "without_defect", "true_descriptions")
@@ -71,7 +71,7 @@ def figure(value: float | None) -> str:
 
 
 def value_text(value: float | None, metric: str) -> str:
-    """A value in the unit of its metric: a share in percent, else three decimals."""
+    """A value formatted by metric: shares in percent, others with three decimals."""
     if value is not None and metric in SHARES:
         return f"{100 * value:.1f} %"
     return figure(value)
@@ -87,14 +87,14 @@ def ordinal(number: int) -> str:
 
 
 def page_name(page: PageId) -> str:
-    """A page as people count: from 1."""
+    """Document and page number, counted from 1."""
     return f"{page.doc_name}, page {page.page + 1}"
 
 
 def movement(moved: int) -> str:
     if not moved:
-        return "not moved"
-    return f"{'up' if moved > 0 else 'down'} {abs(moved)} {'place' if abs(moved) == 1 else 'places'}"
+        return "did not move"
+    return f"{'up' if moved > 0 else 'down'} {abs(moved)} {'position' if abs(moved) == 1 else 'positions'}"
 
 
 def words(name: str) -> str:
@@ -116,7 +116,7 @@ FILTERS = {
 
 
 def headline(results: Results) -> dict[str, str]:
-    """The result in one sentence, and what it rests on in a second; never more than the interval says."""
+    """Title, headline and lede. The headline claims a difference only if its interval excludes zero."""
     first, last = results["rows"][0], results["rows"][-1]
     questions = f"{results['questions']:,} held-out questions"
     before, after = figure(first["recall@1"]), figure(last["recall@1"])
@@ -126,33 +126,35 @@ def headline(results: Results) -> dict[str, str]:
         gain = find_difference(results, last["system"], first["system"])["recall@1"]
         name, base = label(last["system"]), label(first["system"]).lower()
         if gain["low"] <= 0 <= gain["high"]:
-            text = f"{name} and the {base} can’t be told apart on {questions}: recall@1 {after} and {before}"
+            text = (
+                f"{name} and the {base} don’t differ significantly on {questions}: recall@1 {after} and {before}"
+            )
         else:
-            verb = "lifts" if gain["mean"] > 0 else "lowers"
+            verb = "raises" if gain["mean"] > 0 else "lowers"
             text = f"{name} {verb} recall@1 from {before} to {after} on {questions}"
         interval = f"95 % interval {signed(gain['low'])} to {signed(gain['high'])}"
-        rest = f"Paired difference to the {base} {signed(gain['mean'])}, {interval}. "
+        rest = f"Paired difference from the {base} {signed(gain['mean'])}, {interval}. "
     ceiling = f"A perfect order of the same candidates would reach {figure(results['ceiling']['recall@1'])}."
     return {"title": text, "headline": text, "lede": rest + ceiling}
 
 
 def trained_text(sft: Path | None, grpo: Path | None) -> str:
-    """What was trained, on how much, in a sentence; empty where no trainer's folder is given."""
+    """A sentence on the training stages and the size of their data; empty if no trainer's folder is given."""
     manifests = [(stage, read_manifest(folder)) for stage, folder in (("SFT", sft), ("GRPO", grpo)) if folder]
     if not manifests:
         return ""
-    steps = []
+    stages = []
     for stage, manifest in manifests:
         counts = manifest.get("counts") or {}
         used = [f"{counts[key]:,} {name}" for key, name in TRAINED_ON if key in counts]
-        steps.append(f"{stage} on {used[0]}" if used else stage)
+        stages.append(f"{stage} on {used[0]}" if used else stage)
     start = (manifests[0][1].get("config") or {}).get("model", {}).get("path")
     start = "the shipped tiny model" if start == "tiny" else start
-    return f"Trained{f' from {start}' if start else ''} by {' and '.join(steps)}. "
+    return f"Trained{f' from {start}' if start else ''} by {' and '.join(stages)}. "
 
 
 def overview(results: Results) -> dict[str, Any]:
-    """The results table, the score cards and the forest of differences."""
+    """Data of the results table, the score cards and the forest plot of differences."""
     rows = [{**row, "of_ceiling": share_of_ceiling(row, "recall@1")} for row in results["rows"]]
     metrics = table_metrics(results)
     return {
@@ -171,12 +173,12 @@ def overview(results: Results) -> dict[str, Any]:
 
 
 def _best(values: list[float]) -> float | None:
-    """The value to stress, None where all are the same."""
+    """The largest value, which the table highlights; None if all are equal."""
     return max(values) if len(set(values)) > 1 else None
 
 
 def table_metrics(results: Results) -> list[str]:
-    """The metrics worth a column: a cutoff beyond the candidates says nothing new."""
+    """The metrics of the table. Cutoffs beyond the number of candidates would repeat the same values."""
     shown = []
     for metric in (m for m in TABLE if m in results["metrics"]):
         cutoff = int(metric.partition("@")[2] or 1)
@@ -186,7 +188,7 @@ def table_metrics(results: Results) -> list[str]:
 
 
 def _step(results: Results, index: int) -> dict[str, Any] | None:
-    """What a system gains in recall@1 over the one before it."""
+    """Difference in recall@1 of a system from the previous one."""
     if index == 0:
         return None
     system, baseline = (results["rows"][i]["system"] for i in (index, index - 1))
@@ -194,17 +196,17 @@ def _step(results: Results, index: int) -> dict[str, Any] | None:
 
 
 def forest(results: Results) -> dict[str, Any]:
-    """Every difference with its interval, placed on one axis that all share and that holds zero (0 to 1 here)."""
+    """All differences with intervals, and their positions (0 to 1) on a common axis that includes zero."""
     groups = []
     for difference in results["differences"]:
         items = [{"metric": m, **difference[m]} for m in COMPARED if m in difference]
         groups.append({"system": difference["system"], "baseline": difference["baseline"], "items": items})
-    everything = [item for group in groups for item in group["items"]]
-    left = min(-0.05, *(math.floor(item["low"] * 20) / 20 for item in everything), 0)
-    right = max(0.05, *(math.ceil(item["high"] * 20) / 20 for item in everything), 0)
-    for item in everything:
-        for end, place in (("low", "left"), ("high", "right"), ("mean", "at")):
-            item[place] = round((item[end] - left) / (right - left), 4)
+    all_items = [item for group in groups for item in group["items"]]
+    left = min(-0.05, *(math.floor(item["low"] * 20) / 20 for item in all_items), 0)
+    right = max(0.05, *(math.ceil(item["high"] * 20) / 20 for item in all_items), 0)
+    for item in all_items:
+        for value, position in (("low", "left"), ("high", "right"), ("mean", "at")):
+            item[position] = round((item[value] - left) / (right - left), 4)
     return {
         "differences": groups,
         "axis": {"left": left, "right": right, "zero": round(-left / (right - left), 4)},
@@ -212,7 +214,7 @@ def forest(results: Results) -> dict[str, Any]:
 
 
 def breakdowns(results: Results) -> list[dict[str, Any]]:
-    """Recall@1 and the rest by domain and by question type; a group of one alone is left out."""
+    """Metrics by domain and by question type. Omits a breakdown with only one group."""
     kinds = (
         ("by_domain", "domains", "By domain", "Domain", True),
         ("by_question_type", "types", "By question type", "Question type", False),
@@ -243,30 +245,30 @@ def _group_value(row: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
 
 def _macro_text(results: Results, macro: bool) -> str:
     if not macro:
-        return " A question of several types counts in each."
+        return " A question with several types counts in each of them."
     means = ", ".join(f"{label(row['system'])} {figure(row['macro']['recall@1'])}" for row in results["rows"])
     return f" Mean over domains (macro): {means}."
 
 
 def training_view(folder: Path | None, stage: str) -> dict[str, Any] | None:
-    """A trainer's curves, or a message that says which log is missing."""
+    """A trainer's charts, or a message on which log is missing."""
     if folder is None:
         return None
     title = {"sft": "Supervised fine-tuning", "grpo": "Reinforcement learning (GRPO)"}[stage]
     path = folder / "log_history.json"
     if not path.is_file():
-        return {"title": title, "charts": [], "message": f"No curves: {path} is missing. The trainer writes it."}
+        return {"title": title, "charts": [], "message": f"No curves: {path} is missing."}
     history = read_history(path)
     charts = training_charts(history, stage)
     if not charts:
-        return {"title": title, "charts": [], "message": f"No curves: {path} holds no logged step."}
+        return {"title": title, "charts": [], "message": f"No curves: {path} has no logged step."}
     steps = max(point[0] for chart in charts for line in chart.lines for point in line.points)
-    intro = f"{steps:,.0f} steps. Thin: as logged; bold: running mean."
+    intro = f"{steps:,.0f} steps. Thin lines: logged values. Bold lines: running mean."
     return {"title": title, "charts": charts, "intro": intro, "alarms": read_alarms(folder)}
 
 
 def stage_view(folder: Path) -> dict[str, Any]:
-    """What a stage's manifest says: its name, seed and counts, and its whole configuration."""
+    """Name, counts, seed and configuration of a stage, from its manifest."""
     manifest = read_manifest(folder)
     config = manifest.get("config") or {}
     counts = flat_counts(manifest.get("counts") or {})
@@ -278,7 +280,7 @@ def stage_view(folder: Path) -> dict[str, Any]:
 
 
 def flat_counts(counts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested counts as (name, value), floats shortened; histograms, which are lists, are left out."""
+    """Nested counts as (name, value) pairs with shortened floats. Omits lists, which are histograms."""
     facts: list[tuple[str, Any]] = []
     for key, value in counts.items():
         name = words(f"{prefix}{key}")
@@ -297,7 +299,7 @@ def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """results.json of a finished evaluation. Raises `InputError` where it can't be read or is something else."""
+    """results.json of a finished evaluation. Raises `InputError` if it is unreadable or lacks a field."""
     read_manifest(folder)
     path = folder / "results.json"
     try:
@@ -305,14 +307,14 @@ def read_results(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: can't be read ({error}); run the evaluate stage again") from None
     check_results(results, path)
-    for row in results["rows"]:  # older files: every system had the first stage's candidates
+    for row in results["rows"]:  # absent in older files, in which all systems had the same candidates
         row.setdefault("ceiling", results["ceiling"])
     return dict(results)
 
 
 def check_results(results: Any, path: Path) -> None:
-    """Raises `InputError` for results that the evaluate stage did not write."""
-    needed = ("questions", "samples", "candidates", "metrics", "ceiling", "rows", "differences")
-    missing = [key for key in needed if not isinstance(results, dict) or key not in results]
+    """Raises `InputError` if a field of results.json is missing."""
+    required = ("questions", "samples", "candidates", "metrics", "ceiling", "rows", "differences")
+    missing = [key for key in required if not isinstance(results, dict) or key not in results]
     if missing:
         raise InputError(f"{path}: field {missing[0]} is missing; run the evaluate stage again")

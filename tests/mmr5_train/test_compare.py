@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from html_reader import Reader
-from made_up import make_evaluation
+from sample_runs import make_evaluation
 
 from mmr5_train import compare
 from mmr5_train.common.config import compose_stage

@@ -95,4 +95,4 @@ def test_second_run_adds_modes_and_keeps_earlier_stages(demo_folder):
         assert row["seconds_per_question"] > 0
     _, reason, logits = (row["recall@1"] for row in results["modes"])
     assert results["logits_minus_reason"]["recall@1"]["mean"] == pytest.approx(logits - reason)
-    assert "milliseconds a question" in (demo_folder / "report.html").read_text()
+    assert "milliseconds per question" in (demo_folder / "report.html").read_text()

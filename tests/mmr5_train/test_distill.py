@@ -5,8 +5,8 @@ import random
 
 import pytest
 import torch
-from made_up import make_evaluation
 from PIL import Image
+from sample_runs import make_evaluation
 
 from mmr5_train import distill
 from mmr5_train.common.config import compose_stage

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import make_data
+from sample_runs import make_data
 
 from mmr5_train import evaluate
 from mmr5_train.common.config import compose_stage

@@ -67,7 +67,7 @@ def test_more_gpus_and_smaller_pages_need_less_memory():
 
 
 def test_page_sizes_come_from_the_data(tmp_path, capsys):
-    from made_up import make_data
+    from sample_runs import make_data
 
     from mmr5_train.common.files import read_records, write_records
     from mmr5_train.ranking.records import RankingTask

@@ -1,4 +1,4 @@
-"""The report on made-up evaluations: what it says, and what it must never hold."""
+"""The report on generated evaluations: its contents, and what it must never contain."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from html_reader import Reader
-from made_up import make_evaluation, make_training
+from sample_runs import make_evaluation, make_training
 
 from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import InputError, read_records, write_json, write_records
@@ -33,8 +33,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write(root: Path, out: Path, *overrides: str) -> str:
-    wanted = [f"evaluation={root / 'evaluate'}", f"out={out}", *overrides]
-    main(compose_stage(ReportStage, "report", wanted))
+    arguments = [f"evaluation={root / 'evaluate'}", f"out={out}", *overrides]
+    main(compose_stage(ReportStage, "report", arguments))
     return (out / "report.html").read_text(encoding="utf-8")
 
 
@@ -50,12 +50,12 @@ def page(html: str) -> Reader:
 
 @pytest.fixture
 def copy(folders: Path, tmp_path: Path) -> Path:
-    """An evaluation folder that a test may change."""
+    """A copy of the evaluation folder that a test can modify."""
     shutil.copytree(folders / "evaluate", tmp_path / "evaluate")
     return tmp_path
 
 
-def test_it_holds_every_figure(page: Reader, folders: Path) -> None:
+def test_report_shows_every_figure(page: Reader, folders: Path) -> None:
     results = json.loads((folders / "evaluate/results.json").read_text())
     for row in results["rows"]:
         for metric in ("recall@1", "recall@3", "recall@5", "ndcg@5", "mrr", "recall@1_sampled"):
@@ -81,7 +81,7 @@ def test_it_holds_every_figure(page: Reader, folders: Path) -> None:
             assert f"{signed(gap['mean'])} {ends}" in page.text
 
 
-def test_it_shows_what_was_wrong_with_answers_zeros_included(page: Reader, folders: Path) -> None:
+def test_report_shows_defects_and_classes_including_zeros(page: Reader, folders: Path) -> None:
     results = json.loads((folders / "evaluate/results.json").read_text())
     sft, grpo = results["rows"][1:]
     assert f"SFT {QUESTIONS} greedy" in page.text
@@ -93,11 +93,11 @@ def test_it_shows_what_was_wrong_with_answers_zeros_included(page: Reader, folde
         shown = "OK" if name == "ok" else name.replace("_", " ")
         assert f"{shown} {meaning} {cells}" in page.text
     whole = round(sft["without_defect"] * QUESTIONS)
-    assert f"without defect None of those below. {whole} {100 * whole / QUESTIONS:.1f} %" in page.text
+    assert f"without defect None of the defects below. {whole} {100 * whole / QUESTIONS:.1f} %" in page.text
     assert sum(sft["classes"].values()) == QUESTIONS
 
 
-def test_it_shows_what_answers_cost_as_far_as_that_is_known(page: Reader, copy: Path) -> None:
+def test_report_shows_the_known_costs(page: Reader, copy: Path) -> None:
     rankings = read_records(copy / "evaluate/rankings/sft.jsonl", Ranking)
     greedy = sum(r.greedy.tokens for r in rankings) / QUESTIONS
     sampled = sum(a.tokens for r in rankings for a in r.samples) / (4 * QUESTIONS)
@@ -111,11 +111,11 @@ def test_it_shows_what_answers_cost_as_far_as_that_is_known(page: Reader, copy: 
     assert f"{sampled:,.0f} 10,240 SFT + GRPO – " in text
     assert "timing.json" in json.dumps(json.loads((copy / "out/manifest.json").read_text())["inputs"])
     (copy / "evaluate/timing.json").write_text("[]")
-    with pytest.raises(InputError, match=r"timing\.json: expected an object a system"):
+    with pytest.raises(InputError, match=r"timing\.json: expected one object per system"):
         write(copy, copy / "other")
 
 
-def test_it_shows_the_modes_of_one_checkpoint(folders: Path, copy: Path) -> None:
+def test_report_shows_the_modes_of_one_checkpoint(folders: Path, copy: Path) -> None:
     shutil.copytree(copy / "evaluate", copy / "modes")
     timing = {"sft": {"seconds_per_question": 0.5, "tokens": 80.0}, "sft+grpo": {"seconds_per_question": 0.02}}
     timing["sft+grpo"]["tokens"] = 0.0
@@ -124,15 +124,15 @@ def test_it_shows_the_modes_of_one_checkpoint(folders: Path, copy: Path) -> None
     text = Reader(html).text
     rows = {row["system"]: row for row in json.loads((copy / "modes/results.json").read_text())["rows"]}
     slow, fast = rows["sft"]["recall@1"], rows["sft+grpo"]["recall@1"]
-    assert "Mode recall@1 Milliseconds Times as fast Completion tokens sft" in text
+    assert "Mode recall@1 Milliseconds Speedup Completion tokens sft" in text
     for value, rest in ((slow, "500 1.0 80"), (fast, "20.0 25.0 0")):
         assert re.search(rf"{value:.3f} [\d.]+ to [\d.]+ {re.escape(rest)}", text), text[-3000:]
-    assert text.index("500 1.0 80") < text.index("20.0 25.0 0"), "the slowest first"
-    assert html.count("milliseconds a question") == 1
+    assert text.index("500 1.0 80") < text.index("20.0 25.0 0"), "slowest mode first"
+    assert html.count("milliseconds per question") == 1
     assert "Modes" not in Reader(write(folders, copy / "without")).text
 
 
-def test_results_of_an_older_version_are_shown(copy: Path) -> None:
+def test_results_of_an_older_version(copy: Path) -> None:
     path = copy / "evaluate/results.json"
     results = json.loads(path.read_text())
     for row in results["rows"]:
@@ -146,7 +146,7 @@ def test_results_of_an_older_version_are_shown(copy: Path) -> None:
     assert f"Ceiling {results['ceiling']['recall@1']:.3f}" in text
 
 
-def test_a_system_with_other_candidates_has_its_own_ceiling(copy: Path) -> None:
+def test_system_with_other_candidates_has_its_own_ceiling(copy: Path) -> None:
     names = ("first_stage", "sft")
     rankings = {name: read_records(copy / f"evaluate/rankings/{name}.jsonl", Ranking) for name in names}
     order = (LocalId(1), LocalId(2))
@@ -168,7 +168,7 @@ def test_a_system_with_other_candidates_has_its_own_ceiling(copy: Path) -> None:
     assert f"Ceiling of SFT {results['rows'][1]['ceiling']['recall@1']:.3f}" in text
 
 
-def test_it_shows_both_trainings(page: Reader) -> None:
+def test_report_shows_both_training_stages(page: Reader) -> None:
     assert (
         "Trained from the shipped tiny model by SFT on 3,000 reasoning traces and GRPO on 3,000 questions."
         in page.text
@@ -186,18 +186,18 @@ def test_it_shows_both_trainings(page: Reader) -> None:
     assert re.fullmatch(r"Completion length: mean length \d\d\.\d at step 1, \d\d\.\d at step 40\.", charts[0])
 
 
-def test_it_shows_a_dozen_questions_of_each_outcome(page: Reader) -> None:
+def test_report_shows_twelve_questions_with_all_outcomes(page: Reader) -> None:
     outcomes = [attrs["class"] for _, attrs in page.tags if (attrs.get("class") or "").startswith("outcome ")]
     assert len(outcomes) == 12
     assert {"outcome improved", "outcome unchanged"} <= set(outcomes)
-    assert outcomes == sorted(outcomes, key=str)  # improved, unchanged, worsened: the alphabet's order too
-    assert "shows" in page.text  # a wrong description is answered with the true one
+    assert outcomes == sorted(outcomes, key=str)  # improved, unchanged, worsened is also the alphabetical order
+    assert "shows" in page.text  # a false description is followed by the true one
     names = [label for label in page.values("aria-label") if label.startswith("Page image: ")]
     assert len(names) == 60
     assert all(re.search(r"page \d+: an? \w+ (\w+ chart|table)$", name) for name in names)
 
 
-def test_nothing_comes_from_elsewhere(html: str, page: Reader) -> None:
+def test_report_loads_nothing_from_elsewhere(html: str, page: Reader) -> None:
     assert not re.search(r"https?:|//[a-z]", re.sub(r"base64,[\w+/=]+", "", html))
     assert "script" not in {tag for tag, _ in page.tags}
     for name in ("src", "href", "xlink:href"):
@@ -205,20 +205,20 @@ def test_nothing_comes_from_elsewhere(html: str, page: Reader) -> None:
     assert len(html.encode()) < 8_000_000
 
 
-def test_links_and_buttons_lead_somewhere_once(page: Reader) -> None:
+def test_ids_are_unique_and_link_targets_exist(page: Reader) -> None:
     ids = page.values("id")
     assert len(ids) == len(set(ids))
     targets = [value[1:] for value in page.values("href") + page.values("xlink:href") if value.startswith("#")]
     assert set(targets + page.values("popovertarget") + page.values("aria-labelledby")) <= set(ids)
 
 
-def test_the_same_inputs_give_the_same_bytes(folders: Path, tmp_path: Path, html: str) -> None:
-    wanted = (f"sft={folders / 'sft'}", f"grpo={folders / 'grpo'}")
-    assert write(folders, tmp_path / "again", *wanted) == html
-    assert write(folders, tmp_path / "other", *wanted, "seed=1") != html
+def test_report_is_deterministic(folders: Path, tmp_path: Path, html: str) -> None:
+    overrides = (f"sft={folders / 'sft'}", f"grpo={folders / 'grpo'}")
+    assert write(folders, tmp_path / "again", *overrides) == html
+    assert write(folders, tmp_path / "other", *overrides, "seed=1") != html
 
 
-def test_hostile_text_stays_text(copy: Path) -> None:
+def test_text_is_escaped(copy: Path) -> None:
     hostile = "<script>alert(1)</script> \"><img src=x onerror=alert(2)> ' & {{ 7*7 }} {% raw %}"
     for path in (copy / "evaluate/rankings").glob("*.jsonl"):
         changed = []
@@ -241,23 +241,23 @@ def test_hostile_text_stays_text(copy: Path) -> None:
     assert " ".join(hostile.split()) in page.text
 
 
-def test_a_missing_log_is_said(copy: Path) -> None:
+def test_missing_log_is_reported(copy: Path) -> None:
     make_training(copy / "sft", "sft")
     (copy / "sft/log_history.json").unlink()
     make_training(copy / "grpo", "grpo")
     write_json(copy / "grpo/log_history.json", [])
     text = Reader(write(copy, copy / "out", f"sft={copy / 'sft'}", f"grpo={copy / 'grpo'}")).text
     assert f"No curves: {copy / 'sft/log_history.json'} is missing" in text
-    assert f"No curves: {copy / 'grpo/log_history.json'} holds no logged step" in text
+    assert f"No curves: {copy / 'grpo/log_history.json'} has no logged step" in text
 
 
-def test_without_training_folders_there_is_no_training_section(folders: Path, tmp_path: Path) -> None:
+def test_optional_sections_are_omitted(folders: Path, tmp_path: Path) -> None:
     page = Reader(write(folders, tmp_path / "out", "questions=0"))
     assert "training" not in page.values("id")
     assert "cases" not in page.values("id")
 
 
-def test_a_missing_or_broken_picture_leaves_a_placeholder(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_or_broken_picture_becomes_a_placeholder(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = sorted((copy / "evaluate/images").iterdir())
     for path in images[::2]:
         path.unlink()
@@ -266,16 +266,16 @@ def test_a_missing_or_broken_picture_leaves_a_placeholder(copy: Path, capsys: py
     text = Reader(write(copy, copy / "out", "questions=2")).text
     assert "page image not found" in text
     assert "page image not readable" in text
-    assert re.search(r"\d+ page pictures could not be shown", capsys.readouterr().out)
+    assert re.search(r"\d+ page pictures could not be read", capsys.readouterr().out)
 
 
-def test_one_system_alone(copy: Path) -> None:
+def test_single_system(copy: Path) -> None:
     first = read_records(copy / "evaluate/rankings/first_stage.jsonl", Ranking)
     write_json(copy / "evaluate/results.json", score_rankings({"first_stage": first}, [], draws=50))
     page = Reader(write(copy, copy / "out"))
     assert "First stage: recall@1" in page.text
     assert "Differences" not in page.text
-    assert not {"answers", "cost"} & set(page.values("id"))  # it writes nothing
+    assert not {"answers", "cost"} & set(page.values("id"))  # a first stage writes no completions
     assert {link[1:] for link in page.values("href") if link.startswith("#")} <= set(page.values("id"))
 
 
@@ -287,26 +287,26 @@ def test_one_system_alone(copy: Path) -> None:
         ('{"questions": 3}', "field samples is missing"),
     ],
 )
-def test_broken_results_are_named(copy: Path, content: str, message: str) -> None:
+def test_invalid_results_are_an_error(copy: Path, content: str, message: str) -> None:
     (copy / "evaluate/results.json").write_text(content)
     with pytest.raises(InputError, match=rf"results\.json: {message}"):
         write(copy, copy / "out")
     assert not (copy / "out").exists()
 
 
-def test_a_folder_without_an_evaluation_is_named(tmp_path: Path) -> None:
+def test_folder_without_an_evaluation_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nowhere/evaluate/manifest\.json: no such file"):
         write(tmp_path / "nowhere", tmp_path / "out")
 
 
-def test_rankings_of_other_questions_are_refused(copy: Path) -> None:
+def test_rankings_of_different_questions_are_an_error(copy: Path) -> None:
     path = copy / "evaluate/rankings/sft.jsonl"
     write_records(path, read_records(path, Ranking)[1:])
     with pytest.raises(InputError, match="sft and first_stage did not rank the same questions"):
         write(copy, copy / "out")
 
 
-def test_a_broken_log_is_named(copy: Path) -> None:
+def test_invalid_log_is_an_error(copy: Path) -> None:
     make_training(copy / "sft", "sft")
     (copy / "sft/log_history.json").write_text('{"loss": 1}')
     with pytest.raises(InputError, match=r"log_history\.json: expected a list"):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from html_reader import Reader
-from made_up import make_evaluation
+from sample_runs import make_evaluation
 
 from mmr5_train import tables
 from mmr5_train.common.config import compose_stage
@@ -44,7 +44,7 @@ def test_markdown_and_html_hold_measured_and_published_figures(folder, tmp_path,
     assert page.text.index("ColQwen + MM-R5 published") < page.text.index(measured)
     assert text.count("| difference |") == 3
     assert "treated as exact" in page.text
-    assert page.text.endswith("everything in it is in it.")
+    assert page.text.endswith("This file is self-contained and needs no network.")
 
 
 def test_output_is_deterministic(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""Made-up evaluation and training folders: real page pictures, rankings drawn from a stated skill."""
+"""Generates evaluation and training folders for tests: real page pictures, random rankings of a given skill."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from mmr5_train.ranking.records import (
     rebase_images,
 )
 
-SKILL = {"sft": 0.5, "sft+grpo": 0.75}  # chance of a right verdict on a page
+SKILL = {"sft": 0.5, "sft+grpo": 0.75}  # probability of a correct verdict on a page
 
 
 def make_data(folder: Path, questions: int, candidates: int = 5, seed: int = 0) -> list[RankingTask]:
-    """heldout.jsonl, pages.jsonl and the page images of a few synthetic documents."""
+    """Writes heldout.jsonl, pages.jsonl and page images of synthetic documents. Returns the tasks."""
     rng = random.Random(seed)
     pages: list[Page] = []
     tasks: list[RankingTask] = []
@@ -44,16 +44,16 @@ def make_data(folder: Path, questions: int, candidates: int = 5, seed: int = 0) 
             )  # fmt: skip
         for k, question in enumerate(document.questions):
             numbers = list(range(len(document.pages)))
-            # The first relevant page is often among the candidates, seldom first.
+            # The first relevant page is usually a candidate, but rarely the first one.
             rng.shuffle(numbers)
             if rng.random() < 0.9:
                 numbers.remove(question["page_id"][0])
                 numbers.insert(rng.choice((0, 0, 1, 2, 3, 4)), question["page_id"][0])
-            kept = [Candidate(doc_name=name, page=n, image=f"images/{name}_{n}.jpg", score=float(-i))
+            shown = [Candidate(doc_name=name, page=n, image=f"images/{name}_{n}.jpg", score=float(-i))
                     for i, n in enumerate(numbers[:candidates])]  # fmt: skip
             tasks.append(
                 RankingTask(query_id=f"{name}/{k}", query=str(question["Q"]), domain=document.domain,
-                            question_types=tuple(type_names(question["type"])), candidates=tuple(kept),
+                            question_types=tuple(type_names(question["type"])), candidates=tuple(shown),
                             positives=tuple(PageId(doc_name=name, page=n) for n in question["page_id"]))
             )  # fmt: skip
     write_records(folder / "pages.jsonl", pages)
@@ -69,17 +69,17 @@ def type_names(types: object) -> list[str]:
 def make_answer(
     task: RankingTask, descriptions: dict[PageId, str], skill: float, rng: random.Random
 ) -> ModelAnswer:
-    """A completion whose descriptions and verdicts are right with a chance that grows with `skill`."""
+    """A completion whose descriptions and verdicts are correct with a probability that grows with `skill`."""
     relevant = set(task.positives)
-    notes, chosen = [], []
+    notes, helpful = [], []
     for i, page in enumerate(task.candidates, 1):
         seen = descriptions[page.id] if rng.random() < 0.5 + skill / 2 else "a purple line chart"
         helps = (page.id in relevant) == (rng.random() < 0.6 + 0.4 * skill)
         notes.append(f"Image {i}: {seen}, so it {'helps' if helps else 'does not help'}.")
         if helps:
-            chosen.append(LocalId(i))
+            helpful.append(LocalId(i))
     n = len(task.candidates)
-    order = chosen + [LocalId(i) for i in range(1, n + 1) if i not in chosen]
+    order = helpful + [LocalId(i) for i in range(1, n + 1) if i not in helpful]
     if rng.random() < 0.06:
         text = render_completion("\n".join(notes), [*order[:-1], order[0]])
         return ModelAnswer(completion=text, order=tuple(order), defects=("duplicates", "missing_ids"), tokens=80)
@@ -88,7 +88,7 @@ def make_answer(
 
 
 def make_rankings(folder: Path, questions: int = 60, samples: int = 4, seed: int = 0) -> dict[str, list[Ranking]]:
-    """Rankings of three systems over made-up data in `folder`; image paths relative to `folder`."""
+    """Rankings of three systems over data generated in `folder`, with image paths relative to `folder`."""
     tasks = make_data(folder, questions, seed=seed)
     pages = read_records(folder / "pages.jsonl", Page, unique=None)
     descriptions = {page.id: page.description for page in pages}
@@ -109,7 +109,7 @@ def make_rankings(folder: Path, questions: int = 60, samples: int = 4, seed: int
 def make_evaluation(
     folder: Path, questions: int = 60, seed: int = 0, draws: int = 500
 ) -> dict[str, list[Ranking]]:
-    """A folder as the evaluate stage leaves it."""
+    """Writes a folder with the files of the evaluate stage. Returns the rankings."""
     rankings = make_rankings(folder, questions, seed=seed)
     pages = read_records(folder / "pages.jsonl", Page, unique=None)
     for system, ranked in rankings.items():
@@ -123,29 +123,34 @@ def make_evaluation(
 
 
 def make_training(folder: Path, stage: str, steps: int = 120, seed: int = 0) -> None:
-    """A trainer's folder: log_history.json and manifest.json."""
+    """Writes log_history.json and manifest.json of a training stage."""
     rng = random.Random(seed)
     history: list[dict[str, float]] = []
     for step in range(1, steps + 1):
-        done = step / steps
-        common = {"epoch": done, "step": step, "learning_rate": 1e-4 * (1 - done), "grad_norm": 1 + rng.random()}
+        t = step / steps
+        common = {
+            "epoch": t,
+            "step": step,
+            "learning_rate": 1e-4 * (1 - t),
+            "grad_norm": 1 + rng.random(),
+        }
         if stage == "sft":
-            loss = 0.05 + 2.5 * 2.718 ** (-6 * done) + 0.05 * rng.random()
+            loss = 0.05 + 2.5 * 2.718 ** (-6 * t) + 0.05 * rng.random()
             history.append({"loss": loss, "mean_token_accuracy": 1 - loss / 3, "entropy": loss * 0.8, **common})
             continue
-        rerank = 0.45 + 0.25 * done + 0.12 * rng.random()
+        rerank = 0.45 + 0.25 * t + 0.12 * rng.random()
         history.append(
             {
                 "loss": 0.01 * rng.gauss(0, 1),
                 "reward": rerank + 0.9,
-                "reward_std": 0.3 - 0.1 * done,
+                "reward_std": 0.3 - 0.1 * t,
                 "rewards/reranking/mean": rerank,
-                "rewards/permutation/mean": 0.9 + 0.08 * done,
-                "entropy": 0.03 - 0.015 * done + 0.003 * rng.random(),
-                "kl": 0.02 * done + 0.003 * rng.random(),
+                "rewards/permutation/mean": 0.9 + 0.08 * t,
+                "entropy": 0.03 - 0.015 * t + 0.003 * rng.random(),
+                "kl": 0.02 * t + 0.003 * rng.random(),
                 "completions/mean_length": 80 + 3 * rng.random(),
-                "defects/duplicates": 0.04 * (1 - done) + 0.01 * rng.random(),
-                "defects/missing_ids": 0.05 * (1 - done) + 0.01 * rng.random(),
+                "defects/duplicates": 0.04 * (1 - t) + 0.01 * rng.random(),
+                "defects/missing_ids": 0.05 * (1 - t) + 0.01 * rng.random(),
                 **common,
             }
         )

@@ -172,10 +172,11 @@ class Reranker:
         if len(queries) != len(pages):
             raise InputError(f"pages: expected a list for each of {len(queries)} queries, found {len(pages)}")
         opened = open_pages(pages, self.backend.limits)
-        ranked = self.rank_images(queries, [[page.image for page in row] for row in opened])
+        images = [[page.image for page in opened_pages] for opened_pages in opened]
+        documents = [[page.document for page in opened_pages] for opened_pages in opened]
+        ranked = self.rank_images(queries, images)
         return [
-            _results(query, [page.document for page in row], ranked_images, self.mode == "reason", top_k)
-            for query, row, ranked_images in zip(queries, opened, ranked, strict=True)
+            _results(*row, self.mode == "reason", top_k) for row in zip(queries, documents, ranked, strict=True)
         ]
 
     def rank_images(self, queries: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> list[RankedImages]:
@@ -194,7 +195,7 @@ class Reranker:
             make_plan(len(page_images), self.options.strategy, window_size, self.options.stride)
             for page_images in images
         ]
-        answers: list[list[WindowAnswer]] = [[] for _ in plans]
+        window_answers: list[list[WindowAnswer]] = [[] for _ in plans]
         orders: list[list[int]] = [[] for _ in plans]
         ready = {q: next(plan) for q, plan in enumerate(plans)}  # query → windows that its plan needs next
         while ready:
@@ -203,16 +204,15 @@ class Reranker:
             ]
             generated = iter(self._generate(prompts))
             for q, windows in list(ready.items()):
-                samples = [next(generated) for _ in windows]
-                answers[q] += [
-                    WindowAnswer(w, answer) for w, row in zip(windows, samples, strict=True) for answer in row
-                ]
+                answers = [next(generated) for _ in windows]  # for each window one greedy answer, or the samples
+                for window, samples in zip(windows, answers, strict=True):
+                    window_answers[q] += [WindowAnswer(window, answer) for answer in samples]
                 try:
-                    ready[q] = plans[q].send([_fused_order(row) for row in samples])
+                    ready[q] = plans[q].send([_fused_order(samples) for samples in answers])
                 except StopIteration as finished:
                     orders[q] = finished.value
                     del ready[q]
-        return [_ranked_images(*row) for row in zip(orders, answers, strict=True)]
+        return [_ranked_images(*row) for row in zip(orders, window_answers, strict=True)]
 
     def _window_size(self) -> int | None:
         """The largest number of pages in one prompt. Mode logits needs page ids with distinct first tokens."""
@@ -246,7 +246,7 @@ class QueryReranker:
 
 
 def _fused_order(answers: Sequence[ModelAnswer]) -> list[int]:
-    """One order of a window's positions, from 0, of one greedy answer or several samples."""
+    """One order of a window's positions, from 0: that of a greedy answer, or the fused orders of samples."""
     return [i - 1 for i in fuse_orders([answer.order for answer in answers])]
 
 

@@ -35,7 +35,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmr5_train import Reranker
 from mmr5_train.common.files import read_records
-from mmr5_train.demo import of_modes
+from mmr5_train.demo import modes_summary
 from mmr5_train.evaluation.metrics import recall_at_k
 from mmr5_train.models.inputs import encode
 from mmr5_train.models.loading import read_settings
@@ -128,7 +128,7 @@ def train_model(folder: Path, seed: int) -> None:
 
 def quality(folder: Path) -> dict[str, Any]:
     """Recall of each mode on the held-out questions, and the difference of `logits` to `reason`."""
-    return {"ceiling": read_results(folder / "modes")["ceiling"]["recall@1"], **of_modes(folder / "modes")}
+    return {"ceiling": read_results(folder / "modes")["ceiling"]["recall@1"], **modes_summary(folder / "modes")}
 
 
 def speed(folder: Path, questions: int, repeats: int, batch_size: int, max_new_tokens: int) -> dict[str, Any]:

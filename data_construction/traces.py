@@ -272,11 +272,9 @@ async def make_trace(
 
 def retry_problem(failed: FailedChecks, config: TracesStage, teacher: Teacher) -> str:
     """The problem to put into the prompt of a second try; "" if there is no second try."""
-    problem = (
-        next((RETRY_PROBLEMS[name] for name, _ in failed if name in RETRY_PROBLEMS), "")
-        if config.second_try
-        else ""
-    )
+    if not config.second_try:
+        return ""
+    problem = next((RETRY_PROBLEMS[name] for name, _ in failed if name in RETRY_PROBLEMS), "")
     if problem:
         teacher.counts["second_try"] += 1
     return problem

@@ -73,15 +73,15 @@ def exclude_names(
     annotations: list[Annotation], excluded: ExcludedDocuments, skipped: list[Skipped]
 ) -> list[Annotation]:
     """The documents whose names are not excluded. Adds the others to `skipped`, before any page is read."""
-    kept = []
+    remaining = []
     for annotation in annotations:
         if normalize_name(annotation.doc_name) in excluded.names:
             skip_document(
                 annotation, Path(annotation.doc_name), "its name is in a file of exclude", skipped, SAME_NAME
             )
         else:
-            kept.append(annotation)
-    return kept
+            remaining.append(annotation)
+    return remaining
 
 
 def exclude_contents(

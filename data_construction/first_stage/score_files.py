@@ -134,13 +134,13 @@ def _read_pipeline_scores(path: Path, by_id: dict[str, Question], skipped: list[
                 if entry.tag is not None and (entry.tag == "positive" or page in relevant):
                     tagged.append((entry.tag == "positive", page in relevant, f"{entry.image_path} of {query_id}"))
     if not any(scores.values()):
-        found = (
+        problem = (
             f"the first image_path is {other_documents[0]!r}"
             if other_documents
             else "it has no question of the corpus"
         )
         raise InputError(
-            f"{path}: contains no score for a page of a question's document: {found}; expected image names like "
+            f"{path}: contains no score for a page of a question's document: {problem}; expected image names like "
             "<doc_name>_<page>.jpg, in files with the name of their subset, such as DUDE.json"
         )
     _check_tags(path, tagged, skipped)

@@ -111,9 +111,9 @@ def cards(data: DataFolder, traces: StageFolder, select: StageFolder) -> list[di
 
 def steps(data: DataFolder, traces: StageFolder, select: StageFolder) -> list[dict[str, Any]]:
     """Questions before and after each stage, and the reasons for the dropped ones, each with an example."""
-    kept = sum(map(len, data.tasks.values()))
+    n_tasks = sum(map(len, data.tasks.values()))
     dropped = len({skip.query_id for skip in data.stage.skipped if skip.query_id})
-    stages = [(data.stage, kept + dropped, kept, "skipped")]
+    stages = [(data.stage, n_tasks + dropped, n_tasks, "skipped")]
     if traces.manifest:
         stages.append((traces, traces.counts["questions"], traces.counts["traces"], "skipped"))
     if select.manifest:

@@ -110,8 +110,8 @@ class AnswerStore:
             if known and value not in known and not accept_other_settings:
                 last = json.loads(known[-1])
                 raise InputError(
-                    f"{self.path}: holds {self.count()} answers to requests with other settings, which this run "
-                    "can't reuse:"
+                    f"{self.path}: contains {self.count()} answers to requests with other settings, which this "
+                    "run can't reuse:"
                     + "".join(
                         f"\n  {name}: {_short(last.get(name))} in the store, {_short(settings.get(name))} now"
                         for name in sorted({*last, *settings})

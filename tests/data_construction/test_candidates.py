@@ -177,8 +177,8 @@ def test_documents_record_their_split_and_hash(tmp_path: Path) -> None:
     assert read_manifest(out)["counts"]["documents_equal_to_another"] == 3
     for split in SPLITS:
         in_split = {document.doc_name for document in documents if document.split == split}
-        asked = {task.query_id.rpartition("/")[0] for task in read_all(out / f"{split}.jsonl", RankingTask)}
-        assert asked <= in_split
+        names = {task.query_id.rpartition("/")[0] for task in read_all(out / f"{split}.jsonl", RankingTask)}
+        assert names <= in_split
 
 
 @given(

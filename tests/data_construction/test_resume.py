@@ -108,7 +108,7 @@ def test_store_with_other_settings_raises(scripted_server: ScriptedServer, tmp_p
     scripted_server.script = lambda number, body: answer_with_usage(body)
     main(openai_config(data, out))
     other = ("teacher.temperature=1", f"answers='{tmp_path / 'out.answers.sqlite'}'")
-    with pytest.raises(InputError, match=r"holds 4 answers .*\n  temperature: 0.0 in the store, 1.0 now\n"):
+    with pytest.raises(InputError, match=r"contains 4 answers .*\n  temperature: 0.0 in the store, 1.0 now\n"):
         main(openai_config(data, tmp_path / "other", *other))
     assert len(scripted_server.requests) == 4
     main(openai_config(data, tmp_path / "other", *other, "overwrite=true"))

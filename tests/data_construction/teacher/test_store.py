@@ -108,7 +108,7 @@ def test_changed_settings_raise(path: Path):
     store.put("a", "m", ANSWER)
     store.register_settings({"model": "m", "system": "Be brief. " * 20}, accept_other_settings=False)
     with pytest.raises(
-        InputError, match=r'holds 1 answers .*\n  model: "m" in the store, "n" now\n  system: .*…'
+        InputError, match=r'contains 1 answers .*\n  model: "m" in the store, "n" now\n  system: .*…'
     ) as caught:
         store.register_settings({"model": "n", "system": "Be long."}, accept_other_settings=False)
     assert "answers=…" in str(caught.value)

@@ -4,8 +4,8 @@
 
 It is part of `make test`. What is checked:
 
-- A command, in a bash block or in backticks: a stage's config is composed with the overrides; `make` targets, script
-  files, their flags and environment variables, and pip extras exist.
+- A command, in a bash block or in backticks: a stage's config is composed with the overrides; `make` targets,
+  scripts, their flags and environment variables, and pip extras exist.
 - A Python block: it compiles, its imports of the project resolve, and calls fit the signatures. A block marked
   `python run` is run.
 - A relative link: its file and anchor exist. In backticks: repository paths, modules and group options exist.

@@ -70,7 +70,7 @@ def test_true_document_has_no_mistakes(tmp_path):
         ("make everything", "make has no target everything"),
         ("scripts/ablation.sh", "no such file: scripts/ablation.sh"),
         ("scripts/ablations.sh --small", "has no option --small"),
-        ("SEED=3 scripts/ablations.sh", "reads no variable SEED"),
+        ("SEEDZ=3 scripts/ablations.sh", "reads no variable SEEDZ"),
         ("pip install '.[server]'", "no such extra: server"),
         ("pip install mmr5-train", "is on no package index"),
         ("pyton -m x", "no such program: pyton"),

@@ -18,7 +18,7 @@ from mmr5_train.models.pages import MAX_ASPECT_RATIO
 from mmr5_train.serving.errors import RequestError, short_repr
 from mmr5_train.serving.settings import MB, Limits
 
-# Clients are told what is wrong with their image. Pillow's warnings about it would let them fill the server's log.
+# Silences Pillow's warnings about malformed images, since clients could fill the server's log with them.
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")

@@ -1,4 +1,4 @@
-"""The scripts that reproduce MM-R5's checkpoints and its tables, every line of them, at the size of a test."""
+"""The scripts that reproduce MM-R5's checkpoints and tables, at a small size."""
 
 import os
 import socket
@@ -13,19 +13,19 @@ from mmr5_train.ranking.records import Ranking, RankingTask
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_three_checkpoints_beside_the_published_figures(tmp_path):
+def test_reproduces_three_checkpoints_and_compares_them_to_the_published_figures(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_ENDPOINT")}
     env |= {"HUB_PORT": str(port), "NO_PROXY": "127.0.0.1"}
     command = ["scripts/reproduce_mm_r5.sh", "--tiny", str(tmp_path / "out")]
-    ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
-    assert ended.returncode == 0, f"{ended.stdout[-3000:]}\n{ended.stderr[-3000:]}"
-    said = ended.stdout
-    assert said.count("files, checked, in") == 2
-    assert said.count("memory per GPU at the longest prompt") == 2
-    assert "sft: already in" in said  # made once for both recipes
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert process.returncode == 0, f"{process.stdout[-3000:]}\n{process.stderr[-3000:]}"
+    output = process.stdout
+    assert output.count("files, checked, in") == 2
+    assert output.count("memory per GPU at the longest prompt") == 2
+    assert "sft: already in" in output  # SFT runs once for both recipes
     for stage in ("shared/sft", "mm_r5/grpo", "rl_only/grpo"):
         assert read_manifest(tmp_path / "out" / stage)["counts"]["processes"] == 2
     table = (tmp_path / "out/compare/table.md").read_text()
@@ -39,11 +39,11 @@ def test_three_checkpoints_beside_the_published_figures(tmp_path):
     assert (tmp_path / "out/compare/compare.html").is_file()
 
 
-def test_the_published_tables_are_filled(tmp_path):
+def test_fills_the_published_tables(tmp_path):
     command = ["scripts/reproduce_tables.sh", "--tiny", str(tmp_path / "out")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
-    assert ended.returncode == 0, f"{ended.stdout[-3000:]}\n{ended.stderr[-3000:]}"
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert process.returncode == 0, f"{process.stdout[-3000:]}\n{process.stderr[-3000:]}"
     table = (tmp_path / "out/tables/tables.md").read_text()
     questions = len(read_records(tmp_path / "out/BM25/candidates/heldout.jsonl", RankingTask))
     for row in ("BM25", "BM25 + MM-R5", "BM25 + SFT_only", "BM25 run", "BM25 run + MM-R5"):
@@ -57,6 +57,6 @@ def test_the_published_tables_are_filled(tmp_path):
         [ranking.ranked_pages(ranking.greedy) for ranking in read_records(path, Ranking)]
         for path in (first, second)
     ]
-    assert orders[0] == orders[1], "the run file gives the order back that it was written from"
+    assert orders[0] == orders[1], "reading the run file as scores gives the same order"
     again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
-    assert again.stdout.count("\n> ") == 1, "only the table is made anew"
+    assert again.stdout.count("\n> ") == 1, "only the table is written again"

@@ -241,7 +241,10 @@ def test_request_is_dropped_when_its_client_disconnects():
         assert busy.ranker.entered.acquire(timeout=10)
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(
-                f"{busy.url}/rerank", json={"query": "gone", "documents": [RED]}, timeout=0.5, trust_env=False
+                f"{busy.url}/rerank",
+                json={"query": "disconnects", "documents": [RED]},
+                timeout=0.5,
+                trust_env=False,
             )
         wait_until(lambda: busy.server.batcher.waiting == 0, "the request is removed from the queue")
         busy.ranker.gate.set()

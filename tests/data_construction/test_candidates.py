@@ -13,69 +13,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from candidates_runs import ALL_TRAIN, WORDS, run_candidates
 from hypothesis import given
 from hypothesis import strategies as st
 from sample_corpora import (
-    image_bytes,
     line,
     page_row,
     question,
-    train_line,
-    train_page,
     write_lines,
     write_parquet,
     write_pdf,
-    write_subset,
 )
 
 from data_construction.candidates import CandidatesStage, Split, main, split_documents
 from data_construction.corpus.annotations import EvaluationSet
 from data_construction.corpus.training_set import TrainingSet
 from data_construction.first_stage.dense import Dense
-from mmr5_train.common.config import compose_stage, validate
+from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import InputError, read_manifest, read_records
 from mmr5_train.ranking.records import SPLITS, Page, RankingTask, Skipped, SplitDocument
-
-ALL_HELDOUT = {"train": 0, "select": 0, "heldout": 1}
-ALL_TRAIN = {"train": 1, "select": 0, "heldout": 0}
-WORDS = ("apples", "pears", "plums", "grapes", "figs", "dates", "limes")
-
-
-def run(folder: Path, name: str = "data", pages: str = "documents", **more: Any) -> Path:
-    corpus = {
-        "format": "mmdocir",
-        "folder": folder,
-        "pages": pages,
-        "descriptions": False,
-        "page_cache": folder / "cache",
-        "max_side": 64,
-    }
-    settings = {"retriever": {"name": "bm25"}, "candidates": 3, "split": ALL_HELDOUT, "corpus": corpus} | more
-    out = folder / name
-    main(validate(CandidatesStage, {"out": out, **settings}))
-    return out
 
 
 def read_all(path: Path, kind: type[Any]) -> list[Any]:
     return read_records(path, kind, unique=None) if path.read_text() else []
 
 
-@pytest.fixture
-def orchard(tmp_path: Path) -> Path:
-    """Two PDFs: one of seven pages, each about its own fruit; one of two pages."""
-    folder = tmp_path / "orchard"
-    write_lines(
-        folder,
-        line("fruit.pdf", 7, *(question(f"Where are the {word}?", [i]) for i, word in enumerate(WORDS))),
-        line("small.pdf", 2, question("Where are the pears?", [0, 1]), question("Where are the nuts?", [1])),
-    )
-    write_pdf(folder / "documents/fruit.pdf", [f"A page about {word}" for word in WORDS])
-    write_pdf(folder / "documents/small.pdf", ["pears", "walnuts"])
-    return folder
-
-
 def test_heldout_keeps_every_question_and_all_gold_pages(orchard: Path) -> None:
-    out = run(orchard)
+    out = run_candidates(orchard)
     tasks = {task.query_id: task for task in read_records(out / "heldout.jsonl", RankingTask)}
     assert len(tasks) == 9
     assert [len(task.candidates) for task in tasks.values()] == [3] * 7 + [2] * 2
@@ -86,7 +50,7 @@ def test_heldout_keeps_every_question_and_all_gold_pages(orchard: Path) -> None:
 
 
 def test_image_paths_are_relative_to_the_output_folder(orchard: Path) -> None:
-    out = run(orchard, "deep/er/data")
+    out = run_candidates(orchard, "deep/er/data")
     pages = read_records(out / "pages.jsonl", Page, unique="id")
     assert len(pages) == 9
     (task, *_) = read_records(out / "heldout.jsonl", RankingTask)
@@ -96,14 +60,14 @@ def test_image_paths_are_relative_to_the_output_folder(orchard: Path) -> None:
 
 
 def test_train_has_only_complete_tasks_with_a_relevant_candidate(orchard: Path) -> None:
-    out = run(orchard, split=ALL_TRAIN)
+    out = run_candidates(orchard, split=ALL_TRAIN)
     tasks = read_records(out / "train.jsonl", RankingTask)
     assert [task.query_id for task in tasks] == [f"fruit.pdf/{k}" for k in range(7)]
     assert [(s.query_id, s.reason, s.detail) for s in read_all(out / "skipped.jsonl", Skipped)] == [
         ("small.pdf/0", "fewer candidates than asked for", "2 of 3"),
         ("small.pdf/1", "fewer candidates than asked for", "2 of 3"),
     ]
-    one = run(orchard, "one", split=ALL_TRAIN, candidates=1)
+    one = run_candidates(orchard, "one", split=ALL_TRAIN, candidates=1)
     skipped = read_all(one / "skipped.jsonl", Skipped)
     assert [(s.query_id, s.reason, s.detail) for s in skipped] == [
         ("small.pdf/1", "no relevant page among the candidates", "relevant: 1")
@@ -114,13 +78,13 @@ def test_train_has_only_complete_tasks_with_a_relevant_candidate(orchard: Path) 
 @pytest.mark.parametrize("split", ["train", "select"])
 def test_missed_keep(split: str, orchard: Path) -> None:
     only_split = {"train": 0, "select": 0, "heldout": 0, split: 1}
-    kept = run(orchard, "kept", split=only_split, candidates=1, missed="keep")
+    kept = run_candidates(orchard, "kept", split=only_split, candidates=1, missed="keep")
     assert "small.pdf/1" in {task.query_id for task in read_records(kept / f"{split}.jsonl", RankingTask)}
     assert not read_all(kept / "skipped.jsonl", Skipped)
 
 
 def test_n_heldout(orchard: Path) -> None:
-    tasks = read_records(run(orchard, n_heldout=6) / "heldout.jsonl", RankingTask)
+    tasks = read_records(run_candidates(orchard, n_heldout=6) / "heldout.jsonl", RankingTask)
     assert [len(task.candidates) for task in tasks] == [6] * 7 + [2] * 2
 
 
@@ -132,14 +96,14 @@ def test_scores_from_a_file(orchard: Path) -> None:
                 for page in range(n_pages):
                     row = {"query_id": f"{name}/{k}", "doc_name": name, "page": page, "score": float(page)}
                     stream.write(json.dumps(row) + "\n")
-    out = run(orchard, retriever={"name": "scores", "file": orchard / "scores.jsonl"})
+    out = run_candidates(orchard, retriever={"name": "scores", "file": orchard / "scores.jsonl"})
     tasks = read_records(out / "heldout.jsonl", RankingTask)
     assert [candidate.page for candidate in tasks[0].candidates] == [6, 5, 4]
     assert str(orchard / "scores.jsonl") in read_manifest(out)["inputs"]
 
 
 def test_first_stage_results(orchard: Path) -> None:
-    results = json.loads((run(orchard) / "first_stage.json").read_text())
+    results = json.loads((run_candidates(orchard) / "first_stage.json").read_text())
     # Every fruit is first; in the small document, one of two gold pages, then page 1 after page 0.
     assert results["questions"] == 9
     assert results["eligible"] == 9
@@ -149,16 +113,16 @@ def test_first_stage_results(orchard: Path) -> None:
 
 def test_the_same_seed_gives_the_same_bytes(orchard: Path) -> None:
     split = {"train": 0.5, "select": 0, "heldout": 0.5}
-    once, again = run(orchard, split=split), run(orchard, "again", split=split)
+    once, again = run_candidates(orchard, split=split), run_candidates(orchard, "again", split=split)
     for name in ("pages", "train", "select", "heldout", "documents", "skipped"):
         assert (once / f"{name}.jsonl").read_bytes() == (again / f"{name}.jsonl").read_bytes()
 
 
 def test_pages_are_rendered_once(orchard: Path, no_render: Callable[[], None]) -> None:
-    run(orchard)
+    run_candidates(orchard)
     assert len(list((orchard / "cache").rglob("*.jpg"))) == 9
     no_render()
-    again = run(orchard, "again", candidates=2)
+    again = run_candidates(orchard, "again", candidates=2)
     assert len(read_records(again / "pages.jsonl", Page, unique="id")) == 9
 
 
@@ -169,7 +133,7 @@ def test_documents_record_their_split_and_hash(tmp_path: Path) -> None:
         write_pdf(tmp_path / f"documents/{name}.pdf", [f"figs {i}", "one", "two"])
     for name in ("d1", "d2", "d3"):  # copies under other names
         shutil.copy(tmp_path / "documents/d0.pdf", tmp_path / f"documents/{name}.pdf")
-    out = run(tmp_path, split={"train": 0.5, "select": 0.25, "heldout": 0.25})
+    out = run_candidates(tmp_path, split={"train": 0.5, "select": 0.25, "heldout": 0.25})
     documents = read_records(out / "documents.jsonl", SplitDocument, unique="doc_name")
     assert [document.doc_name for document in documents] == [f"{name}.pdf" for name in names]
     twins = [document for document in documents if document.doc_name[:2] in ("d0", "d1", "d2", "d3")]
@@ -212,34 +176,34 @@ def test_invalid_shares_raise(tmp_path: Path, split: dict[str, float]) -> None:
     with pytest.raises(
         InputError, match=r"split(: .*must be 1, found 1.4|\.train: .*greater|\.select: Field required)"
     ):
-        run(tmp_path, split=split)
+        run_candidates(tmp_path, split=split)
 
 
 def test_corpus_without_usable_questions_raises(tmp_path: Path) -> None:
     write_lines(tmp_path, line("a.pdf", 3, question("Q?", [0]), question("", [0])), line("b.pdf", 3))
     (tmp_path / "documents").mkdir()
     with pytest.raises(InputError, match=r"no question can be used: document can't be read \(3\); question can't"):
-        run(tmp_path)
+        run_candidates(tmp_path)
     assert not json.loads((tmp_path / "data/manifest.json").read_text())["finished"]
     write_lines(tmp_path, line("b.pdf", 1))
     write_pdf(tmp_path / "documents/b.pdf", ["figs"])
     with pytest.raises(InputError, match=r"no question can be used: the corpus has no questions"):
-        run(tmp_path, "other")
+        run_candidates(tmp_path, "other")
 
 
 def test_output_folder_is_protected(orchard: Path) -> None:
-    run(orchard)
+    run_candidates(orchard)
     with pytest.raises(InputError, match=r"data: is not empty; choose another folder with out="):
-        run(orchard)
-    run(orchard, overwrite=True)
+        run_candidates(orchard)
+    run_candidates(orchard, overwrite=True)
     with pytest.raises(InputError, match=r"orchard: contains .*orchard.*choose another folder|no manifest.json"):
-        run(orchard, ".", overwrite=True)
+        run_candidates(orchard, ".", overwrite=True)
     shutil.copy(orchard / "data/manifest.json", orchard / "manifest.json")
     with pytest.raises(InputError, match=r"orchard, which this stage reads; choose another out="):
-        run(orchard, ".", overwrite=True)
+        run_candidates(orchard, ".", overwrite=True)
     assert (orchard / "documents/fruit.pdf").is_file()
     with pytest.raises(InputError, match="can't be used as an output folder"):
-        run(orchard, "documents/fruit.pdf/data")
+        run_candidates(orchard, "documents/fruit.pdf/data")
 
 
 def test_input_errors_come_before_the_output_folder_is_created(orchard: Path) -> None:
@@ -248,7 +212,7 @@ def test_input_errors_come_before_the_output_folder_is_created(orchard: Path) ->
         {"retriever": {"name": "scores", "file": orchard / "absent.jsonl"}},
     ):
         with pytest.raises(InputError, match="no such file"):
-            run(orchard, **more)
+            run_candidates(orchard, **more)
     assert not (orchard / "data").exists()
 
 
@@ -256,97 +220,10 @@ def test_reads_a_page_parquet(tmp_path: Path) -> None:
     write_lines(tmp_path, line("a.pdf", 4, question("Where are the figs?", [2])))
     rows = [page_row("a", i, text) for i, text in enumerate(["dates", "", "figs", "limes"])]
     write_parquet(tmp_path / "pages.parquet", rows)
-    out = run(tmp_path, pages="pages.parquet")
+    out = run_candidates(tmp_path, pages="pages.parquet")
     (task,) = read_records(out / "heldout.jsonl", RankingTask)
     assert [candidate.page for candidate in task.candidates] == [2, 0, 3]
     assert str(tmp_path / "pages.parquet") in read_manifest(out)["inputs"]
-
-
-@pytest.fixture
-def training_set(tmp_path: Path) -> Path:
-    """Two subsets with the same query ids: a document of eight pages each, every page with its own word."""
-    folder = tmp_path / "training"
-    for subset, red in (("DUDE", 0), ("Wiki-ss", 200)):
-        rows = [
-            train_page("fruit", i, f"{subset} page on {word}", image_bytes(f"rgb({red}, 0, {20 * i})"))
-            for i, word in enumerate((*WORDS, "nuts"))
-        ]
-        lines = [train_line(i, f"Where are the {word}?", ("fruit", i)) for i, word in enumerate(WORDS)]
-        write_subset(folder, subset, rows, lines, struct=subset == "DUDE")
-    return folder
-
-
-def run_training(folder: Path, name: str = "data", **more: Any) -> Path:
-    corpus = {"format": "mmdocir_train", "subsets": ["DUDE", "Wiki-ss"], "folder": folder}
-    corpus["page_cache"] = folder / "cache"
-    return run(folder, name, **({"corpus": corpus, "split": ALL_TRAIN, "candidates": 5} | more))
-
-
-def test_tasks_from_the_training_set(training_set: Path) -> None:
-    out = run_training(training_set)
-    tasks = read_records(out / "train.jsonl", RankingTask)
-    assert [task.query_id for task in tasks] == [
-        f"{subset}/{i}" for subset in ("DUDE", "Wiki-ss") for i in range(7)
-    ]
-    assert [str(task.candidates[0].id) for task in tasks[:2]] == ["DUDE/fruit#0", "DUDE/fruit#1"]
-    assert {task.domain for task in tasks} == {"DUDE", "Wiki-ss"}
-    assert all((out / candidate.image).is_file() for candidate in tasks[0].candidates)
-    manifest = read_manifest(out)
-    assert manifest["counts"]["pages"] == 16
-    assert len(manifest["inputs"]) == 2
-    assert not (out / ".ranked.jsonl").exists()
-
-
-def test_scores_from_mm_r5_json(training_set: Path) -> None:
-    """The relevant page has the lowest score; the policy decides whether it becomes a candidate."""
-    for subset in ("DUDE", "Wiki-ss"):
-        scores = {
-            str(i): [
-                {
-                    "image_path": f"img/fruit_{page}.jpg",
-                    "query": "Where?",
-                    "tag": "positive" if page == i else "negative",
-                    "score": -1 if page == i else page,
-                }
-                for page in range(8)
-            ]
-            for i in range(7)
-        }
-        (training_set / f"scores/{subset}.json").parent.mkdir(exist_ok=True)
-        (training_set / f"scores/{subset}.json").write_text(json.dumps(scores))
-    scored = {"retriever": {"name": "scores", "file": training_set / "scores"}, "candidates": 3}
-    with_gold = {"all_relevant": {"rule": "all_relevant"}, "inserted": {"insert_missed": True}}
-    for name, policy in with_gold.items():
-        out = run_training(training_set, name, policy=policy, **scored)
-        first = read_records(out / "train.jsonl", RankingTask)[0]
-        assert [candidate.page for candidate in first.candidates] == [7, 6, 0]
-        assert [candidate.score for candidate in first.candidates] == [7, 6, -1]
-    out = run_training(training_set, "top", **scored)
-    assert (out / "train.jsonl").read_text() == ""
-    select = {"train": 0, "select": 1, "heldout": 0}
-    out = run_training(training_set, "select", policy={"insert_missed": True}, **scored | {"split": select})
-    assert (out / "select.jsonl").read_text() == ""  # insert_missed is for train only
-    heldout = run_training(
-        training_set, "heldout", policy={"rule": "all_relevant"}, **scored | {"split": ALL_HELDOUT}
-    )
-    assert [c.page for c in read_records(heldout / "heldout.jsonl", RankingTask)[0].candidates] == [7, 6, 5]
-    assert len(read_manifest(out)["inputs"]) == 4
-
-
-def test_excluded_documents_are_left_out(training_set: Path, orchard: Path) -> None:
-    heldout = run_training(training_set, "heldout", split=ALL_HELDOUT)
-    lines = (heldout / "documents.jsonl").read_text().splitlines()
-    renamed = json.loads(lines[0]) | {"doc_name": "another name.pdf"}
-    (training_set / "by_content.jsonl").write_text(json.dumps(renamed) + "\n")
-    out = run_training(training_set, "kept", exclude=[training_set / "by_content.jsonl"])
-    tasks = read_records(out / "train.jsonl", RankingTask)
-    assert {task.domain for task in tasks} == {"Wiki-ss"}
-    assert {page.doc_name for page in read_records(out / "pages.jsonl", Page, unique="id")} == {"Wiki-ss/fruit"}
-    counts = read_manifest(out)["counts"]
-    assert list(counts["documents_excluded"].values()) == [0, 1]
-    assert counts["skipped"] == {"kept for evaluation: the same content": 8}  # the document and its questions
-    with pytest.raises(InputError, match=r"no question can be used: kept for evaluation: the same name \(16\)"):
-        run_training(training_set, "none", exclude=[orchard / "MMDocIR_annotations.jsonl"])
 
 
 def test_pdf_folder_from_the_command_line(tmp_path: Path) -> None:
@@ -372,10 +249,10 @@ def test_full_disk_raises_and_keeps_page_images(orchard: Path, monkeypatch: pyte
     calls, sync = itertools.count(), os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: full(file) if next(calls) else sync(file))  # after the first one
     with pytest.raises(InputError, match=r"jsonl: the disk is full; free some space"):
-        run(orchard)
+        run_candidates(orchard)
     assert len(list((orchard / "cache").rglob("*.jpg"))) == 9
     monkeypatch.undo()
-    assert run(orchard, overwrite=True).is_dir()
+    assert run_candidates(orchard, overwrite=True).is_dir()
 
 
 def test_command_line(orchard: Path) -> None:
@@ -418,7 +295,7 @@ def test_bm25_recall_on_the_mmdocir_slice(slice_folder: Path, tmp_path: Path) ->
         "descriptions": False,
         "page_cache": tmp_path / "cache",
     }
-    out = run(tmp_path, corpus={**corpus, "max_side": 32}, candidates=5)
+    out = run_candidates(tmp_path, corpus={**corpus, "max_side": 32}, candidates=5)
     results = json.loads((out / "first_stage.json").read_text())
     assert results["questions"] == 178
     assert results["eligible"] >= 117

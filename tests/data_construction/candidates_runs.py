@@ -1,0 +1,28 @@
+"""Runs of the candidates stage with small settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from data_construction.candidates import CandidatesStage, main
+from mmr5_train.common.config import validate
+
+ALL_HELDOUT = {"train": 0, "select": 0, "heldout": 1}
+ALL_TRAIN = {"train": 1, "select": 0, "heldout": 0}
+WORDS = ("apples", "pears", "plums", "grapes", "figs", "dates", "limes")
+
+
+def run_candidates(folder: Path, name: str = "data", pages: str = "documents", **more: Any) -> Path:
+    corpus = {
+        "format": "mmdocir",
+        "folder": folder,
+        "pages": pages,
+        "descriptions": False,
+        "page_cache": folder / "cache",
+        "max_side": 64,
+    }
+    settings = {"retriever": {"name": "bm25"}, "candidates": 3, "split": ALL_HELDOUT, "corpus": corpus} | more
+    out = folder / name
+    main(validate(CandidatesStage, {"out": out, **settings}))
+    return out

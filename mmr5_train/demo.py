@@ -1,7 +1,7 @@
 """Runs the whole pipeline at a small size: the recommended recipe on a synthetic corpus.
 
-    make demo            or  python -m mmr5_train.demo seed=1
-    make demo-modes      or  python -m mmr5_train.demo overwrite=false leave_out=[]
+    python -m mmr5_train.demo seed=1                           # make demo SEED=1
+    python -m mmr5_train.demo overwrite=false leave_out=[]     # make demo-modes
 
 Every stage runs as from the command line, and its command is printed first. Writes outputs/demo/results.json and
 outputs/demo/report.html. The second command reuses the stages of the first, then distills the model so that it

@@ -1,6 +1,6 @@
 """Checks that the documents are true. Prints a line for each mistake, and exits with 1 if there is one.
 
-    python scripts/check_docs.py [FILE…]     # default: README.md, CONTRIBUTING.md and docs/*.md
+    python scripts/check_docs.py [FILE…]     # default: README.md, CONTRIBUTING.md, docs/*.md, and the files below
 
 It is part of `make test`. What is checked:
 
@@ -10,6 +10,7 @@ It is part of `make test`. What is checked:
   `python run` is run.
 - A relative link: its file and anchor exist. In backticks: repository paths, modules and group options exist.
 
+The commands in the docstrings of modules and scripts, and in the comments of configs, are checked too.
 A YAML block that starts with a comment `# DIR/GROUP/OPTION.yaml` is a file for commands with `--config-dir DIR`.
 """
 
@@ -66,24 +67,54 @@ def main(arguments: list[str]) -> int:
 
 
 def documents() -> list[Path]:
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """The files with commands in them."""
+    code = [path for folder in (*PACKAGES, "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
+    texts = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [*texts, *code, *sorted((ROOT / "configs").rglob("*.yaml"))]
 
 
 def check(path: Path) -> list[str]:
-    """The mistakes of a document, each as `FILE:LINE: message`."""
-    tokens = MarkdownIt("commonmark").enable("table").parse(path.read_text(encoding="utf-8"))
+    """The mistakes of a file, each as `FILE:LINE: message`."""
     mistakes: list[str] = []
-    line = 1
     with tempfile.TemporaryDirectory() as scratch:
-        for token in tokens:
-            line = token.map[0] + 1 if token.map else line
-            for found, test in tests(token, path, Path(scratch)):
-                try:
-                    test()
-                except Mistake as mistake:
-                    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-                    mistakes.append(f"{shown}:{line + found}: {mistake}")
+        parts = document_tests(path, Path(scratch)) if path.suffix == ".md" else example_tests(path, Path(scratch))
+        for line, test in parts:
+            try:
+                test()
+            except Mistake as mistake:
+                shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+                mistakes.append(f"{shown}:{line}: {mistake}")
     return mistakes
+
+
+def document_tests(path: Path, scratch: Path) -> Iterator[tuple[int, Any]]:
+    """(line, function that raises `Mistake`) of each check of a Markdown document."""
+    line = 1
+    for token in MarkdownIt("commonmark").enable("table").parse(path.read_text(encoding="utf-8")):
+        line = token.map[0] + 1 if token.map else line
+        for found, test in tests(token, path, scratch):
+            yield line + found, test
+
+
+def example_tests(path: Path, scratch: Path) -> Iterator[tuple[int, Any]]:
+    """The same of the commands in a module's docstring, or in the comments of a config."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        block, mark = ast.get_docstring(ast.parse(text), clean=False) or "", "    "
+    else:
+        block, mark = text, "# "
+    lines = block.splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith(mark) and (
+            _COMMAND.match(line[len(mark) :]) or line[len(mark) :].startswith("accelerate ")
+        ):
+            joined = line[len(mark) :]
+            for more in lines[number + 1 :]:
+                if not joined.endswith("\\"):
+                    break
+                joined = joined.rstrip("\\") + more.removeprefix(mark)
+            for _, command in commands(joined):
+                yield number + 1, lambda command=command: check_command(command, scratch)
 
 
 def tests(token: Token, path: Path, scratch: Path) -> Iterator[tuple[int, Any]]:
@@ -169,9 +200,15 @@ def check_module(module: str, overrides: list[str], scratch: Path) -> None:
     """Composes the config of a stage with the overrides, as the stage does before it runs."""
     if module.partition(".")[0] not in PACKAGES or module.endswith(".NAME"):
         return
-    model, entry = stage(module)
+    if (found := stage(module)) is None:
+        return
+    model, entry = found
     with user_options(overrides, scratch) as rest:
-        given = [word for word in rest if word not in ("…", "--help", "-m")]
+        given = [
+            word.replace("…", "x")
+            for word in rest
+            if word not in ("…", "--help", "-m") and not chooses_ignored(word)
+        ]
         if "-m" in rest:
             given = first_job(given)
         if any("=" not in word for word in given):
@@ -231,8 +268,11 @@ def write_option(block: str, scratch: Path) -> None:
 
 
 @cache
-def stage(module: str) -> tuple[Any, str]:
-    """The config model and the entry config of a stage, from its `run_stage(main, MODEL, ENTRY)`."""
+def stage(module: str) -> tuple[Any, str] | None:
+    """The config model and the entry config of a stage, from its `run_stage(main, MODEL, ENTRY)`.
+
+    None for a module that can be run but is no stage.
+    """
     try:
         loaded = importlib.import_module(module)
     except ModuleNotFoundError:
@@ -241,6 +281,8 @@ def stage(module: str) -> tuple[Any, str]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "run_stage":
             _, model, entry = node.args
             return getattr(loaded, ast.unparse(model)), ast.literal_eval(entry)
+    if '__name__ == "__main__"' in inspect.getsource(loaded):
+        return None
     raise Mistake(f"{module} is not a command")
 
 
@@ -361,7 +403,7 @@ def check_inline(text: str, scratch: Path) -> None:
         )
         if is_option and choices and re.fullmatch(r"\w+|\[[\w,]+\]", option):
             for name in re.findall(r"\w+", option):
-                if name not in choices | {"null", "mine"} and f"configs/{group}/{name}.yaml" not in ignored():
+                if name not in choices | {"null", "mine"} and not chooses_ignored(f"{group}={name}"):
                     raise Mistake(f"{word}: no such option (choices: {', '.join(sorted(choices))})")
     if re.fullmatch(rf"({'|'.join(PACKAGES)})(\.\w+)+", text):
         resolve(text)
@@ -379,6 +421,11 @@ def files() -> list[str]:
         for folder in (*PACKAGES, "configs", "scripts", "tests", "docs")
         for path in (ROOT / folder).rglob("*")
     ]
+
+
+def chooses_ignored(override: str) -> bool:
+    """Whether an override chooses an option that a user makes, such as the imported prompt."""
+    return f"configs/{override.replace('=', '/')}.yaml" in ignored()
 
 
 def ignored() -> list[str]:

@@ -108,3 +108,15 @@ def test_unknown_field_of_the_trainer_is_named(tmp_path):
 def test_false_text_is_named(tmp_path, text, mistake):
     (found,) = check(tmp_path, f"{text}\n")
     assert mistake in found
+
+
+def test_examples_in_docstrings_and_configs_are_checked(tmp_path):
+    module, config = tmp_path / "module.py", tmp_path / "config.yaml"
+    module.write_text(
+        '"""What it is.\n\n    python -m mmr5_train.sft \\\\\n        dta=x\n    mmr5 sft data=…\n"""\n'
+    )
+    config.write_text("# accelerate launch --config_file x -m mmr5_train.sft data=x\n# mmr5 sft limt=3\nout: x\n")
+    ((line, message),) = [mistake.split(": ", 1) for mistake in check_docs.check(module)]
+    assert line == f"{module}:3"
+    assert "dta: no such field; did you mean data?" in message
+    assert ["did you mean limit?" in mistake for mistake in check_docs.check(config)] == [True]

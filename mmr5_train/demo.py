@@ -32,14 +32,16 @@ def main(config: RecipeStage) -> None:
     out = open_output(config.out, True) if config.overwrite else config.out
     run_stages(stage_overrides(config), config)
     stages = json.loads((out / RECIPE).read_text(encoding="utf-8"))["stages"]
-    seconds = sum(stage["seconds"] for stage in stages.values())
-    figures = {"seed": config.seed, "seconds": round(seconds, 1)} | summary(read_results(out / "evaluation"))
+    times = [stage["seconds"] for stage in stages.values()]
+    # A run that was stopped has recorded no times, so they are unknown for the stages that it had finished.
+    seconds = None if None in times else round(sum(times), 1)
+    figures = {"seed": config.seed, "seconds": seconds} | summary(read_results(out / "evaluation"))
     if "modes" not in config.leave_out:
         figures |= modes_summary(out / "modes")
     write_json(out / "results.json", figures)
     shutil.copyfile(out / "report/report.html", out / "report.html")
     write_manifest(out, stage="demo", config=config.model_dump(mode="json"))
-    print(f"\ndemo: {seconds:.0f} s; figures in {out / 'results.json'}")
+    print(f"\ndemo: {'' if seconds is None else f'{seconds:.0f} s; '}figures in {out / 'results.json'}")
     print(f"open {(out / 'report.html').resolve()}")
 
 

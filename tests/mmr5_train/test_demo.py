@@ -96,3 +96,12 @@ def test_second_run_adds_modes_and_keeps_earlier_stages(demo_folder):
     _, reason, logits = (row["recall@1"] for row in results["modes"])
     assert results["logits_minus_reason"]["recall@1"]["mean"] == pytest.approx(logits - reason)
     assert "milliseconds per question" in (demo_folder / "report.html").read_text()
+
+
+def test_seconds_are_null_if_a_stopped_run_made_a_stage(demo_folder):
+    recipe = json.loads((demo_folder / "recipe.json").read_text())
+    recipe["stages"]["sft"]["seconds"] = None
+    (demo_folder / "recipe.json").write_text(json.dumps(recipe))
+    config = compose_stage(RecipeStage, "demo", [f"out={demo_folder}", "seed=5", *SMALL, "overwrite=false"])
+    demo.main(config)
+    assert json.loads((demo_folder / "results.json").read_text())["seconds"] is None

@@ -1,4 +1,4 @@
-"""HTTP servers for tests: the address of a real OpenAI-compatible one, and one whose replies a test scripts."""
+"""HTTP servers for tests: the address of a real OpenAI-compatible server, and a server with scripted replies."""
 
 from __future__ import annotations
 

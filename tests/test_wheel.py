@@ -37,7 +37,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An empty folder in somebody's git repository."""
+    """An empty folder in an unrelated git repository."""
     repository = tmp_path_factory.mktemp("repository")
     identity = ["-c", "user.name=n", "-c", "user.email=e"]
     subprocess.run(["git", "init", "--quiet"], cwd=repository, check=True)
@@ -100,8 +100,8 @@ def test_source_distribution_builds_the_same_wheel(wheel, tmp_path):
     with tarfile.open(build("sdist", ROOT, tmp_path / "sdist")) as archive:
         archive.extractall(tmp_path / "source", filter="data")
     (source,) = (tmp_path / "source").iterdir()
-    again = build("wheel", source, tmp_path / "again")
-    assert zipfile.ZipFile(again).namelist() == zipfile.ZipFile(wheel).namelist()
+    rebuilt = build("wheel", source, tmp_path / "rebuilt")
+    assert zipfile.ZipFile(rebuilt).namelist() == zipfile.ZipFile(wheel).namelist()
 
 
 def test_checkout_is_not_importable(run, folder):
@@ -111,8 +111,8 @@ def test_checkout_is_not_importable(run, folder):
 
 
 def test_each_command_shows_its_help(run):
-    listed = run("mmr5", "--help")
-    assert all(f"\n  {command} " in listed for command in MODULES)
+    help_text = run("mmr5", "--help")
+    assert all(f"\n  {command} " in help_text for command in MODULES)
     code = """
 from mmr5_train.common.cli import MODULES, main
 for command in MODULES:
@@ -121,8 +121,8 @@ for command in MODULES:
     except SystemExit as stop:
         assert not stop.code, command
 """
-    shown = run("python", "-c", code)  # in one process: most commands load torch
-    assert re.findall(r"^(\w+) is powered by Hydra", shown, re.MULTILINE) == [
+    help_texts = run("python", "-c", code)  # in one process: most commands load torch
+    assert re.findall(r"^(\w+) is powered by Hydra", help_texts, re.MULTILINE) == [
         module.rpartition(".")[2] if command != "data-report" else "data_report"
         for command, module in MODULES.items()
     ]
@@ -135,15 +135,17 @@ def test_stage_with_overrides(run, folder):
     assert manifest["code"] == "0.1.0"  # not the commit of the repository around the environment
 
 
-def test_own_options(run, folder):
-    teacher = folder / "own" / "teacher" / "mine.yaml"
+def test_user_options_are_read(run, folder):
+    teacher = folder / "user_configs" / "teacher" / "mine.yaml"
     teacher.parent.mkdir(parents=True)
     teacher.write_text("defaults: [extractive, _self_]\nhelps: 'Mine: {quote}'\n", encoding="utf-8")
-    shown = run("mmr5", "traces", "--config-dir", "own", "teacher=mine", "--cfg", "job", "--package", "teacher")
-    assert "helps: 'Mine: {quote}'" in shown
+    printed_config = run(
+        "mmr5", "traces", "--config-dir", "user_configs", "teacher=mine", "--cfg", "job", "--package", "teacher"
+    )
+    assert "helps: 'Mine: {quote}'" in printed_config
 
 
-def test_reranker(run):
+def test_reranker_ranks_pages(run):
     code = """
 from PIL import Image
 from mmr5_train import Reranker
@@ -154,7 +156,7 @@ print(len(ranked))
     assert run("python", "-c", code).split()[-1] == "2"
 
 
-def test_server(start):
+def test_server_loads_the_model_and_serves_its_page(start):
     process = start("mmr5", "serve", "checkpoint=tiny", "port=0")
     try:
         line = process.stdout.readline()

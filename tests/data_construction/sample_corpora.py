@@ -68,9 +68,9 @@ def page_row(
     return row | more
 
 
-def write_parquet(path: Path, rows: list[dict[str, Any]], rows_a_group: int = 2) -> None:
+def write_parquet(path: Path, rows: list[dict[str, Any]], rows_per_group: int = 2) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path, row_group_size=rows_a_group)
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path, row_group_size=rows_per_group)
 
 
 def question(text: str, pages: Any, kind: Any = "['Table']") -> dict[str, Any]:
@@ -85,7 +85,7 @@ def line(
 
 
 def write_lines(folder: Path, *lines: dict[str, Any] | str) -> None:
-    """Writes the annotations file. A string is lines_text unchanged, to test invalid lines."""
+    """Writes the annotations file. A string is written unchanged, to test invalid lines."""
     folder.mkdir(parents=True, exist_ok=True)
     lines_text = [value if isinstance(value, str) else json.dumps(value) for value in lines]
     (folder / "MMDocIR_annotations.jsonl").write_text("\n".join(lines_text) + "\n")
@@ -123,7 +123,7 @@ def write_subset(
     rows: Sequence[dict[str, Any]],
     lines: Sequence[dict[str, Any] | str],
     struct: bool = False,
-    rows_a_group: int = 4,
+    rows_per_group: int = 4,
 ) -> None:
     """Writes a subset of the training set. `struct`: images are structs with `bytes`, as `datasets` writes."""
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
@@ -131,7 +131,7 @@ def write_subset(
         columns["image"] = pa.array([{"bytes": data, "path": None} for data in columns["image"]], IMAGE)
     columns["layouts"] = pa.array(columns["layouts"], pa.list_(LAYOUT))
     (folder / "parquet").mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(columns), folder / f"parquet/{subset}_filter.parquet", row_group_size=rows_a_group)
+    pq.write_table(pa.table(columns), folder / f"parquet/{subset}_filter.parquet", row_group_size=rows_per_group)
     questions = folder / f"annotations_top1_negative/{subset}_train.jsonl"
     questions.parent.mkdir(exist_ok=True)
     lines_text = [value if isinstance(value, str) else json.dumps(value) for value in lines]

@@ -67,23 +67,23 @@ def test_train_has_only_complete_tasks_with_a_relevant_candidate(orchard: Path) 
         ("small.pdf/0", "fewer candidates than asked for", "2 of 3"),
         ("small.pdf/1", "fewer candidates than asked for", "2 of 3"),
     ]
-    one = run_candidates(orchard, "one", split=ALL_TRAIN, candidates=1)
-    skipped = read_all(one / "skipped.jsonl", Skipped)
+    single = run_candidates(orchard, "single", split=ALL_TRAIN, candidates=1)
+    skipped = read_all(single / "skipped.jsonl", Skipped)
     assert [(s.query_id, s.reason, s.detail) for s in skipped] == [
         ("small.pdf/1", "no relevant page among the candidates", "relevant: 1")
     ]
-    assert read_manifest(one)["counts"]["skipped"] == {"no relevant page among the candidates": 1}
+    assert read_manifest(single)["counts"]["skipped"] == {"no relevant page among the candidates": 1}
 
 
 @pytest.mark.parametrize("split", ["train", "select"])
-def test_missed_keep(split: str, orchard: Path) -> None:
+def test_missed_keep_keeps_questions_without_a_relevant_candidate(split: str, orchard: Path) -> None:
     only_split = {"train": 0, "select": 0, "heldout": 0, split: 1}
-    kept = run_candidates(orchard, "kept", split=only_split, candidates=1, missed="keep")
-    assert "small.pdf/1" in {task.query_id for task in read_records(kept / f"{split}.jsonl", RankingTask)}
-    assert not read_all(kept / "skipped.jsonl", Skipped)
+    out = run_candidates(orchard, "keep", split=only_split, candidates=1, missed="keep")
+    assert "small.pdf/1" in {task.query_id for task in read_records(out / f"{split}.jsonl", RankingTask)}
+    assert not read_all(out / "skipped.jsonl", Skipped)
 
 
-def test_n_heldout(orchard: Path) -> None:
+def test_n_heldout_sets_the_number_of_heldout_candidates(orchard: Path) -> None:
     tasks = read_records(run_candidates(orchard, n_heldout=6) / "heldout.jsonl", RankingTask)
     assert [len(task.candidates) for task in tasks] == [6] * 7 + [2] * 2
 
@@ -102,9 +102,10 @@ def test_scores_from_a_file(orchard: Path) -> None:
     assert str(orchard / "scores.jsonl") in read_manifest(out)["inputs"]
 
 
-def test_first_stage_results(orchard: Path) -> None:
+def test_first_stage_recall_is_reported(orchard: Path) -> None:
     results = json.loads((run_candidates(orchard) / "first_stage.json").read_text())
-    # Every fruit is first; in the small document, one of two gold pages, then page 1 after page 0.
+    # Each fruit question ranks its page first. In the small document, recall@1 is 1/2 for the first question
+    # (two relevant pages) and 0 for the second (page 0 is ranked before page 1).
     assert results["questions"] == 9
     assert results["eligible"] == 9
     assert results["micro"]["recall@1"] == pytest.approx(7.5 / 9)
@@ -113,9 +114,9 @@ def test_first_stage_results(orchard: Path) -> None:
 
 def test_the_same_seed_gives_the_same_bytes(orchard: Path) -> None:
     split = {"train": 0.5, "select": 0, "heldout": 0.5}
-    once, again = run_candidates(orchard, split=split), run_candidates(orchard, "again", split=split)
+    first, second = run_candidates(orchard, split=split), run_candidates(orchard, "second", split=split)
     for name in ("pages", "train", "select", "heldout", "documents", "skipped"):
-        assert (once / f"{name}.jsonl").read_bytes() == (again / f"{name}.jsonl").read_bytes()
+        assert (first / f"{name}.jsonl").read_bytes() == (second / f"{name}.jsonl").read_bytes()
 
 
 def test_pages_are_rendered_once(orchard: Path, no_render: Callable[[], None]) -> None:
@@ -247,7 +248,9 @@ def test_full_disk_raises_and_keeps_page_images(orchard: Path, monkeypatch: pyte
         raise OSError(errno.ENOSPC, "No space left on device")
 
     calls, sync = itertools.count(), os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: full(file) if next(calls) else sync(file))  # after the first one
+    monkeypatch.setattr(
+        os, "fsync", lambda file: full(file) if next(calls) else sync(file)
+    )  # fails from the second call
     with pytest.raises(InputError, match=r"jsonl: the disk is full; free some space"):
         run_candidates(orchard)
     assert len(list((orchard / "cache").rglob("*.jpg"))) == 9
@@ -255,7 +258,7 @@ def test_full_disk_raises_and_keeps_page_images(orchard: Path, monkeypatch: pyte
     assert run_candidates(orchard, overwrite=True).is_dir()
 
 
-def test_command_line(orchard: Path) -> None:
+def test_command_line_prints_one_summary_line(orchard: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -269,7 +272,7 @@ def test_command_line(orchard: Path) -> None:
     assert done.stdout.startswith("candidates: train ")
 
 
-def test_all_config_options_compose() -> None:
+def test_every_corpus_and_retriever_config_composes() -> None:
     for name in ("synthetic", "mmdocir", "mmdocir_pdf", "mmdocir_train"):
         config = compose_stage(CandidatesStage, "candidates", [f"corpus={name}"])
         assert isinstance(config.corpus, TrainingSet if name == "mmdocir_train" else EvaluationSet)

@@ -66,31 +66,31 @@ def test_scores_from_mm_r5_json(training_set: Path) -> None:
         }
         (training_set / f"scores/{subset}.json").parent.mkdir(exist_ok=True)
         (training_set / f"scores/{subset}.json").write_text(json.dumps(scores))
-    scored = {"retriever": {"name": "scores", "file": training_set / "scores"}, "candidates": 3}
-    with_gold = {"all_relevant": {"rule": "all_relevant"}, "inserted": {"insert_missed": True}}
-    for name, policy in with_gold.items():
-        out = run_training(training_set, name, policy=policy, **scored)
+    settings = {"retriever": {"name": "scores", "file": training_set / "scores"}, "candidates": 3}
+    policies = {"all_relevant": {"rule": "all_relevant"}, "inserted": {"insert_missed": True}}
+    for name, policy in policies.items():
+        out = run_training(training_set, name, policy=policy, **settings)
         first = read_records(out / "train.jsonl", RankingTask)[0]
         assert [candidate.page for candidate in first.candidates] == [7, 6, 0]
         assert [candidate.score for candidate in first.candidates] == [7, 6, -1]
-    out = run_training(training_set, "top", **scored)
+    out = run_training(training_set, "top", **settings)
     assert (out / "train.jsonl").read_text() == ""
     select = {"train": 0, "select": 1, "heldout": 0}
-    out = run_training(training_set, "select", policy={"insert_missed": True}, **scored | {"split": select})
+    out = run_training(training_set, "select", policy={"insert_missed": True}, **settings | {"split": select})
     assert (out / "select.jsonl").read_text() == ""  # insert_missed is for train only
     heldout = run_training(
-        training_set, "heldout", policy={"rule": "all_relevant"}, **scored | {"split": ALL_HELDOUT}
+        training_set, "heldout", policy={"rule": "all_relevant"}, **settings | {"split": ALL_HELDOUT}
     )
     assert [c.page for c in read_records(heldout / "heldout.jsonl", RankingTask)[0].candidates] == [7, 6, 5]
     assert len(read_manifest(out)["inputs"]) == 4
 
 
-def test_excluded_documents_are_left_out(training_set: Path, orchard: Path) -> None:
+def test_excluded_documents_are_skipped(training_set: Path, orchard: Path) -> None:
     heldout = run_training(training_set, "heldout", split=ALL_HELDOUT)
     lines = (heldout / "documents.jsonl").read_text().splitlines()
     renamed = json.loads(lines[0]) | {"doc_name": "another name.pdf"}
     (training_set / "by_content.jsonl").write_text(json.dumps(renamed) + "\n")
-    out = run_training(training_set, "kept", exclude=[training_set / "by_content.jsonl"])
+    out = run_training(training_set, "data", exclude=[training_set / "by_content.jsonl"])
     tasks = read_records(out / "train.jsonl", RankingTask)
     assert {task.domain for task in tasks} == {"Wiki-ss"}
     assert {page.doc_name for page in read_records(out / "pages.jsonl", Page, unique="id")} == {"Wiki-ss/fruit"}

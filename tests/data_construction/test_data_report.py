@@ -1,4 +1,4 @@
-"""The data report of a small synthetic corpus, made by the data stages."""
+"""The data report on the outputs of the data stages for a small synthetic corpus."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmr5_train.ranking.records import Trace
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Output folders corpus, data, traces and select of six documents, with the counts of a paid teacher."""
+    """Outputs of all data stages for six documents. The traces manifest has the counts of a paid teacher."""
     root = tmp_path_factory.mktemp("stages")
     for stage, model, entry, overrides in (
         (synthetic, synthetic.SyntheticStage, "synthetic", ["documents=6", "workers=1", f"out={root}/corpus"]),
@@ -47,14 +47,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest["counts"]["teacher"] = {"requests": 1234, "prompt_tokens": 5_000_000, "cost_usd": 12.5}
     manifest["counts"]["skipped"] = {"check direction": 2}
     write_json(root / "traces/manifest.json", manifest)
-    left_out = {"query_id": "x/0", "file": None, "reason": "check direction", "detail": "image 3 <b>helps</b>"}
-    (root / "traces/skipped.jsonl").write_text(json.dumps(left_out) + "\n")
+    skipped = {"query_id": "x/0", "file": None, "reason": "check direction", "detail": "image 3 <b>helps</b>"}
+    (root / "traces/skipped.jsonl").write_text(json.dumps(skipped) + "\n")
     return root
 
 
 def write(folders: Path, out: Path, **more: Any) -> str:
-    parts = {name: folders / name for name in ("data", "traces", "select")}
-    main(DataReportStage.model_validate({"out": out, **parts, **more}))
+    inputs = {name: folders / name for name in ("data", "traces", "select")}
+    main(DataReportStage.model_validate({"out": out, **inputs, **more}))
     return (out / "data_report.html").read_text(encoding="utf-8")
 
 

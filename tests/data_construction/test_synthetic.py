@@ -73,14 +73,14 @@ def test_every_page_has_a_hard_negative():
                 assert any((color == c) != (kind == k) for c, k in looks)
 
 
-def test_same_seed_same_bytes(corpus, tmp_path):
-    again, other = build(tmp_path / "b"), build(tmp_path / "c", "seed=7")
+def test_the_same_seed_gives_the_same_bytes(corpus, tmp_path):
+    same_seed, other_seed = build(tmp_path / "b"), build(tmp_path / "c", "seed=7")
 
     def digest(folder):
         return [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("MMDocIR*"))]
 
-    assert digest(corpus) == digest(again)
-    assert digest(corpus) != digest(other)
+    assert digest(corpus) == digest(same_seed)
+    assert digest(corpus) != digest(other_seed)
 
 
 def test_documents_depend_only_on_seed_and_index():

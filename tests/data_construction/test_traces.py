@@ -25,11 +25,11 @@ def test_notes_describe_pages_in_prompt_order(tmp_path: Path, capsys: pytest.Cap
     for trace in traces:
         colors = [COLORS[page.page] for page in trace.shown]
         orders.add(tuple(colors))
-        where = colors.index("green") + 1
-        assert trace.positive_ids == (where,)
-        assert trace.answer == (where, *(i for i in (1, 2, 3, 4) if i != where))
+        relevant = colors.index("green") + 1
+        assert trace.positive_ids == (relevant,)
+        assert trace.answer == (relevant, *(i for i in (1, 2, 3, 4) if i != relevant))
         assert trace.think.splitlines() == [
-            f"Image {i}: a {color} bar chart, so it {'helps' if i == where else 'does not help'}."
+            f"Image {i}: a {color} bar chart, so it {'helps' if i == relevant else 'does not help'}."
             for i, color in enumerate(colors, 1)
         ]
     assert len(orders) > 1
@@ -95,8 +95,8 @@ def test_pages_without_description_are_quoted(tmp_path: Path):
 def test_question_without_relevant_candidate_is_skipped(tmp_path: Path):
     data = make_data(tmp_path / "data")
     tasks = read_records(data, RankingTask)
-    lost = tasks[1].model_copy(update={"positives": (PageId(doc_name="doc 1", page=77),)})
-    write_records(data, [tasks[0], lost, tasks[2]])
+    unanswerable = tasks[1].model_copy(update={"positives": (PageId(doc_name="doc 1", page=77),)})
+    write_records(data, [tasks[0], unanswerable, tasks[2]])
     assert [trace.query_id for trace in run(data, tmp_path / "out")] == ["q0", "q2"]
     (skip,) = skipped(tmp_path / "out")
     assert (skip.query_id, skip.reason) == ("q1", "no relevant page among the candidates")
@@ -149,7 +149,7 @@ def test_all_questions_of_the_mmdocir_slice_get_traces(tmp_path: Path, slice_fol
         assert (tmp_path / refine / "skipped.jsonl").read_text() == ""
 
 
-# --- wrong input
+# --- invalid input
 
 
 def test_missing_image_raises_before_the_output_is_created(tmp_path: Path):

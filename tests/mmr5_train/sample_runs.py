@@ -1,4 +1,4 @@
-"""Generates evaluation and training folders for tests: real page pictures, random rankings of a given skill."""
+"""Evaluation and training folders for tests: drawn page images, and random rankings of a given skill."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def make_answer(
     relevant = set(task.positives)
     notes, helpful = [], []
     for i, page in enumerate(task.candidates, 1):
-        seen = descriptions[page.id] if rng.random() < 0.5 + skill / 2 else "a purple line chart"
+        description = descriptions[page.id] if rng.random() < 0.5 + skill / 2 else "a purple line chart"
         helps = (page.id in relevant) == (rng.random() < 0.6 + 0.4 * skill)
-        notes.append(f"Image {i}: {seen}, so it {'helps' if helps else 'does not help'}.")
+        notes.append(f"Image {i}: {description}, so it {'helps' if helps else 'does not help'}.")
         if helps:
             helpful.append(LocalId(i))
     n = len(task.candidates)

@@ -26,14 +26,15 @@ TRAINERS = {"stock": GRPOTrainer, "shared": SharedPrefixGRPOTrainer}
 ADAPTERS = {"r": 8, "lora_alpha": 16, "target_modules": r".*language_model.*(q_proj|v_proj|o_proj|up_proj)"}
 
 
-def even_words(completions, completion_ids, images, **_):
-    """A reward that varies within each group. It reads the images column, as any reward may."""
+def odd_token_reward(completions, completion_ids, images, **_):
+    """A reward that varies within each group: it grows with the number of odd token ids and with the length."""
+    # Reward functions may read the images column.
     assert all(len(row) == 3 for row in images)
     return [sum(token % 2 for token in ids) / 8 + len(ids) / 64 for ids in completion_ids]
 
 
 def make_trainer(trainer_class, tiny, prompt, processor, tasks, folder, out, settings):
-    """Makes a trainer for 20 steps of 2 questions × 4 completions, without dropout and learning-rate schedule."""
+    """A trainer for 20 steps of 2 questions × 4 completions, with a constant learning rate and without dropout."""
     settings = dict(settings)
     lora = settings.pop("lora", True)
     model = load_model(tiny.model_copy(update={"freeze_vision": settings.pop("freeze_vision", True)}))
@@ -62,7 +63,7 @@ def make_trainer(trainer_class, tiny, prompt, processor, tasks, folder, out, set
     shown = [task.candidates for task in tasks]
     return trainer_class(
         model=model,
-        reward_funcs=[even_words],
+        reward_funcs=[odd_token_reward],
         args=GRPOConfig(output_dir=str(out), seed=3, **values),
         train_dataset=prompt_dataset(rows, [t.query for t in tasks], shown, folder, prompt, processor),
         processing_class=processor,

@@ -39,7 +39,7 @@ def run(folder, out, *overrides):
     return json.loads((out / "compare.json").read_text())["rows"]
 
 
-def test_figures_differences_and_training_seconds(folder, tmp_path, capsys):
+def test_table_has_figures_differences_and_training_seconds(folder, tmp_path, capsys):
     rows = run(folder, tmp_path / "out")
     assert [(row["recipe"], row["seeds"]) for row in rows] == [("recommended", [0, 1]), ("weaker", [0, 1])]
     assert [row["seconds"] for row in rows] == [160.5, 160.5]  # the shared SFT counts for both recipes

@@ -98,7 +98,7 @@ def test_second_run_adds_modes_and_keeps_earlier_stages(demo_folder):
     assert "milliseconds per question" in (demo_folder / "report.html").read_text()
 
 
-def test_seconds_are_null_if_a_stopped_run_made_a_stage(demo_folder):
+def test_seconds_are_null_if_those_of_a_stage_are_unknown(demo_folder):
     recipe = json.loads((demo_folder / "recipe.json").read_text())
     recipe["stages"]["sft"]["seconds"] = None
     (demo_folder / "recipe.json").write_text(json.dumps(recipe))

@@ -1,4 +1,4 @@
-"""Distillation: its losses checked by hand, and the stage with the shipped model on generated rankings."""
+"""Distillation: losses compared with hand-computed values, and the stage with the tiny model."""
 
 import json
 import random
@@ -61,15 +61,15 @@ def test_verdict_loss_ignores_pages_without_a_verdict():
 
 def test_verdict_loss_weights_prompts_equally():
     logits, verdicts = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0, 0])
-    one, other = (torch.nn.functional.cross_entropy(logits[i : i + 1], verdicts[:1]) for i in (1, 2))
+    second, third = (torch.nn.functional.cross_entropy(logits[i : i + 1], verdicts[:1]) for i in (1, 2))
     first = torch.nn.functional.cross_entropy(logits[:1], verdicts[:1])
     together = verdict_loss(logits, verdicts, torch.tensor([0, 1, 1]))
-    assert together.item() == pytest.approx(((first + (one + other) / 2) / 2).item())
+    assert together.item() == pytest.approx(((first + (second + third) / 2) / 2).item())
 
 
 def test_the_losses_fall_and_the_checkpoint_scores_pages(rankings, tmp_path, capsys):
-    size = "trainer.per_device_train_batch_size=8"
-    history = run(rankings, tmp_path / "out", "trainer.max_steps=8", "subsets=0", size)
+    batch_size = "trainer.per_device_train_batch_size=8"
+    history = run(rankings, tmp_path / "out", "trainer.max_steps=8", "subsets=0", batch_size)
     for name in ("listwise_loss", "verdict_loss"):
         assert history[-1][name] < 0.8 * history[0][name], name
     complete = [ranking for ranking in read_records(rankings, Ranking) if is_complete(ranking.greedy)]
@@ -83,11 +83,13 @@ def test_the_losses_fall_and_the_checkpoint_scores_pages(rankings, tmp_path, cap
 
 def test_accumulation_does_not_change_a_step(rankings, tmp_path):
     settings = ["trainer.max_steps=2", "completion_share=1"]
-    whole = run(rankings, tmp_path / "whole", *settings, "trainer.per_device_train_batch_size=4")
+    one_batch = run(rankings, tmp_path / "one_batch", *settings, "trainer.per_device_train_batch_size=4")
     split = ["trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2"]
-    parts = run(rankings, tmp_path / "parts", *settings, *split)
-    assert [e["loss"] for e in parts] == pytest.approx([e["loss"] for e in whole], abs=1e-4)
-    assert [e["listwise_loss"] for e in parts] == pytest.approx([e["listwise_loss"] for e in whole], abs=1e-4)
+    micro_batches = run(rankings, tmp_path / "micro_batches", *settings, *split)
+    assert [e["loss"] for e in micro_batches] == pytest.approx([e["loss"] for e in one_batch], abs=1e-4)
+    assert [e["listwise_loss"] for e in micro_batches] == pytest.approx(
+        [e["listwise_loss"] for e in one_batch], abs=1e-4
+    )
 
 
 def test_training_and_inference_score_at_the_same_position(rankings, tiny, prompt, processor):
@@ -96,11 +98,12 @@ def test_training_and_inference_score_at_the_same_position(rankings, tiny, promp
     from mmr5_train.models.inputs import load_pages
 
     config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}", "subsets=1", "hint_share=0"])
-    two = read_records(rankings, Ranking)[:2]
+    first_two = read_records(rankings, Ranking)[:2]
     subsets = sort_pairs_first(
-        [(ranking, subset) for ranking in two for subset in sample_subsets(ranking, 1, config.seed)], config.seed
+        [(ranking, subset) for ranking in first_two for subset in sample_subsets(ranking, 1, config.seed)],
+        config.seed,
     )
-    dataset = subset_dataset(two, config, processor)
+    dataset = subset_dataset(first_two, config, processor)
     collator = Collator(processor, lambda rows: {}, config.prompt, config.decay, config.completion_share)
     scoring = collator([dataset[i] for i in range(4)])["scoring"]
     pages = [
@@ -121,40 +124,41 @@ def test_hints_follow_their_pages_and_verdicts_are_read_at_their_ends(tiny, prom
     plain = encode(processor, prompt, ["Which page?", "And which of these?"], pages)
     tokenizer = processor.tokenizer
     bar, line = tokenizer(" a red bar chart, so it")["input_ids"], tokenizer(" a table")["input_ids"]
-    hinted = append_hints(dict(plain), [bar, [], line], tokenizer)
-    ids, attention_mask, ends = (hinted[name] for name in ("input_ids", "attention_mask", "page_ends"))
+    with_hints = append_hints(dict(plain), [bar, [], line], tokenizer)
+    ids, attention_mask, ends = (with_hints[name] for name in ("input_ids", "attention_mask", "page_ends"))
     texts = [tokenizer.decode(row[mask.bool()]) for row, mask in zip(ids, attention_mask, strict=True)]
     assert "<|vision_end|> a red bar chart, so itImage 2:" in texts[0]
     assert texts[0].endswith("<|vision_end|><|im_end|>\n<|im_start|>assistant\n")
     assert "<|vision_end|> a table<|im_end|>" in texts[1]
-    read = [tokenizer.decode(ids[row, : place + 1]) for row, place in ends.nonzero().tolist()]
-    assert [text[-4:] for text in read] == ["o it", "nd|>", "able"]
+    texts_up_to_verdicts = [tokenizer.decode(ids[row, : end + 1]) for row, end in ends.nonzero().tolist()]
+    assert [text[-4:] for text in texts_up_to_verdicts] == ["o it", "nd|>", "able"]
     for row, mask in enumerate(attention_mask):
         assert (mask.diff() >= 0).all(), "padding is on the left"
-        without = hinted["mm_token_type_ids"][row][mask.bool()].bool()
+        is_plain = with_hints["mm_token_type_ids"][row][mask.bool()].bool()
         assert torch.equal(
-            ids[row][mask.bool()][without], plain["input_ids"][row][plain["mm_token_type_ids"][row].bool()]
+            ids[row][mask.bool()][is_plain], plain["input_ids"][row][plain["mm_token_type_ids"][row].bool()]
         )
-    assert hinted["pixel_values"] is plain["pixel_values"]
+    assert with_hints["pixel_values"] is plain["pixel_values"]
 
 
 def test_empty_hints_do_not_change_prompts(tiny, prompt, processor):
     plain = encode(processor, prompt, ["Which page?"], [[Image.new("RGB", (60, 80))] * 2])
-    same = append_hints(plain, [[], []], processor.tokenizer)
-    assert torch.equal(same["input_ids"], plain["input_ids"])
+    unchanged = append_hints(plain, [[], []], processor.tokenizer)
+    assert torch.equal(unchanged["input_ids"], plain["input_ids"])
     assert (
-        processor.tokenizer.convert_ids_to_tokens(same["input_ids"][same["page_ends"]]) == ["<|vision_end|>"] * 2
+        processor.tokenizer.convert_ids_to_tokens(unchanged["input_ids"][unchanged["page_ends"]])
+        == ["<|vision_end|>"] * 2
     )
 
 
 def test_later_prompts_have_fewer_hint_tokens(rankings, tiny, processor):
-    whole = sample_hint_tokens(["a red bar chart, so it", ""], 1, processor.tokenizer, random.Random(0))
-    assert processor.tokenizer.decode(whole[0]) == " a red bar chart, so it"
-    assert whole[1] == []
+    full_hints = sample_hint_tokens(["a red bar chart, so it", ""], 1, processor.tokenizer, random.Random(0))
+    assert processor.tokenizer.decode(full_hints[0]) == " a red bar chart, so it"
+    assert full_hints[1] == []
     assert sample_hint_tokens(["a red bar chart, so it"], 0, processor.tokenizer, random.Random(0)) == [[]]
     config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}", "subsets=4", "hint_share=0.5"])
-    read = [one for one in read_records(rankings, Ranking) if is_complete(one.greedy)]
-    dataset = distill.subset_dataset(read, config, processor)
+    complete = [ranking for ranking in read_records(rankings, Ranking) if is_complete(ranking.greedy)]
+    dataset = distill.subset_dataset(complete, config, processor)
     mean_tokens = [sum(map(len, row["hints"])) / len(row["hints"]) for row in dataset]
     quarters = [sum(mean_tokens[i * len(mean_tokens) // 4 : (i + 1) * len(mean_tokens) // 4]) for i in range(4)]
     assert quarters[0] > 1.5 * quarters[1] > 0

@@ -171,7 +171,7 @@ def test_missing_pages_are_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"pages\.jsonl: no such file"):
         main(config(tasks_path, tmp_path / "out"))
     pages = read_records(data.with_name("pages.jsonl"), Page, unique=None)
-    lost = read_records(data, RankingTask)[0].candidates[0].id
-    write_records(tmp_path / "pages.jsonl", [page for page in pages if page.id != lost])
-    with pytest.raises(InputError, match=rf"pages\.jsonl: lacks page {lost}, a candidate of"):
+    missing_page = read_records(data, RankingTask)[0].candidates[0].id
+    write_records(tmp_path / "pages.jsonl", [page for page in pages if page.id != missing_page])
+    with pytest.raises(InputError, match=rf"pages\.jsonl: lacks page {missing_page}, a candidate of"):
         main(config(tasks_path, tmp_path / "out"))

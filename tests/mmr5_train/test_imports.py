@@ -1,4 +1,4 @@
-"""Modules that must not load torch, when they are imported for real. `lint-imports` checks who imports whom."""
+"""Importing these modules in a new process must not load torch. `lint-imports` checks the static import rules."""
 
 import subprocess
 import sys

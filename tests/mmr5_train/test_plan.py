@@ -31,17 +31,17 @@ def test_measure_counts_parameters_exactly(tiny):
     assert network.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_plan_of_mm_r5(capsys):
+def test_plan_of_mm_r5_reports_size_and_memory_without_warnings(capsys):
     plan.main(compose("experiment=mm_r5", "gpu=a100_80gb", "gpus=4"))
     output = capsys.readouterr().out
     assert "Qwen/Qwen2.5-VL-7B-Instruct: 8.29 billion parameters" in output
     assert output.count("memory per GPU at the longest prompt") == 2
-    assert "5 pages of 724 × 1024 pixels" in output  # without data
+    assert "5 pages of 724 × 1024 pixels" in output  # assumed when there is no data
     assert "WARNING" not in output
     assert "1,800 updates" not in output
 
 
-def test_number_of_updates():
+def test_number_of_updates_is_reported():
     """SFT: 7,200 examples ÷ (4 GPUs × 4). GRPO: 3,000 questions × 4 completions × 2 iterations ÷ (4 GPUs × 2)."""
     report = plan.plan(compose("experiment=mm_r5", "gpus=4"))
     assert report["sft"][-1].startswith("450 updates")

@@ -1,4 +1,4 @@
-"""The model card is made from manifests and results, and only push_to_hub uploads anything."""
+"""The model card is built from manifests and results. Nothing is uploaded without push_to_hub."""
 
 import json
 
@@ -13,7 +13,7 @@ from mmr5_train.models.loading import SETTINGS
 
 @pytest.fixture
 def trained(tmp_path):
-    """Folders of sft, grpo and evaluate as the stages write them, without weights. evaluate ranked with both."""
+    """Output folders of sft, grpo and evaluate, without weights. The evaluation compared both checkpoints."""
     for stage, base in (("sft", "Qwen/Qwen2.5-VL-7B-Instruct"), ("grpo", str(tmp_path / "sft/model"))):
         folder = tmp_path / stage / "model"
         folder.mkdir(parents=True)
@@ -41,7 +41,7 @@ def run(*overrides):
     publish.main(compose_stage(publish.PublishStage, "publish", ["license=apache-2.0", *overrides]))
 
 
-def test_model_card(trained, monkeypatch):
+def test_model_card_has_results_and_settings_and_is_not_uploaded(trained, monkeypatch):
     monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: pytest.fail("uploaded without push_to_hub"))
     run(f"checkpoint={trained}/grpo/model", f"evaluation={trained}/evaluation", "data='7,200 traces of MMDocIR.'")
     card = ModelCard.load(trained / "grpo/model/README.md")
@@ -56,7 +56,7 @@ def test_model_card(trained, monkeypatch):
     assert "learning_rate: 1.0e-05" in card.text
 
 
-def test_card_without_evaluation(trained):
+def test_card_without_evaluation_says_so(trained):
     run(f"checkpoint={trained}/sft/model")
     assert "Not evaluated yet." in ModelCard.load(trained / "sft/model/README.md").text
 

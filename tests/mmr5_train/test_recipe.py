@@ -125,7 +125,7 @@ def test_stages_that_are_up_to_date_are_skipped(tmp_path: Path, capsys: pytest.C
     assert "evaluate: already" not in capsys.readouterr().out
 
 
-def test_recipe_of_own_options(tmp_path, monkeypatch):
+def test_recipe_can_use_user_options(tmp_path, monkeypatch):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(
         "# @package _global_\nstages:\n  sft: {prompt: mine}\n", encoding="utf-8"
@@ -143,7 +143,7 @@ def test_recipe_of_own_options(tmp_path, monkeypatch):
     assert read_prompt("mine").system == "Rank."
 
 
-def test_launch_is_an_option_or_a_file(tmp_path):
+def test_launch_accepts_an_option_or_a_file(tmp_path):
     assert launch_file("zero2") == CONFIGS / "accelerate" / "zero2.yaml"
     file = tmp_path / "four.yaml"
     file.touch()

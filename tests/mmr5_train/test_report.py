@@ -20,7 +20,7 @@ from mmr5_train.report import ReportStage, main
 from mmr5_train.reporting.views import signed
 
 QUESTIONS = 30
-ENDINGS = (("", QUESTIONS), ("_sampled", 4 * QUESTIONS))
+SUFFIXES = (("", QUESTIONS), ("_sampled", 4 * QUESTIONS))
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +88,15 @@ def test_report_shows_defects_and_classes_including_zeros(page: Reader, folders:
     assert f"SFT + GRPO {4 * QUESTIONS} sampled" in page.text
     for name, meaning in {**CLASSES, **{str(defect): text for defect, text in DEFECTS.items()}}.items():
         kind = "classes" if name in CLASSES and name != "out_of_range" else "defects"
-        counts = [(row[f"{kind}{end}"].get(name, 0), n) for row in (sft, grpo) for end, n in ENDINGS]
+        counts = [(row[f"{kind}{end}"].get(name, 0), n) for row in (sft, grpo) for end, n in SUFFIXES]
         cells = " ".join(f"{count} {100 * count / answers:.1f} %" for count, answers in counts)
         shown = "OK" if name == "ok" else name.replace("_", " ")
         assert f"{shown} {meaning} {cells}" in page.text
-    whole = round(sft["without_defect"] * QUESTIONS)
-    assert f"without defect None of the defects below. {whole} {100 * whole / QUESTIONS:.1f} %" in page.text
+    n_without_defect = round(sft["without_defect"] * QUESTIONS)
+    assert (
+        f"without defect None of the defects below. {n_without_defect} {100 * n_without_defect / QUESTIONS:.1f} %"
+        in page.text
+    )
     assert sum(sft["classes"].values()) == QUESTIONS
 
 
@@ -132,7 +135,7 @@ def test_report_shows_the_modes_of_one_checkpoint(folders: Path, copy: Path) -> 
     assert "Modes" not in Reader(write(folders, copy / "without")).text
 
 
-def test_results_of_an_older_version(copy: Path) -> None:
+def test_results_of_an_older_version_are_accepted(copy: Path) -> None:
     path = copy / "evaluate/results.json"
     results = json.loads(path.read_text())
     for row in results["rows"]:
@@ -269,7 +272,7 @@ def test_missing_or_broken_picture_becomes_a_placeholder(copy: Path, capsys: pyt
     assert re.search(r"\d+ page pictures could not be read", capsys.readouterr().out)
 
 
-def test_single_system(copy: Path) -> None:
+def test_report_of_a_single_system_has_no_differences(copy: Path) -> None:
     first = read_records(copy / "evaluate/rankings/first_stage.jsonl", Ranking)
     write_json(copy / "evaluate/results.json", score_rankings({"first_stage": first}, [], draws=50))
     page = Reader(write(copy, copy / "out"))

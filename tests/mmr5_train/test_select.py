@@ -57,7 +57,7 @@ def selected_numbers(out: Path) -> list[int]:
     return [int(task.query_id[1:].split(".")[0]) for task in read_records(out / "questions.jsonl", RankingTask)]
 
 
-def test_without_any_step_all_questions_are_kept_and_image_paths_rebased(tmp_path: Path) -> None:
+def test_without_selection_settings_all_questions_are_kept_and_image_paths_rebased(tmp_path: Path) -> None:
     write_data(tmp_path / "data", [100, 200, 300])
     out = select(tmp_path, "a/b")
     tasks = read_records(out / "questions.jsonl", RankingTask)
@@ -67,7 +67,7 @@ def test_without_any_step_all_questions_are_kept_and_image_paths_rebased(tmp_pat
 
 
 def test_balanced_selection_takes_evenly_from_groups(tmp_path: Path) -> None:
-    """12 questions of 90 with small pages, 8 with medium and 2 with large ones: 5, 5 and 2."""
+    """12 of 100 questions: 5 of the 90 with small pages, 5 of the 8 with medium ones and both with large ones."""
     sides = [100] * 90 + [1000] * 8 + [10000] * 2
     write_data(tmp_path / "data", sides)
     out = select_balanced(tmp_path, count=12, groups=3)
@@ -83,10 +83,10 @@ def test_balanced_selection_takes_evenly_from_groups(tmp_path: Path) -> None:
 
 def test_balanced_selection_depends_on_the_seed(tmp_path: Path) -> None:
     write_data(tmp_path / "data", [100] * 40 + [500] * 40)
-    once = select_balanced(tmp_path, "once", count=10)
-    again = select_balanced(tmp_path, "again", count=10)
-    assert (once / "questions.jsonl").read_bytes() == (again / "questions.jsonl").read_bytes()
-    assert selected_numbers(select_balanced(tmp_path, "other", count=10, seed=7)) != selected_numbers(once)
+    first = select_balanced(tmp_path, "first", count=10)
+    second = select_balanced(tmp_path, "second", count=10)
+    assert (first / "questions.jsonl").read_bytes() == (second / "questions.jsonl").read_bytes()
+    assert selected_numbers(select_balanced(tmp_path, "other", count=10, seed=7)) != selected_numbers(first)
 
 
 def test_equal_resolutions_are_one_group(tmp_path: Path) -> None:
@@ -105,9 +105,9 @@ def test_a_count_above_the_number_of_questions_selects_all(tmp_path: Path, count
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(1, 70), st.integers(0, 3))
 def test_no_group_is_favored(groups: list[int], count: int, seed: int) -> None:
-    picked = balanced_sample(groups, count, seed)
-    assert len(set(picked)) == len(picked) == min(count, len(groups))
-    before, after = Counter(groups), Counter(groups[i] for i in picked)
+    selected = balanced_sample(groups, count, seed)
+    assert len(set(selected)) == len(selected) == min(count, len(groups))
+    before, after = Counter(groups), Counter(groups[i] for i in selected)
     for group in before:
         if after[group] < before[group]:
             assert after[group] >= max(after.values()) - 1

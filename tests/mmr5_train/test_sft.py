@@ -64,10 +64,10 @@ def test_accumulation_does_not_change_a_step(traces, tmp_path):
     for i, record in enumerate(records):
         record["think"] += "\nand nothing else" * i
     traces.write_text("".join(json.dumps(record) + "\n" for record in records))
-    same = ["trainer.max_steps=3", "trainer.lr_scheduler_type=constant", "trainer.learning_rate=1e-4"]
-    one_batch = run(traces, tmp_path / "one_batch", *same)
+    settings = ["trainer.max_steps=3", "trainer.lr_scheduler_type=constant", "trainer.learning_rate=1e-4"]
+    one_batch = run(traces, tmp_path / "one_batch", *settings)
     split = ["trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=4"]
-    micro_batches = run(traces, tmp_path / "micro_batches", *same, *split)
+    micro_batches = run(traces, tmp_path / "micro_batches", *settings, *split)
     losses = [[entry["loss"] for entry in history if "loss" in entry] for history in (one_batch, micro_batches)]
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -141,12 +141,12 @@ def test_a_missing_page_image_is_named_before_training(traces, tmp_path):
 
 
 def test_adapters_on_a_4bit_base(traces, tmp_path):
-    four = "model.load_in_4bit=true"
-    run(traces, tmp_path / "out", "trainer.max_steps=2", "model.lora={r: 4, alpha: 8}", four)
+    quantized = "model.load_in_4bit=true"
+    run(traces, tmp_path / "out", "trainer.max_steps=2", "model.lora={r: 4, alpha: 8}", quantized)
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out/model")
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
     with pytest.raises(InputError, match="4-bit weights can't be trained; add adapters"):
-        run(traces, tmp_path / "whole", "trainer.max_steps=2", four)
+        run(traces, tmp_path / "full", "trainer.max_steps=2", quantized)
 
 
 FULL_DISK = """

@@ -136,7 +136,7 @@ def test_error_names_the_missing_part(repo, old, new, message):
         import_prompt(repo(RERANKER.replace(old, new)))
 
 
-def test_missing_folder_missing_prompt_and_large_file(repo, tmp_path):
+def test_missing_folder_missing_prompt_and_large_file_are_errors(repo, tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         import_prompt(tmp_path / "nowhere")
     folder = repo("x = 1\n", "src/x.py")
@@ -157,7 +157,7 @@ def test_written_file_is_a_config_option_with_the_same_text(repo, tmp_path):
     assert Prompt.model_validate(composed["prompt"]) == prompt
 
 
-def test_command_line(repo, tmp_path):
+def test_command_line_writes_the_file_and_does_not_overwrite_it(repo, tmp_path):
     def run(*arguments):
         command = [sys.executable, "scripts/import_prompt.py", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
@@ -167,9 +167,9 @@ def test_command_line(repo, tmp_path):
     assert process.returncode == 0, process.stderr
     assert "select it with prompt=theirs" in process.stdout
     assert OmegaConf.load(out).name == "theirs"
-    again = run(repo(), out)
-    assert again.returncode == 2
-    assert again.stderr == f"error: {out}: already exists; delete it, or choose another name\n"
+    second_run = run(repo(), out)
+    assert second_run.returncode == 2
+    assert second_run.stderr == f"error: {out}: already exists; delete it, or choose another name\n"
 
 
 def test_output_must_be_a_yaml_file():

@@ -67,8 +67,8 @@ def test_documents_are_in_the_order_of_the_annotations(tmp_path: Path) -> None:
         page_row("a", 0, "a0"),
         page_row("b", 0),
     ]
-    for rows_a_group in (1, 2, 10):
-        write_parquet(tmp_path / PARQUET, rows, rows_a_group)
+    for rows_per_group in (1, 2, 10):
+        write_parquet(tmp_path / PARQUET, rows, rows_per_group)
         documents, skipped = read(tmp_path)
         assert [document.doc_name for document in documents] == ["b", "a"]
         assert texts(documents[1]) == ["a0", "a1"]
@@ -77,7 +77,7 @@ def test_documents_are_in_the_order_of_the_annotations(tmp_path: Path) -> None:
 
 def test_unneeded_row_groups_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_lines(tmp_path, line("b", 2, question("Q?", [0])))
-    write_parquet(tmp_path / PARQUET, [page_row(name, i) for name in "abc" for i in range(2)], rows_a_group=2)
+    write_parquet(tmp_path / PARQUET, [page_row(name, i) for name in "abc" for i in range(2)], rows_per_group=2)
     groups_read: list[int] = []
     original = pq.ParquetFile.iter_batches
 
@@ -130,7 +130,7 @@ def test_corrupt_page_images_are_skipped(tmp_path: Path) -> None:
 def test_missing_repeated_and_extra_rows_are_skipped(tmp_path: Path) -> None:
     write_lines(
         tmp_path,
-        line("gone", 2, question("Q?", [0])),
+        line("absent", 2, question("Q?", [0])),
         line("gap", 3, question("Q?", [1]), question("R?", [2])),
         line("twice", 1, question("Q?", [0])),
         line("long", 1, question("Q?", [0])),
@@ -142,12 +142,12 @@ def test_missing_repeated_and_extra_rows_are_skipped(tmp_path: Path) -> None:
     assert texts(documents[1]) == ["first"]
     assert [q.query_id for q in documents[0].questions] == ["gap/1"]
     assert [s.detail for s in skipped if s.query_id is None] == [
-        "gone: the parquet has no row for it",
+        "absent: the parquet has no row for it",
         "row 3 repeats row 2: page 0 of twice",
         "long: row 5 is not one of its 1 pages",
         "page 1 of gap: the parquet has no row for it",
     ]
-    assert {s.query_id for s in skipped if s.reason == "document can't be read"} == {None, "gone/0", "long/0"}
+    assert {s.query_id for s in skipped if s.reason == "document can't be read"} == {None, "absent/0", "long/0"}
 
 
 def test_question_with_page_beyond_the_document_is_skipped(tmp_path: Path) -> None:

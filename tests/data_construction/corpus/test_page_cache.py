@@ -109,7 +109,7 @@ def test_unwritable_cache_folder_raises(tmp_path: Path) -> None:
         cache_in(tmp_path / "file").from_bytes("a", 0, image_bytes())
 
 
-def test_page_text(tmp_path: Path) -> None:
+def test_page_text_is_the_text_layer(tmp_path: Path) -> None:
     write_pdf(tmp_path / "a.pdf", ["First line\nsecond line", ""])
     with pypdfium2.PdfDocument(tmp_path / "a.pdf") as pdf:
         assert page_text(pdf[0]) == "First line\nsecond line"
@@ -117,7 +117,7 @@ def test_page_text(tmp_path: Path) -> None:
 
 
 @given(st.text(min_size=1), st.text(min_size=1))
-def test_folder_names_are_safe_and_distinct(one: str, other: str) -> None:
-    assert Path(folder_name(one)).name == folder_name(one)
-    assert not folder_name(one).startswith(".")
-    assert (folder_name(one) == folder_name(other)) == (one == other)
+def test_folder_names_are_safe_and_distinct(first: str, second: str) -> None:
+    assert Path(folder_name(first)).name == folder_name(first)
+    assert not folder_name(first).startswith(".")
+    assert (folder_name(first) == folder_name(second)) == (first == second)

@@ -74,7 +74,7 @@ def test_unusable_questions_and_pages_are_skipped(tmp_path: Path) -> None:
     lines = [
         train_line(0, "Good?", ("a", 3)),
         train_line(1, "Its page is broken?", ("a", 70)),
-        train_line(2, "No such document?", ("gone", 0)),
+        train_line(2, "No such document?", ("absent", 0)),
         train_line(3, "No such page?", ("a", 100)),
         train_line(4, "Two documents?", ("a", 0), ("b", 0)),
         train_line(5, "No page?"),
@@ -99,7 +99,7 @@ def test_unusable_questions_and_pages_are_skipped(tmp_path: Path) -> None:
     details = [skip.detail for skip in skipped]
     assert "line 6: field positive_passages" in details[1]
     assert "line 7: field query" in details[2]
-    assert "DUDE/gone: the parquet has no row for it" in details[3]
+    assert "DUDE/absent: the parquet has no row for it" in details[3]
     assert "page 70 of DUDE/a: " in details[5]
     assert "(row 70)" in details[5]
 
@@ -158,7 +158,7 @@ def test_missing_files_raise(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_layout_text() -> None:
+def test_layout_text_joins_texts_and_ignores_invalid_values() -> None:
     layouts = [{"text": "one", "bbox": [0, 1]}, {"text": None, "ocr_text": "two"}, {"text": " "}]
     assert layout_text(layouts) == layout_text(json.dumps(layouts)) == "one\ntwo"
     for value in (None, [], "not JSON", "__import__('os')", [[0, 0, 1, 1]], 3):

@@ -59,7 +59,7 @@ def config(folder: Path, model: str = "vidore/colqwen2-v1.0") -> Dense:
     return Dense(name="dense", model=model, multi_vector=True, index=folder / "index")
 
 
-def test_max_sim() -> None:
+def test_max_sim_sums_the_best_match_of_each_query_vector() -> None:
     page = np.array([[1, 0], [0, 2], [0.5, 0.5]], np.float32)
     assert max_sim(np.array([[1, 0], [0, 1], [1, 1]], np.float32), page) == 1 + 2 + 2
     assert max_sim(np.array([[3, 4]], np.float32), np.array([[1, 2]], np.float32)) == 11
@@ -68,7 +68,7 @@ def test_max_sim() -> None:
 def test_pages_are_ranked_by_their_vectors(tmp_path: Path, colors: ColorEncoder) -> None:
     rank = open_retriever(config(tmp_path), [], [])
     ranked = rank(document(tmp_path, ["red", "blue", "green", "blue"], "a blue chart", "green and red"))
-    assert [[page.page for page, _ in one] for one in ranked] == [[1, 3, 0, 2], [0, 2, 1, 3]]
+    assert [[page.page for page, _ in ranking] for ranking in ranked] == [[1, 3, 0, 2], [0, 2, 1, 3]]
     assert [score for _, score in ranked[0]] == [255, 255, 0, 0]
 
 

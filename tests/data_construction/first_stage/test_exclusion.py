@@ -19,7 +19,7 @@ from mmr5_train.common.files import InputError
         ("plan v2.pdf", "plan v2"),
     ],
 )
-def test_normalize_name(name: str, normalized: str) -> None:
+def test_normalize_name_drops_folder_suffix_and_version(name: str, normalized: str) -> None:
     assert normalize_name(name) == normalized
 
 

@@ -116,7 +116,7 @@ def test_missing_files_and_unknown_suffixes_raise(tmp_path: Path) -> None:
         rank_with_scores(tmp_path / "s.csv", make_question("q"))
 
 
-def test_file_is_only_for_scores() -> None:
+def test_retriever_file_is_required_for_scores_and_rejected_otherwise() -> None:
     with pytest.raises(ValidationError, match=r"needs retriever.file="):
         Retriever(name="scores")
     with pytest.raises(ValidationError, match=r"retriever\.file is only for retriever=scores"):

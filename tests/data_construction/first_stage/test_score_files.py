@@ -65,7 +65,7 @@ def test_single_file_with_full_query_ids(tmp_path: Path) -> None:
         ("a_b_last.jpg", None),
     ],
 )
-def test_page_number(image: str, page: int | None) -> None:
+def test_page_number_is_parsed_from_the_image_path(image: str, page: int | None) -> None:
     assert page_number(image, "DUDE/a/b") == page
 
 

@@ -11,7 +11,7 @@ PAGE = Page(doc_name="d", page=0, domain="x", image="i", width=1, height=1, text
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         ("a red bar chart, so it helps.", None),
         ("It shows positive results.", None),
@@ -25,16 +25,16 @@ PAGE = Page(doc_name="d", page=0, domain="x", image="i", width=1, height=1, text
         ("The label is clear.", "label is"),
     ],
 )
-def test_find_label_word(text: str, found: str | None):
+def test_words_that_reveal_the_label_are_detected(text: str, expected: str | None):
     word = find_label_word(text, "What grew?", [PAGE])
-    assert word is None if found is None else found in str(word)
+    assert word is None if expected is None else expected in str(word)
 
 
 def test_label_words_of_the_question_are_allowed():
     assert find_label_word("It names the label.", "Who signed to the label?", [PAGE]) is None
 
 
-def test_named_pages():
+def test_image_numbers_in_a_text_are_extracted():
     assert named_images("Image 2 helps. Images 1, 3 and 4 do not; nor do images 5 & 6.") == {1, 2, 3, 4, 5, 6}
     assert named_images("No image of 12 pages helps.") == set()
 
@@ -81,4 +81,4 @@ def test_each_check_detects_its_problem(change: dict[str, Any], name: str | None
         (LocalId(2),),
         Rules(40, change.get("refine", False)),
     )
-    assert next((found for found, _ in failed), None) == name
+    assert next((check for check, _ in failed), None) == name

@@ -11,7 +11,7 @@ from data_construction.teacher.pages import image_url, page_hash
 from mmr5_train.common.files import InputError
 
 
-def sent(path: Path, max_pixels: int) -> bytes:
+def decoded_image(path: Path, max_pixels: int) -> bytes:
     header, data = image_url(path, max_pixels).split(",")
     assert header == "data:image/jpeg;base64"
     return base64.b64decode(data)
@@ -21,20 +21,20 @@ def test_small_jpeg_is_sent_unchanged(tmp_path: Path):
     path = tmp_path / "page.jpg"
     for mode in ("RGB", "L"):
         Image.new(mode, (300, 400), "red" if mode == "RGB" else 7).save(path, quality=55)
-        assert sent(path, 120_000) == path.read_bytes()
-        smaller = sent(path, 119_999)
+        assert decoded_image(path, 120_000) == path.read_bytes()
+        smaller = decoded_image(path, 119_999)
         assert smaller != path.read_bytes()
         with Image.open(io.BytesIO(smaller)) as image:
             assert image.width * image.height <= 119_999
 
 
 def test_rotated_and_cmyk_jpegs_are_reencoded(tmp_path: Path):
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    Image.new("RGB", (300, 400), "red").save(tmp_path / "turned.jpg", exif=turned)
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    Image.new("RGB", (300, 400), "red").save(tmp_path / "rotated.jpg", exif=rotated)
     Image.new("CMYK", (300, 400)).save(tmp_path / "cmyk.jpg")
-    for name in ("turned.jpg", "cmyk.jpg"):
-        with Image.open(io.BytesIO(sent(tmp_path / name, 10**6))) as image:
+    for name in ("rotated.jpg", "cmyk.jpg"):
+        with Image.open(io.BytesIO(decoded_image(tmp_path / name, 10**6))) as image:
             assert (image.mode, image.size) == ("RGB", (300, 400))
             assert 0x0112 not in image.getexif()
 
@@ -42,12 +42,12 @@ def test_rotated_and_cmyk_jpegs_are_reencoded(tmp_path: Path):
 def test_other_images_are_shrunk_and_put_on_white(tmp_path: Path):
     path = tmp_path / "page.png"
     Image.new("RGBA", (400, 100), (0, 0, 0, 0)).save(path)
-    with Image.open(io.BytesIO(sent(path, 10_000))) as seen:
-        assert seen.size == (200, 50)
-        assert seen.format == "JPEG"
-        assert seen.getpixel((9, 9)) == (255, 255, 255)
-    with Image.open(io.BytesIO(sent(path, 50_000))) as seen:
-        assert seen.size == (400, 100)
+    with Image.open(io.BytesIO(decoded_image(path, 10_000))) as image:
+        assert image.size == (200, 50)
+        assert image.format == "JPEG"
+        assert image.getpixel((9, 9)) == (255, 255, 255)
+    with Image.open(io.BytesIO(decoded_image(path, 50_000))) as image:
+        assert image.size == (400, 100)
 
 
 def test_missing_and_invalid_images_raise(tmp_path: Path):

@@ -40,10 +40,10 @@ def test_answers_are_stored_and_counted_once(path: Path):
     store.put("a", "m", Answer("Another.", "stop", 1, 1))
     store.put("b", "other", ANSWER)
     store.close()
-    again = AnswerStore(path)
-    assert again.get("a") == ANSWER
-    assert again.spent("m") == Spent(1, 1300, 9)
-    assert again.count() == 2
+    reopened = AnswerStore(path)
+    assert reopened.get("a") == ANSWER
+    assert reopened.spent("m") == Spent(1, 1300, 9)
+    assert reopened.count() == 2
 
 
 def test_claim_ends_with_its_process(path: Path):

@@ -65,7 +65,7 @@ def without_tokens(teacher: OpenAITeacher) -> Counts:
     return {name: count for name, count in teacher.counts.items() if "tokens" not in name}
 
 
-# --- a real server: transformers serve with a tiny Qwen2.5-VL
+# --- requests, retries and faults, with a scripted server
 
 
 def test_request_body(scripted_server: ScriptedServer, image: Path):

@@ -102,6 +102,3 @@ def test_tiny_model_takes_images_from_the_server(served: OpenAIServer, image: Pa
     with_image, without = (answer.usage.prompt_tokens for answer in answers)
     assert with_image > without
     assert answers[0].usage.completion_tokens > 0
-
-
-# --- faults, from a scripted server

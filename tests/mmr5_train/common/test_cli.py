@@ -17,7 +17,7 @@ def test_help_lists_each_command_with_a_line(capsys):
     assert capsys.readouterr().out.splitlines() == lines
 
 
-def test_unknown_command_names_the_nearest(capsys):
+def test_unknown_command_suggests_the_nearest(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["evalute", "out=x"])
     assert stop.value.code == 2
@@ -26,7 +26,7 @@ def test_unknown_command_names_the_nearest(capsys):
     )
 
 
-def test_version_and_configs(capsys):
+def test_version_and_configs_are_printed(capsys):
     cli.main(["--version"])
     cli.main(["--configs"])
     version, configs = capsys.readouterr().out.splitlines()
@@ -39,13 +39,13 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def test_command_is_the_module_with_its_arguments(tmp_path):
-    shown = run("synthetic", "--help")
-    assert shown.returncode == 0
-    assert shown.stdout.startswith("synthetic is powered by Hydra.")
-    assert "documents: 260" in shown.stdout
-    wrong = run("synthetic", f"out={tmp_path / 'made'}", "documnts=2")
-    assert (wrong.returncode, wrong.stderr.partition(" (")[0]) == (
+def test_command_runs_its_module_with_the_arguments(tmp_path):
+    help_run = run("synthetic", "--help")
+    assert help_run.returncode == 0
+    assert help_run.stdout.startswith("synthetic is powered by Hydra.")
+    assert "documents: 260" in help_run.stdout
+    invalid_run = run("synthetic", f"out={tmp_path / 'out'}", "documnts=2")
+    assert (invalid_run.returncode, invalid_run.stderr.partition(" (")[0]) == (
         2, "error: documnts: no such field; did you mean documents?"
     )  # fmt: skip
 

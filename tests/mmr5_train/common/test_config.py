@@ -72,10 +72,10 @@ def run(tmp_path, monkeypatch, capsys):
 
 def test_stage_gets_its_validated_config_and_hydra_writes_no_files(run, tmp_path):
     configs = []
-    status, out, err = run("out=made", "steps=5", "teacher.words=10", main=configs.append)
+    status, out, err = run("out=results", "steps=5", "teacher.words=10", main=configs.append)
     assert (status, out, err) == (0, "", "")
     teacher = Teacher(kind="offline", words=10)
-    assert configs == [Stage(out=Path("made"), seed=42, steps=5, teacher=teacher)]
+    assert configs == [Stage(out=Path("results"), seed=42, steps=5, teacher=teacher)]
     assert [path.name for path in tmp_path.iterdir()] == ["configs"]
 
 
@@ -127,7 +127,7 @@ def test_help_shows_the_fields_and_the_options_of_a_group(run):
     ],
 )
 def test_invalid_override_gives_a_message_with_the_choices(run, arguments, message):
-    status, out, err = run("out=made", *arguments)
+    status, out, err = run("out=results", *arguments)
     assert status == 2
     assert out == ""
     assert err.startswith("error: ")
@@ -137,7 +137,7 @@ def test_invalid_override_gives_a_message_with_the_choices(run, arguments, messa
 
 
 def test_message_names_all_invalid_fields(run):
-    _, _, err = run("out=made", "steps=0", "order=random", "teacher.words=few")
+    _, _, err = run("out=results", "steps=0", "order=random", "teacher.words=few")
     assert err.startswith("error: the config is not valid:\n  ")
     assert all(f"\n  {field}: " in err for field in ("steps", "order", "teacher.words"))
 
@@ -151,7 +151,7 @@ def test_input_error_of_a_stage_is_printed_without_traceback(run):
     def main(config):
         raise InputError("tasks.jsonl, line 3: not valid JSON")
 
-    assert run("out=made", main=main) == (2, "", "error: tasks.jsonl, line 3: not valid JSON\n")
+    assert run("out=results", main=main) == (2, "", "error: tasks.jsonl, line 3: not valid JSON\n")
 
 
 def test_other_exceptions_of_a_stage_are_not_caught(run):
@@ -159,11 +159,11 @@ def test_other_exceptions_of_a_stage_are_not_caught(run):
         raise RuntimeError("a bug")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        run("out=made", main=main)
+        run("out=results", main=main)
 
 
 def test_compose_stage_gives_the_config_and_the_messages_of_the_command_line(run):
-    config = compose_stage(Stage, "stage", ["out=made", "teacher=server", "teacher.url=http://x"])
+    config = compose_stage(Stage, "stage", ["out=results", "teacher=server", "teacher.url=http://x"])
     assert config.teacher == Teacher(kind="server", url="http://x")
     for overrides, message in [
         ([], "no value for out"),
@@ -210,11 +210,11 @@ def test_user_options_are_found_and_listed(run, user_configs, monkeypatch, metho
     if method == "variable":
         monkeypatch.setenv(USER_CONFIGS, str(user_configs))
     configs = []
-    assert run(*flags, "out=made", "teacher=mine", main=configs.append)[0] == 0
+    assert run(*flags, "out=results", "teacher=mine", main=configs.append)[0] == 0
     assert configs[0].teacher == Teacher(kind="mine", words=7)
     assert "teacher: mine, offline, server" in run(*flags, "--help")[1]
-    assert "(choices: mine, offline, server)" in run(*flags, "out=made", "teacher=gpt")[2]
-    assert "(choices: mine, offline, server)" in run(*flags, "out=made", "teacher=null")[2]
+    assert "(choices: mine, offline, server)" in run(*flags, "out=results", "teacher=gpt")[2]
+    assert "(choices: mine, offline, server)" in run(*flags, "out=results", "teacher=null")[2]
     assert "teacher.wrds: no such field; did you mean words?" in run(*flags, "teacher=mine", "teacher.wrds=1")[2]
 
 
@@ -260,7 +260,7 @@ def test_real_stage_from_the_command_line(tmp_path):
     help_run = run_synthetic("--help")
     assert help_run.returncode == 0
     assert "seed: " in help_run.stdout
-    wrong = run_synthetic(f"out={tmp_path / 'made'}", "sed=3")
-    assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: sed: no such field; did you mean seed? (choices: ")
-    assert not (tmp_path / "made").exists()
+    invalid_run = run_synthetic(f"out={tmp_path / 'results'}", "sed=3")
+    assert invalid_run.returncode == 2
+    assert invalid_run.stderr.startswith("error: sed: no such field; did you mean seed? (choices: ")
+    assert not (tmp_path / "results").exists()

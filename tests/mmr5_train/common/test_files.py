@@ -115,7 +115,7 @@ def test_write_is_atomic(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
 
 
-def test_file_hash(tmp_path):
+def test_file_hash_is_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert file_hash(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
 
@@ -149,7 +149,7 @@ def test_open_output_empties_only_folders_that_a_stage_wrote(tmp_path, content):
 
 def test_open_output_reopens_only_the_unfinished_folder_of_the_same_stage(tmp_path):
     out = open_output(tmp_path / "out", stage="traces")
-    (out / "half.jsonl").write_text("")
+    (out / "partial.jsonl").write_text("")
     (out / "below").mkdir()
     for other in ({}, {"stage": "select"}):
         with pytest.raises(InputError, match="is not empty"):
@@ -159,7 +159,7 @@ def test_open_output_reopens_only_the_unfinished_folder_of_the_same_stage(tmp_pa
     (out / MANIFEST).rename(out / f".{MANIFEST}.123.tmp")  # killed while it wrote its first manifest
     open_output(out, stage="traces")
     write_manifest(out, stage="traces", config={})
-    (out / "whole.jsonl").write_text("")
+    (out / "complete.jsonl").write_text("")
     with pytest.raises(InputError, match="is not empty"):
         open_output(out, stage="traces")
 
@@ -186,7 +186,7 @@ def test_manifest_is_reproducible(tmp_path):
 
     def make_folder(name):
         out = open_output(tmp_path / name)
-        write_manifest(out, stage="candidates", config={"seed": 42}, inputs=[source], counts={"kept": 1})
+        write_manifest(out, stage="candidates", config={"seed": 42}, inputs=[source], counts={"questions": 1})
         return out
 
     manifest = read_manifest(make_folder("one"))
@@ -194,7 +194,7 @@ def test_manifest_is_reproducible(tmp_path):
     assert manifest["stage"] == "candidates"
     assert manifest["config"] == {"seed": 42}
     assert manifest["inputs"] == {str(source): file_hash(source)}
-    assert manifest["counts"] == {"kept": 1}
+    assert manifest["counts"] == {"questions": 1}
     assert manifest["packages"] == package_versions()
     assert {"torch", "transformers", "trl"} <= set(manifest["packages"])
     assert manifest["code"] == code_version() != ""
@@ -217,7 +217,7 @@ def test_write_json_keeps_unicode_and_key_order(tmp_path):
     assert list(json.loads(text)) == ["b", "a"]
 
 
-def test_atomic_folder(tmp_path):
+def test_atomic_folder_appears_only_when_complete(tmp_path):
     def fill_and_fail():
         with atomic_folder(tmp_path / "model") as folder:
             (folder / "half.txt").write_text("half")

@@ -33,7 +33,7 @@ def pages(*numbers):
     return tuple(page(number) for number in numbers)
 
 
-def test_hand_computed_values():
+def test_metrics_equal_hand_computed_values():
     ranked, gold = pages(4, 7, 2, 9, 1), pages(7, 1, 30)  # 30 was missed by the first stage
     assert [recall_at_k(ranked, gold, k) for k in KS] == pytest.approx([0, 1 / 3, 2 / 3, 2 / 3])
     assert reciprocal_rank(ranked, gold) == 1 / 2
@@ -136,7 +136,7 @@ def test_micro_averages_questions_and_macro_averages_domains():
     assert macro(values, domains) == 0.5
 
 
-def test_defect_counts():
+def test_defects_are_counted_for_greedy_and_sampled_answers():
     rankings = [
         ranking("a", FIRST, ["<answer>[1, 1]</answer>", ""]),
         ranking("b", "<answer>[1, 2, 3, 4, 5]</answer>", [FIRST, FIRST]),
@@ -168,10 +168,10 @@ def test_bootstrap_matches_the_normal_interval_on_a_large_sample():
 
 def test_bootstrap_resamples_questions_as_pairs():
     rng = np.random.default_rng(0)
-    hard = rng.random(500)
-    paired = paired_bootstrap(hard + 0.1, hard, seed=1)
+    difficulty = rng.random(500)
+    paired = paired_bootstrap(difficulty + 0.1, difficulty, seed=1)
     assert (paired.low, paired.high) == pytest.approx((0.1, 0.1))
-    unpaired = paired_bootstrap(rng.permutation(hard) + 0.1, hard, seed=1)
+    unpaired = paired_bootstrap(rng.permutation(difficulty) + 0.1, difficulty, seed=1)
     assert unpaired.high - unpaired.low > 0.05
 
 
@@ -210,8 +210,8 @@ def test_bootstrap_draws_indices_of_one_group_after_the_other():
     groups = ["a"] * 20 + ["b"] + ["c"] * 9
     rng = np.random.default_rng(5)
     parts = [values[:20], values[20:21], values[21:]]
-    drawn = [part[rng.integers(0, len(part), size=(1000, len(part)))].mean(axis=1) for part in parts]
-    low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
+    resampled_means = [part[rng.integers(0, len(part), size=(1000, len(part)))].mean(axis=1) for part in parts]
+    low, high = np.percentile(np.mean(resampled_means, axis=0), [2.5, 97.5])
     interval = bootstrap_mean(values, samples=1000, seed=5, groups=groups)
     assert (interval.low, interval.high) == pytest.approx((low, high), abs=1e-12)
 

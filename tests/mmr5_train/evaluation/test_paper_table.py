@@ -44,7 +44,7 @@ def test_measured_rows_join_their_published_row_or_the_end_of_the_block():
         "ColQwen + grpo": "ColQwen + MM-R5",
         "ColQwen + other": None,
         "DSE": "DSE",
-        "DSE + sft": None,  # on DSE, SFT alone was not published
+        "DSE + sft": None,  # the paper has no SFT-only row for DSE
         "BM25": None,
         "BM25 + sft": None,
     }
@@ -82,7 +82,7 @@ def test_unknown_system_or_reranker_is_an_error():
         measured_rows(evaluations, {"sft": "SFT"})
 
 
-def test_markdown():
+def test_markdown_has_published_measured_and_difference_rows():
     measured = measured_rows({"ColQwen": results(grpo=0.7), "a|b": results()}, {"grpo": "MM-R5"})
     lines = markdown(paper_table(measured)).splitlines()
     assert lines[0] == "|  |  | questions | " + " | ".join(FIGURES) + " |"

@@ -1,4 +1,4 @@
-"""Scores against hand-computed figures."""
+"""Scores compared with hand-computed values."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def answer(*order: int, think: str | None = "", defects: tuple[str, ...] = ()) -
     return ModelAnswer(completion=render_completion(think, ids), order=ids, defects=defects, tokens=10 * order[0])
 
 
-def first(query_id: str) -> Ranking:
+def first_stage_ranking(query_id: str) -> Ranking:
     return ranking("first_stage", query_id, ModelAnswer(completion="", order=(LocalId(1), LocalId(2), LocalId(3))))
 
 
@@ -63,7 +63,7 @@ NOTES = "Image 1: a chart 0, so it helps.\nImage 2: a chart 7, so it helps.\nIma
 @pytest.fixture(scope="module")
 def rankings() -> dict[str, list[Ranking]]:
     return {
-        "first_stage": [first(q) for q in QUESTIONS],
+        "first_stage": [first_stage_ranking(q) for q in QUESTIONS],
         "model": [
             ranking("model", "q3", answer(2, 1, 3, think=NOTES), answer(2, 1, 3), answer(1, 2, 3)),
             ranking("model", "q1", answer(1, 3, 2, think=NOTES), answer(1, 2, 3), answer(1, 2, 3)),
@@ -83,7 +83,7 @@ def results(rankings: dict[str, list[Ranking]]) -> dict[str, object]:
     return score_rankings(rankings, PAGES, draws=300)
 
 
-def test_greedy_figures(results: dict) -> None:
+def test_greedy_metrics_equal_hand_computed_values(results: dict) -> None:
     baseline, model = results["rows"]
     assert baseline["recall@1"] == pytest.approx(1 / 3)
     assert model["recall@1"] == pytest.approx((1 + 0 + 1) / 3)
@@ -121,7 +121,7 @@ def test_ceiling_of_a_row_depends_on_its_own_candidates(results: dict, rankings:
     assert cut_line.split()[2:4] == ["cut", "0.667"]
 
 
-def test_macro_and_breakdowns(results: dict) -> None:
+def test_macro_mean_and_breakdowns_equal_hand_computed_values(results: dict) -> None:
     model = results["rows"][1]
     assert model["by_domain"]["Guidebook"]["recall@1"] == pytest.approx(0.5)
     assert model["by_domain"]["Report"]["questions"] == 1
@@ -155,7 +155,7 @@ def test_defects_classes_and_true_descriptions(results: dict, rankings: dict[str
     assert score_rankings(rankings, [], draws=10)["rows"][1]["true_descriptions"] is None
 
 
-def test_paired_differences(results: dict) -> None:
+def test_paired_difference_has_a_bootstrap_interval(results: dict) -> None:
     difference = find_difference(results, "model", "first_stage")
     assert difference["recall@1"]["mean"] == pytest.approx(1 / 3)
     assert difference["recall@1"]["low"] == 0  # no question got worse, so no resample is negative
@@ -168,8 +168,8 @@ def test_paired_differences(results: dict) -> None:
 def test_systems_are_compared_with_the_previous_and_the_first(
     rankings: dict[str, list[Ranking]],
 ) -> None:
-    three = rankings | {"better": rankings["model"]}
-    differences = score_rankings(three, PAGES, draws=10)["differences"]
+    systems = rankings | {"better": rankings["model"]}
+    differences = score_rankings(systems, PAGES, draws=10)["differences"]
     pairs = [(d["system"], d["baseline"]) for d in differences]
     assert pairs == [("model", "first_stage"), ("better", "model"), ("better", "first_stage")]
     assert differences[1]["true_descriptions"] == {"mean": 0, "low": 0, "high": 0, "p": 1, "p_holm": 1}

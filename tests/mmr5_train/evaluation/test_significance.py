@@ -21,7 +21,7 @@ def exact_p(a, b):
     return sum(total >= abs(sum(gaps)) for total in sums) / len(sums)
 
 
-def test_hand_computed_values():
+def test_p_equals_hand_computed_values():
     # Differences 3, 2, −1 have the sum 4. Of 8 sums, ±(3 + 2 + 1) and ±(3 + 2 − 1) are at least as far from 0.
     assert randomization_test([3, 2, 0], [0, 0, 1], seed=0) == 0.5
     assert randomization_test([1] * 6, [0] * 6, seed=0) == 2 / 2**6
@@ -103,7 +103,7 @@ def test_invalid_input_is_rejected():
         randomization_tests(np.array([[np.nan]]), seed=0)
 
 
-def test_holm_hand_computed():
+def test_holm_equals_hand_computed_values():
     # Sorted .005 .01 .03 .04, times 4 3 2 1: .02 .03 .06 .04; the last is raised to .06.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.9]) == [1, 1]

@@ -34,7 +34,7 @@ def page(doc: str, number: int) -> PageId:
     return PageId(doc_name=doc, page=number)
 
 
-def test_lines_of_run_and_qrels(tmp_path: Path) -> None:
+def test_run_and_qrels_have_escaped_ids(tmp_path: Path) -> None:
     gold = [page("a 1#%.pdf", 1), page("größer", 30)]  # the second was missed by the first stage
     write_trec(tmp_path, {"sft+grpo": [ranking("a 1#%.pdf/0", [3, 1, 2], gold, "a 1#%.pdf")]})
     assert (tmp_path / "sft+grpo.run").read_text() == (
@@ -79,7 +79,7 @@ def test_metrics_equal_ir_measures_on_the_files(tmp_path: Path) -> None:
         ([6, 5, 4, 3, 2, 1], [5, 5, 4], [1 / 2, 1, 1]),  # a duplicate label counts once
     ],
 )
-def test_recall_as_defined_by_mmdocir(
+def test_recall_equals_the_definition_of_mmdocir(
     tmp_path: Path, order: list[int], gold: list[int], recalls: list[float]
 ) -> None:
     """Gold pages among the first k ÷ all gold pages (MMDocIR, section 5), computed from the files."""

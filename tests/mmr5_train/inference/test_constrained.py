@@ -1,4 +1,4 @@
-"""Constrained decoding, with random scores in place of a model's, and with the tiny model."""
+"""Constrained decoding, first with random scores instead of a model's, then with the tiny model."""
 
 from collections import Counter
 
@@ -22,7 +22,10 @@ def vocabulary(processor):
 
 
 def sample(vocabulary, n_pages, think, max_new_tokens, scores_at):
-    """Samples one completion from `scores_at(step)`: its text, whether it ended, and the final decoding state."""
+    """Samples one completion from `scores_at(step)`.
+
+    Returns its text, whether it has the end token, and the final decoding state.
+    """
     constraint = PermutationLogitsProcessor(
         vocabulary, [n_pages], think=think, prompt_length=2, max_new_tokens=max_new_tokens
     )
@@ -44,11 +47,11 @@ def test_random_scores_give_a_permutation_within_the_token_limit(vocabulary, n, 
     bias[0, vocabulary.closing_ids] = 3.0  # so that think blocks are closed, or partly closed, at any time
     for spare_tokens in (0, 1, 7, 60):
         limit = vocabulary.max_answer_length(n) + spare_tokens
-        text, ended, row = sample(vocabulary, n, think, limit, lambda _: 3 * torch.randn(1, size) + bias)
+        text, has_end, row = sample(vocabulary, n, think, limit, lambda _: 3 * torch.randn(1, size) + bias)
         answer = parse_answer(text, n, expect_think=think)
         assert answer.is_complete_permutation
         assert answer.structure_valid
-        assert ended, "the limit cut the answer off"
+        assert has_end, "the limit cut the answer off"
         if think and spare_tokens == 0:
             assert row.cut_off
 
@@ -70,8 +73,8 @@ def test_a_well_formed_completion_is_not_changed(vocabulary):
     scores = [
         torch.full((1, size), -30.0).index_fill(1, torch.tensor([i]), 30.0) for i in [*ids, vocabulary.end_id]
     ]
-    sampled, ended, row = sample(vocabulary, 3, True, 200, lambda step: scores[step])
-    assert (sampled, ended, row.cut_off) == (text, True, False)
+    sampled, has_end, row = sample(vocabulary, 3, True, 200, lambda step: scores[step])
+    assert (sampled, has_end, row.cut_off) == (text, True, False)
 
 
 def test_too_few_tokens_for_an_answer_are_an_error(vocabulary):

@@ -50,7 +50,7 @@ def test_valid_completion_has_no_defects():
         ("<think>t</think><answer>[0, -1, 2, 2]</answer>", ["duplicates", "out_of_range", "missing_ids"]),
     ],
 )
-def test_defects(text, expected):
+def test_each_defect_is_detected(text, expected):
     assert defects(text) == expected
 
 
@@ -101,7 +101,7 @@ def test_last_closed_answer_counts_and_structure_is_invalid():
         GOOD.replace("2, 1, 3", ""),
     ],
 )
-def test_valid_structure(text):
+def test_structure_is_valid(text):
     assert parse_answer(text, 3).structure_valid
 
 
@@ -123,7 +123,7 @@ def test_valid_structure(text):
         GOOD.upper(),
     ],
 )
-def test_invalid_structure(text):
+def test_structure_is_invalid(text):
     assert not parse_answer(text, 3).structure_valid
 
 
@@ -153,19 +153,19 @@ def test_prompt_without_pages_raises_value_error():
         parse_answer(GOOD, 0)
 
 
-def test_complete_order():
+def test_complete_order_appends_missing_ids():
     assert complete_order([], 4) == (1, 2, 3, 4)
     assert complete_order([3, 3, 9, 0, -1, 1, 3], 4) == (3, 1, 2, 4)
     assert complete_order([4, 3, 2, 1], 4) == (4, 3, 2, 1)
 
 
 @given(st.lists(st.integers(-3, 12)), st.integers(1, 9))
-def test_complete_order_is_a_permutation_that_keeps_the_given_order(ids, n):
+def test_complete_order_is_a_permutation_that_starts_with_the_valid_ids(ids, n):
     order = complete_order(ids, n)
     assert sorted(order) == list(range(1, n + 1))
-    given_ids = list(dict.fromkeys(i for i in ids if 1 <= i <= n))
-    assert list(order[: len(given_ids)]) == given_ids
-    rest = list(order[len(given_ids) :])
+    valid_ids = list(dict.fromkeys(i for i in ids if 1 <= i <= n))
+    assert list(order[: len(valid_ids)]) == valid_ids
+    rest = list(order[len(valid_ids) :])
     assert rest == sorted(rest)
 
 
@@ -249,7 +249,7 @@ def test_long_lists_and_long_numbers_are_rejected():
     assert defects(f"<think>t</think><answer>[1, 2, 3, {'9' * 19}]</answer>") == ["not_integers"]
 
 
-def test_to_model_answer():
+def test_to_model_answer_completes_the_order_and_records_defects():
     record = to_model_answer("<think>t</think><answer>[3, 3]</answer>", 3, counts={"tokens": 12}, cut_off=True)
     assert record.order == (3, 1, 2)
     assert record.defects == ("duplicates", "missing_ids", "cut_off")

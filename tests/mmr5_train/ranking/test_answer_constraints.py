@@ -35,7 +35,7 @@ def test_every_prefix_of_an_answer_is_accepted(order):
         "<answer>[1, 2, 3].", "<answer>[1, 2, 3]</answer>.", "<answer>[-1", "<answer>[1, 2, 3,",
     ],
 )  # fmt: skip
-def test_text_that_no_answer_on_three_pages_starts_with_is_rejected(text):
+def test_text_that_cannot_start_an_answer_is_rejected(text):
     assert not is_answer_prefix(text, 3)
 
 

@@ -26,7 +26,7 @@ from mmr5_train.ranking.notes import (
         ("It helps with names but does not answer the question.", None),
     ],
 )
-def test_read_verdict(note: str, helps: bool | None):
+def test_read_verdict_recognizes_helpful_unhelpful_and_unclear_notes(note: str, helps: bool | None):
     assert read_verdict(note) is helps
 
 
@@ -42,7 +42,7 @@ def test_states_description_needs_the_whole_description():
     assert not states_description(note, "a red bar")
 
 
-def test_text_before_verdict():
+def test_text_before_verdict_is_empty_for_free_wording():
     assert text_before_verdict(format_note("a map", False)) == "a map, so it"
     assert text_before_verdict("a map, which is irrelevant.") == ""
 

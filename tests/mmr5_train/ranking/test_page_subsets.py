@@ -15,7 +15,7 @@ def make_ranking(query_id="q", completion=None, pages=5):
         system="teacher",
         query_id=query_id,
         query="Where is the table of 3?",
-        domain="made up",
+        domain="synthetic",
         shown=tuple(Candidate(doc_name="a", page=i, image=f"{i}.png", score=0) for i in range(pages)),
         positives=(),
         greedy=to_model_answer(completion, pages),
@@ -55,7 +55,9 @@ def test_subset_size_has_probability_proportional_to_1_over_k(ranking):
 
 def test_sort_pairs_first_shuffles_pairs_and_larger_subsets_separately():
     subsets = [
-        (one, subset) for one in map(make_ranking, "abcdefghij") for subset in sample_subsets(one, 9, seed=1)
+        (ranking, subset)
+        for ranking in map(make_ranking, "abcdefghij")
+        for subset in sample_subsets(ranking, 9, seed=1)
     ]
     ordered = sort_pairs_first(subsets, seed=1)
     assert sorted(map(id, ordered)) == sorted(map(id, subsets))

@@ -102,7 +102,7 @@ def test_insert_images_fills_placeholders_in_order():
             insert_images(messages, (parts * 2)[:count])
 
 
-def test_render_completion():
+def test_render_completion_wraps_reasoning_and_order_in_tags():
     assert render_completion("Image 1: x", [2, 1]) == "<think>Image 1: x</think><answer>[2, 1]</answer>"
     assert render_completion(None, [1]) == "<answer>[1]</answer>"
 

@@ -150,8 +150,8 @@ def test_rebase_images_keeps_paths_valid_in_another_folder(record, tmp_path):
     pages = moved.candidates if isinstance(moved, RankingTask) else moved.shown
     for page in pages:
         assert page.image == f"../../data/images/{page.page}.jpg"
-    (back,) = rebase_images([moved], tmp_path / "runs" / "one", tmp_path / "data")
-    assert back == record
+    (restored,) = rebase_images([moved], tmp_path / "runs" / "one", tmp_path / "data")
+    assert restored == record
 
 
 def test_rebase_images_makes_absolute_paths_relative(tmp_path):

@@ -21,7 +21,7 @@ def test_results_have_the_interface_of_the_rerankers_library():
     assert ranked.defects == ("duplicates", "missing_ids")
 
 
-def test_top_k_and_model_scores():
+def test_top_k_limits_results_and_model_scores_are_used():
     ranked = build_results("q", "abc", [1, 0, 2], scores=[0.7, 0.2, 0.1], top_k=2)
     assert [(result.document, result.score) for result in ranked] == [("b", 0.7), ("a", 0.2)]
     assert ranked.has_scores

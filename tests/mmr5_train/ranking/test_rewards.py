@@ -48,7 +48,7 @@ def completion(*ids):
         ((1, 2, 3, 4, 5), {1, 2, 3, 4, 5}, 1),
     ],
 )
-def test_reranking_reward(ids, positives, expected):
+def test_reranking_reward_equals_hand_computed_values(ids, positives, expected):
     assert reranking(completion(*ids), 5, positives) == pytest.approx(expected, abs=1e-12)
 
 
@@ -89,7 +89,7 @@ def test_without_relevant_pages_every_list_earns_the_full_reranking_reward():
         ((1,) * 10 + (9,) * 10, -2 / 2),
     ],
 )
-def test_template_reward(ids, expected):
+def test_template_reward_equals_hand_computed_values(ids, expected):
     assert template(completion(*ids), 5, [1]) == pytest.approx(expected, abs=1e-12)
 
 
@@ -113,7 +113,7 @@ def test_template_reward_is_0_for_an_invalid_structure(text):
         ((), 0),
     ],
 )
-def test_permutation_reward(ids, expected):
+def test_permutation_reward_equals_hand_computed_values(ids, expected):
     assert permutation(completion(*ids), 5, [1]) == pytest.approx(expected, abs=1e-12)
     without_think = "<answer>" + str(list(ids)) + "</answer>"
     assert permutation(without_think, 5, [1]) == pytest.approx(expected / 2, abs=1e-12)
@@ -137,7 +137,7 @@ TEXTS = st.one_of(
 
 
 @given(TEXTS, st.integers(1, 6), st.booleans(), st.data())
-def test_reward_bounds(text, n, expect_think, data):
+def test_rewards_are_within_their_bounds(text, n, expect_think, data):
     positives = data.draw(st.sets(st.integers(1, n), min_size=1))
     answer = parse_answer(text, n, expect_think=expect_think)
     complete = answer.structure_valid and sorted(answer.ids) == list(range(1, n + 1))
@@ -200,7 +200,7 @@ def completion_with_verdicts(verdicts, ids):
         ("ynnn", (), {1}, 0),
     ],
 )
-def test_true_reasoning(verdicts, ids, positives, expected):
+def test_true_reasoning_equals_hand_computed_values(verdicts, ids, positives, expected):
     assert true_reasoning(completion_with_verdicts(verdicts, ids), 4, positives) == pytest.approx(expected)
 
 

@@ -33,9 +33,9 @@ def test_every_page_is_ranked_once_and_the_best_page_is_first(strategy, n, windo
     assert sorted(order) == list(range(n))
     assert key[order[0]] == 0
     for windows in rounds:
-        pages = [page for one in windows for page in one]
+        pages = [page for window_pages in windows for page in window_pages]
         assert len(set(pages)) == len(pages), "windows of one round overlap"
-        assert all(len(one) <= window for one in windows)
+        assert all(len(window_pages) <= window for window_pages in windows)
 
 
 @given(sizes, st.integers(2, 25), st.data())
@@ -57,7 +57,7 @@ def test_sliding_window_includes_the_best_pages_of_the_previous_window():
     assert rounds == [[[3, 4, 5]], [[1, 2, 5]], [[0, 5]]]
 
 
-def test_tournament_rounds():
+def test_tournament_halves_the_windows_until_one_is_left():
     order, rounds = run_plan(make_plan(200, "tournament", 20, None), ranker_by_key(range(200)))
     assert [len(windows) for windows in rounds] == [10, 5, 3, 2, 1]
     assert order[:10] == list(range(10))

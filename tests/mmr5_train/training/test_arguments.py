@@ -1,4 +1,4 @@
-"""A rollout batch must be a whole number of groups. The error names the nearest valid settings."""
+"""A rollout batch must consist of complete groups. The error names the nearest valid settings."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def settings(batch, steps, group):
 
 
 @pytest.mark.parametrize(("processes", "batch", "steps", "group"), [(4, 1, 2, 4), (1, 8, 4, 8), (64, 1, 1, 8)])
-def test_a_whole_number_of_groups_is_valid(monkeypatch, processes, batch, steps, group):
+def test_complete_groups_are_valid(monkeypatch, processes, batch, steps, group):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     check_group_sizes(settings(batch, steps, group))
 

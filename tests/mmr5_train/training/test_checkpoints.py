@@ -72,8 +72,8 @@ def test_a_killed_run_resumes_with_the_same_losses(stage, data, tmp_path, capfd,
 
     out = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED_RUN, stage, f"data={data[stage]}", f"out={out}", *SETTINGS[stage]]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr[-3000:]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     assert (out / "checkpoint-8/optimizer.pt").is_file()
     assert last_checkpoint(out) == out / "checkpoint-6"
 

@@ -34,7 +34,7 @@ def launch(stage, launch_file, processes, out, *overrides):
     ("stage", "launch_file", "lora"),
     [("sft", "zero2", "{r:4,alpha:8}"), ("grpo", "zero3", "{r:4,alpha:8}"), ("grpo", "zero3_offload", "null")],
 )
-def test_two_deepspeed_processes(stage, launch_file, lora, traces, questions, tmp_path):
+def test_stage_trains_with_two_deepspeed_processes(stage, launch_file, lora, traces, questions, tmp_path):
     data = {"sft": [f"data={traces}", *SFT], "grpo": [f"data={questions}", *GRPO]}[stage]
     heldout = f"heldout={{data:{questions},limit:3,max_new_tokens:4}}"
     result = launch(stage, launch_file, 2, tmp_path / "out", *data, f"model.lora={lora}", heldout)

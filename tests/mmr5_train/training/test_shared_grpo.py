@@ -91,7 +91,7 @@ def test_the_same_losses_under_a_launcher(launch, tasks, page_folder, tmp_path):
     assert max(entry["grad_norm"] for entry in history["stock"]) > 1e-3
 
 
-def test_each_page_passes_the_vision_tower_once_a_rollout(tiny, prompt, processor, tasks, page_folder, tmp_path):
+def test_each_page_passes_the_vision_tower_once_per_rollout(tiny, prompt, processor, tasks, page_folder, tmp_path):
     """The rollout and the old, reference and policy passes of two iterations share one call of the tower.
 
     If the model's forward does not accept image features, each pass calls the tower, with each page once.
@@ -100,13 +100,14 @@ def test_each_page_passes_the_vision_tower_once_a_rollout(tiny, prompt, processo
     for trainer_class in (GRPOTrainer, SharedPrefixGRPOTrainer):
         settings = {"beta": 0.04, "num_iterations": 2, "max_steps": 4}
         trainer = make_trainer(trainer_class, tiny, prompt, processor, tasks, page_folder, tmp_path, settings)
-        seen = []
+        pages_per_call = []
         tower = trainer.model.get_base_model().model.visual
         tower.register_forward_pre_hook(
-            lambda _, args, kwargs, seen=seen: seen.append(len(kwargs["grid_thw"])), with_kwargs=True
+            lambda _, args, kwargs, pages_per_call=pages_per_call: pages_per_call.append(len(kwargs["grid_thw"])),
+            with_kwargs=True,
         )
         trainer.train()
-        images[trainer_class] = seen
+        images[trainer_class] = pages_per_call
     # 2 prompts of 3 pages, 4 completions each, 2 rollouts; TRL: rollout, old, reference and 2 policy passes.
     calls = 1 if takes_image_features(trainer.model.get_base_model()) else 5
     assert images[SharedPrefixGRPOTrainer] == [6] * 2 * calls

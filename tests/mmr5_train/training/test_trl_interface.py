@@ -52,9 +52,9 @@ def plain_signature(function):
 @pytest.mark.parametrize(("owner", "name"), OVERRIDDEN, ids=lambda value: getattr(value, "__name__", value))
 def test_an_overridden_method_has_its_known_signature(owner, name):
     module, expected = OVERRIDDEN[owner, name]
-    found = plain_signature(getattr(owner, name))
-    assert found == expected, (
-        f"{owner.__name__}.{name} has changed its signature to {found}; {module} overrides it: read the new "
+    signature = plain_signature(getattr(owner, name))
+    assert signature == expected, (
+        f"{owner.__name__}.{name} has changed its signature to {signature}; {module} overrides it: read the new "
         "source, adapt that module, then update this test"
     )
 

@@ -12,12 +12,12 @@ and writes into `out`:
   contain only questions that have the full number of candidates and at least one relevant candidate; with
   `missed: keep` also those without a relevant candidate. heldout contains every question, since recall divides by
   all gold pages;
-- documents.jsonl: `SplitDocument`. Documents are split, not questions, and equal documents get the same split;
-- skipped.jsonl: `Skipped`, everything that was left out, with the reason;
+- documents.jsonl: `SplitDocument`. The split is by document; documents with equal content get the same split;
+- skipped.jsonl: `Skipped`, each document, page and question that can't be used, with the reason;
 - first_stage.json: recall of the first stage over all questions; manifest.json.
 
-Documents are processed one at a time. The ranked questions are spooled to disk until all documents are read, since
-only then are the equal documents known, and with them the splits.
+Documents are processed one at a time. The ranked questions wait in a temporary file until all documents are read,
+since the splits depend on which documents are equal.
 """
 
 from __future__ import annotations
@@ -91,12 +91,12 @@ class CandidatesStage(StageConfig):
     retriever: RetrieverConfig
     exclude: tuple[Path, ...] = Field(
         default=(),
-        description="documents.jsonl or MMDocIR annotations: their held-out documents are left out here",
+        description="documents.jsonl or MMDocIR annotations: their held-out documents are excluded",
     )
     candidates: int = Field(default=5, gt=0, description="pages per question")
     policy: Policy = Policy()
     n_heldout: int | None = Field(
-        default=None, gt=0, description="pages per heldout question; None: as `candidates`"
+        default=None, gt=0, description="pages per heldout question; None: the same as `candidates`"
     )
     split: Split
     missed: Literal["drop", "keep"] = Field(
@@ -119,9 +119,9 @@ class RankedQuestion(Record):
 
 @dataclass
 class CorpusSummary:
-    """Collected while the documents are read: a few numbers per question."""
+    """Documents without their pages, and a few numbers per question, collected while the documents are read."""
 
-    documents: list[Document] = field(default_factory=list)  # without pages and questions
+    documents: list[Document] = field(default_factory=list)  # with empty `pages` and `questions`
     recall: list[tuple[float, ...]] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
     eligible: int = 0
@@ -149,24 +149,26 @@ def split_documents(hashes: dict[str, str], split: Split, seed: int) -> dict[str
 
 
 def rank_questions(
-    document: Document, pages: Sequence[Page], rank: RankDocument, first: int, irrelevant: int
+    document: Document, pages: Sequence[Page], rank: RankDocument, n_first: int, n_irrelevant: int
 ) -> Iterator[RankedQuestion]:
     """The questions of a document, each with the part of its ranking that candidates are chosen from.
 
-    That part has the first `first` pages, every relevant page, and the best `irrelevant` irrelevant pages (fewer
-    if the ranking is shorter). `pages` are the document's pages with image paths relative to the output folder.
+    That part has the first `n_first` pages, every relevant page, and the best `n_irrelevant` irrelevant pages
+    (fewer if the ranking is shorter). `pages` are the document's pages, with image paths relative to the output
+    folder.
     """
     images = {page.page: page.image for page in pages}
     ids = {page.page: page.id for page in pages}
     for question, ranked in zip(document.questions, rank(document), strict=True):
         order = [ids[page.page] for page, _ in ranked]
-        n_kept = max(first, irrelevant + len(question.positives))
+        # The best n_irrelevant irrelevant pages are among the first n_irrelevant + (number of relevant) pages.
+        reach = max(n_first, n_irrelevant + len(question.positives))
         yield RankedQuestion(
             question=question,
             ranked=tuple(
                 Candidate(doc_name=page.doc_name, page=page.page, image=images[page.page], score=score)
                 for i, (page, score) in enumerate(ranked)
-                if i < n_kept or ids[page.page] in question.positives
+                if i < reach or ids[page.page] in question.positives
             ),
             recall=tuple(recall_at_k(order, question.positives, k) for k in FIRST_STAGE_KS),
         )
@@ -319,7 +321,7 @@ def main(config: CandidatesStage) -> None:
     sizes = ", ".join(f"{split} {n}" for split, n in n_tasks.items())
     print(
         f"candidates: {sizes} questions of {len(summary.documents)} documents, {pages} pages "
-        f"({summary.pages_without_text} without text); {len(skipped)} left out (skipped.jsonl); first stage "
+        f"({summary.pages_without_text} without text); {len(skipped)} skipped (skipped.jsonl); first stage "
         f"recall@1 {results['micro']['recall@1']:.3f}; in {out}"
     )
 

@@ -4,9 +4,9 @@
     python -m data_construction.download dataset=evaluation out=data/mmdocir yes=true
     python -m data_construction.download dataset=train out=data/mmdocir_train 'subsets=[DUDE,SlideVQA]' yes=true
 
-To resume an interrupted download, run the same command again: complete files are not downloaded again, and partial
-files are continued. At the end, the size of every file is compared with the hub's, and its SHA-256 if the hub has
-one. The licences are on the pages of the datasets on the hub: MMDocIR is for research (CC BY-NC 4.0).
+To resume an interrupted download, run the same command again: it skips complete files and resumes partial ones. At
+the end, the size of every file is compared with the hub's, and its SHA-256 if the hub has one. The licences are on
+the pages of the datasets on the hub: MMDocIR is for research (CC BY-NC 4.0).
 """
 
 from __future__ import annotations

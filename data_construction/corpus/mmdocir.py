@@ -3,8 +3,8 @@
 A corpus folder contains `MMDocIR_annotations.jsonl` (one document with its questions per line) and the pages:
 either `MMDocIR_pages.parquet` (image bytes and OCR text, one page per row) or a folder of PDFs to render.
 
-Unusable parts are left out and recorded as `Skipped`: unreadable documents with their questions, unreadable pages,
-and questions whose labels do not fit the document. Problems that affect the whole corpus raise `InputError`.
+What can't be used is skipped and recorded as `Skipped`: unreadable documents with their questions, unreadable
+pages, and questions whose labels do not fit the document. A problem of the whole corpus raises `InputError`.
 """
 
 from __future__ import annotations

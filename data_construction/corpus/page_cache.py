@@ -5,7 +5,7 @@ and the versions of the renderer and encoder. A second run finds the file; a run
 does not. Files are written atomically.
 
 Images are JPEG at quality 90: it encodes ten times as fast as PNG, files are two thirds as large, and pages stay
-readable. Like with PNG, the same pixels give the same bytes. Image bytes within the size limit are not re-encoded.
+readable. As with PNG, the same pixels give the same bytes. Image bytes within the size limit are not re-encoded.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def failed_reasoning_checks(
 
 
 def _failed_language_check(text: str, query: str, rules: Rules, where: str = "") -> FailedChecks:
-    """Quotes and the verdict are not checked: they may be in the page's language and in English."""
+    """Leaves out quotes, which are in the page's language, and the verdict, which is in English."""
     if not rules.same_language:
         return
     own_words = _VERDICT.sub(" ", QUOTATION.sub(" ", text))
@@ -119,7 +119,7 @@ def _failed_language_check(text: str, query: str, rules: Rules, where: str = "")
 
 
 def find_label_word(text: str, query: str, pages: Sequence[Page]) -> str | None:
-    """A word that shows that the teacher knew the label. A word that the question or a page contains does not."""
+    """A word that shows that the teacher knew the label. Words of the question or of a page do not count."""
     own_words = QUOTATION.sub(" ", text)
     if phrase := _LABEL_PHRASE.search(own_words):
         return phrase[0]

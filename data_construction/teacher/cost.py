@@ -34,7 +34,7 @@ class Price(BaseModel):
 class Budget:
     """A limit in dollars that no call may exceed.
 
-    Each call reserves the most that it can cost, and waits while the reservations of other calls leave no room.
+    Each call reserves its maximum cost, and waits while the reservations of other calls leave too little budget.
     `spent` returns the tokens of all answers so far. Raises `InputError` if there is a limit but no price.
     """
 
@@ -57,7 +57,7 @@ class Budget:
     async def reserve(self, prompt_tokens: float, completion_tokens: float) -> float:
         """Reserves the cost of one call and returns it, in dollars. Pass it to `release` after the call.
 
-        Raises `InputError` if the limit leaves no room for the call, and no other call can release anything.
+        Raises `InputError` if the remaining budget is too small and no other call holds a reservation.
         """
         if self._price is None or self._limit is None:
             return 0.0

@@ -63,7 +63,7 @@ class ExtractiveTeacher:
     async def explain(
         self, query: str, page: Page, image: Path, helps: bool, words: int, problem: str = ""
     ) -> str:
-        """A note of at most `words` words, unless the templates alone are longer.
+        """A note of at most `words` words, unless the template itself is longer.
 
         `image` is not used, and a second try returns the same note as the first.
         """
@@ -117,13 +117,13 @@ class ExtractiveTeacher:
 
 
 def join_words(words: Sequence[object]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """Joins words in English, as in "a, b and c"."""
     head = ", ".join(str(word) for word in words[:-1])
     return f"{head} and {words[-1]}" if head else "".join(str(word) for word in words)
 
 
 def image_names(ids: Sequence[int]) -> str:
-    """ "Image 2", "Images 1, 3 and 4"."""
+    """Names local ids as the think block does, as in "Image 2" or "Images 1, 3 and 4"."""
     return f"{'Image' if len(ids) == 1 else 'Images'} {join_words(ids)}"
 
 

@@ -26,9 +26,9 @@ TeacherConfig = Annotated[ExtractiveConfig | OpenAIConfig, Field(discriminator="
 class Teacher(Protocol):
     """Both methods raise `TeacherFailure` if one question fails, and `InputError` if no question can succeed.
 
-    `words` is the longest answer allowed. `problem` describes what was wrong with the previous answer, if this is
-    a second try; otherwise it is "". `counts` are written to the manifest, so they must not depend on how often
-    the run was interrupted. `status` is for the progress bar.
+    `words` is the maximum length of the answer in words. On a second try, `problem` describes what was wrong with
+    the previous answer; otherwise it is "". `counts` are written to the manifest, so they must not depend on how
+    often the run was interrupted. `status` is for the progress bar.
     """
 
     concurrency: int
@@ -55,7 +55,7 @@ def make_teacher(config: TeacherConfig, answers: Path, max_words: int, accept_ot
     """
     if isinstance(config, ExtractiveConfig):
         return ExtractiveTeacher(config)
-    server = ChatServer(config)  # before the store, so that a missing key leaves no file behind
+    server = ChatServer(config)  # before the store, so that no file is created if the key is missing
     store = AnswerStore(answers)
     store.register_settings({**config.request_settings(), "max_words": max_words}, accept_other_settings)
     return OpenAITeacher(config, server, store)

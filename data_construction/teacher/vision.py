@@ -83,7 +83,7 @@ class OpenAIConfig(BaseModel):
         return self.prices.get(self.model or "")
 
     def request_settings(self) -> dict[str, Any]:
-        """The settings that requests depend on: another value makes other requests."""
+        """The settings that change what is requested, and so invalidate stored answers."""
         others = {"name", "concurrency", "max_cost_usd", "prices", "timeout", "attempts", "max_wait"}
         return self.model_dump(exclude=others)
 

@@ -61,11 +61,11 @@ def equal(name: str, measured: Any, expected: Any) -> Row:
     return _target(name, measured, str(expected), measured == expected)
 
 
-def _target(name: str, measured: Any, wanted: str, met: bool) -> Row:
+def _target(name: str, measured: Any, condition: str, met: bool) -> Row:
     return {
         "name": name,
         "measured": round(measured, 4) if isinstance(measured, float) else measured,
-        "wanted": wanted,
+        "wanted": condition,
         "met": bool(met),
     }
 
@@ -79,4 +79,4 @@ def write_results(path: Path, results: Mapping[str, Any], targets: Sequence[Row]
 def print_targets(targets: Sequence[Row]) -> None:
     for target in targets:
         verdict = "met" if target["met"] else "NOT MET"
-        print(f"target {verdict}: {target['name']}: {target['measured']} (wanted: {target['wanted']})")
+        print(f"target {verdict}: {target['name']}: {target['measured']} (expected {target['wanted']})")

@@ -81,10 +81,10 @@ def throughput(args: argparse.Namespace) -> list[Row]:
         sizes = [path.stat().st_size for path in data.parent.glob("images/*")]
     kilobytes, ideal = sum(sizes) / len(sizes) / 1000, CONCURRENCY / DELAY
     rows: list[Row] = []
-    for way, calls, (seconds, cpu) in (("stage", args.calls, stage), ("plain", plain_calls, plain)):
+    for method, calls, (seconds, cpu) in (("stage", args.calls, stage), ("plain", plain_calls, plain)):
         rate = calls / seconds
         rows.append(
-            {"kind": "throughput", "way": way, "calls": calls, "page_kilobytes": kilobytes, "seconds": seconds,
+            {"kind": "throughput", "way": method, "calls": calls, "page_kilobytes": kilobytes, "seconds": seconds,
              "calls_per_s": rate, "share_of_ideal": rate / ideal, "cpu_ms_a_call": 1000 * cpu / calls}
         )  # fmt: skip
     rows[0]["times_plain"] = rows[0]["calls_per_s"] / rows[1]["calls_per_s"]
@@ -195,24 +195,26 @@ ROWS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
 
 def targets(rows: list[Row]) -> list[Row]:
     """The targets of the kinds of rows that were measured."""
-    found = []
+    results = []
     for row in rows:
         if row["kind"] == "throughput" and row["way"] == "stage":
-            found.append(at_least("share of the ideal call rate", row["share_of_ideal"], 0.85))
+            results.append(at_least("share of the ideal call rate", row["share_of_ideal"], 0.85))
         if row["kind"] == "faults":
-            found.append(equal("traces after the kills", row["traces"], row["questions"]))
-            found.append(equal("traces equal those of an undisturbed run, byte for byte", row["same_bytes"], True))
-            found.append(equal("stored answers that were requested again", row["paid_twice"], 0))
+            results.append(equal("traces after the kills", row["traces"], row["questions"]))
+            results.append(
+                equal("traces equal those of an undisturbed run, byte for byte", row["same_bytes"], True)
+            )
+            results.append(equal("stored answers that were requested again", row["paid_twice"], 0))
     corpora_rows = [row for row in rows if row["kind"] == "corpora"]
     for what in ("read", "candidates"):
         sizes = [row for row in corpora_rows if row["what"] == what]
         if sizes:
             small, large = sizes
             name = f"{what}, {large['rows']} rows"
-            found.append(at_most(f"{name}: peak memory in MiB", large["peak_mib"], MAX_PEAK_MIB))
+            results.append(at_most(f"{name}: peak memory in MiB", large["peak_mib"], MAX_PEAK_MIB))
             slowdown = large["seconds"] / small["seconds"] / (large["rows"] / small["rows"])
-            found.append(at_most(f"{name}: seconds per row, relative to a tenth of the rows", slowdown, 1.2))
-    return found
+            results.append(at_most(f"{name}: seconds per row, relative to a tenth of the rows", slowdown, 1.2))
+    return results
 
 
 def make_tasks(folder: Path, questions: int, size: tuple[int, int]) -> Path:

@@ -57,8 +57,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     batch = trainer._generate_and_score_completions(rows)
     prompt_tokens, completion_tokens = int(batch["prompt_mask"][0].sum()), int(batch["completion_mask"].sum())
     if abs(prompt_tokens - P) > 0.02 * P or completion_tokens != G * C:
-        found = f"{prompt_tokens} and {completion_tokens}"
-        raise RuntimeError(f"expected {P} prompt tokens and {G} × {C} completion tokens, found {found}")
+        actual = f"{prompt_tokens} and {completion_tokens}"
+        raise RuntimeError(f"expected {P} prompt tokens and {G} × {C} completion tokens, found {actual}")
 
     def update(inputs: Any) -> None:
         trainer.compute_loss(model, inputs).backward()
@@ -249,21 +249,21 @@ def targets(rows: list[Row]) -> list[Row]:
     """The targets on the CPU with the tiny model, for the sizes that were measured."""
     updates = {(row["P"], row["G"], row["C"]): row for row in rows if row["what"] == "update"}
     steps = {(row["P"], row["G"], row["C"]): row for row in rows if row["what"] == "step"}
-    found = []
+    results = []
     shares = [row["speedup"] / row["bound"] for row in updates.values() if row["P"] >= 1200]
     if shares:
         name = "smallest speedup of an update with P >= 1,200, as a share of the bound"
-        found.append(at_least(name, min(shares), 0.75))
+        results.append(at_least(name, min(shares), 0.75))
     for size, speedup in (((1200, 8, 100), 4), ((5000, 16, 100), 5.5)):
         if size in updates:
             name = f"speedup of an update at P {size[0]:,}, G {size[1]}, C {size[2]}"
-            found.append(at_least(name, updates[size]["speedup"], speedup))
+            results.append(at_least(name, updates[size]["speedup"], speedup))
     savings = [row["stock_mib"] / row["shared_mib"] for (P, G, _), row in updates.items() if (P, G) == (5000, 16)]
     if savings:
-        found.append(at_least("TRL's peak memory relative to the shared one at P 5,000, G 16", min(savings), 3))
+        results.append(at_least("TRL's peak memory relative to the shared one at P 5,000, G 16", min(savings), 3))
     if (1200, 8, 100) in steps:
-        found.append(at_least("speedup of a step at P 1,200, G 8, C 100", steps[1200, 8, 100]["speedup"], 2))
-    return found
+        results.append(at_least("speedup of a step at P 1,200, G 8, C 100", steps[1200, 8, 100]["speedup"], 2))
+    return results
 
 
 def table(rows: list[dict[str, Any]]) -> str:

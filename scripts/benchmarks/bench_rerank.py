@@ -6,8 +6,8 @@ First, it trains the distilled model of the demo for each of `--seeds` under `--
 
 *Quality* is the recall@1 of each model and mode on the held-out questions.
 
-*Speed* is measured with the model of the first seed. The *plain loop* works as MM-R5's own inference: it ranks one
-question after the other with `generate` of transformers, and opens each page when it needs it. Here it uses the
+*Speed* is measured with the model of the first seed. The *plain loop* works like MM-R5's own inference: it ranks
+one question at a time with `generate` of transformers, and opens each page when it needs it. Here it uses the
 same model, pages, prompt and number of new tokens, with greedy decoding. The modes run through
 `Reranker.rank_many`. All run in one process and take turns, so that a slow minute of the machine affects each of
 them; the result is the median. A page can be a candidate of several questions, and a reranker opens it only once,
@@ -152,14 +152,14 @@ def speed(folder: Path, questions: int, repeats: int, batch_size: int, max_new_t
 
 def targets(result: dict[str, Any]) -> list[Row]:
     rows = {row["way"]: row for row in result["speed"]["as_they_come"]["rows"]}
-    found = [
+    results = [
         at_least("speedup of reason over the plain loop", rows["reason"]["times_the_plain_loop"], 2),
         at_least("speedup of logits over the plain loop", rows["logits"]["times_the_plain_loop"], 10),
     ]
     for seed, quality_of_seed in result["quality"].items():
         difference = quality_of_seed["logits_minus_reason"]["recall@1"]["mean"]
-        found.append(at_least(f"recall@1 of logits minus that of reason, seed {seed}", difference, -0.03))
-    return found + bench_serve.targets(result["server"])
+        results.append(at_least(f"recall@1 of logits minus that of reason, seed {seed}", difference, -0.03))
+    return results + bench_serve.targets(result["server"])
 
 
 def main() -> None:

@@ -123,7 +123,7 @@ def as_messages(trace: Trace) -> dict[str, Any]:
 
 
 def swift_command(program: Path, data: Path, out: Path) -> list[str]:
-    """The command of ms-swift. Writes the traces in its format, with <image> in place of each page."""
+    """The command of ms-swift. Writes the traces in its format, with <image> where each page goes."""
     from mmr5_train.models.loading import TINY
 
     lines = []
@@ -235,7 +235,7 @@ def main() -> None:
     rows = measure_all(runs, args.out, args.repeats)
     losses = {row["way"]: row["losses"] for row in rows}
     pairs = zip(losses["mmr5_train"], losses["two_processes"], strict=True)
-    difference = max(abs(one - two) for one, two in pairs)
+    difference = max(abs(first - second) for first, second in pairs)
     met = targets({row["way"]: row["examples_per_s"] for row in rows}, difference)
     write_results(args.out.parent / "train.json", {"rows": rows, "one_and_two_processes_apart": difference}, met)
     for row in rows:

@@ -50,8 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.argv = [f"mmr5 {command}", *rest]
         runpy.run_module(MODULES[command], run_name="__main__", alter_sys=True)
     else:
-        near = difflib.get_close_matches(command, MODULES, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        similar = difflib.get_close_matches(command, MODULES, n=1)
+        hint = f"; did you mean {similar[0]}?" if similar else ""
         print(f"error: no command {command}{hint} (choices: {', '.join(MODULES)})", file=sys.stderr)
         sys.exit(2)
 

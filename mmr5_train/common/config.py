@@ -54,7 +54,7 @@ def run_stage(main: Callable[[StageT], None], model: type[StageT], config_name: 
     """
     # By default Hydra prints an error and exits. With this variable it raises, and `_explain` can add the choices.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    warnings.simplefilter("ignore", FutureWarning)  # these address the developers of libraries, not their users
+    warnings.simplefilter("ignore", FutureWarning)  # these warnings are for library developers
 
     def task(config: DictConfig) -> None:
         try:
@@ -120,8 +120,7 @@ def config_folders() -> list[Path]:
 
     Raises:
         InputError: if the user's folder does not exist, or has a file that the project's folder also has. Hydra
-        would
-            silently read the project's file.
+            would silently read the project's file.
     """
     user_folder = os.environ.get(USER_CONFIGS)
     if not user_folder or Path(user_folder).resolve() == CONFIGS:
@@ -185,7 +184,7 @@ def _check_groups(overrides: Sequence[str]) -> None:
 
 
 def _compose(config_name: str, overrides: Sequence[str]) -> DictConfig:
-    if GlobalHydra.instance().is_initialized():  # a running stage composes the config of another one
+    if GlobalHydra.instance().is_initialized():  # called inside a running stage, such as a recipe
         return hydra.compose(config_name, list(overrides))
     search_path = [f'hydra.searchpath=["file://{folder}"]' for folder in config_folders()[1:]]
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONFIGS)):
@@ -231,7 +230,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _explain(error: Exception, config_name: str, overrides: Sequence[str]) -> str:
-    """The message for an error that Hydra raised: the override, what is wrong with it, and the choices."""
+    """The message for an error of Hydra or OmegaConf: the override, what is wrong with it, and the choices."""
     causes: list[BaseException] = [error]
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)

@@ -18,7 +18,7 @@ from typing import IO, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 MANIFEST = "manifest.json"
-RECIPE = "recipe.json"  # in the folder of a recipe: the output folder and the seconds of each stage
+RECIPE = "recipe.json"  # written by a recipe: the output folder and duration of each stage
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bm25s", "pypdfium2", "pillow")
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
@@ -56,7 +56,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                         f"{path}, line {number}: not valid JSON ({problem}); "
                         "the file may be cut off: write it again or remove the line"
                     ) from None
-                except (ValueError, RecursionError) as error:  # a number or nesting beyond Python's limits
+                except (ValueError, RecursionError) as error:  # numbers or nesting beyond Python's limits
                     raise InputError(f"{path}, line {number}: not readable as JSON ({error})") from None
                 if not isinstance(value, dict):
                     raise InputError(

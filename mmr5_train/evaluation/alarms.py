@@ -1,4 +1,4 @@
-"""Alarms for a GRPO run that collapses: what the training log shows, and which setting to change.
+"""Alarms for a GRPO run that collapses. Each one says what the training log shows and which setting to change.
 
 Each alarm compares blocks of `BLOCK` logged steps. A change counts only if it exceeds both a fixed floor and
 `STANDARD_ERRORS` standard errors of the difference, so noise rarely raises an alarm. docs/training.md shows every

@@ -1,7 +1,7 @@
 """Two descriptions of defective answers: one class per answer, and all defects of an answer.
 
-The classes are those of rank_llm's response analysis, so that results can be compared, plus one: ids outside the
-candidates. The class follows from the recorded defects only.
+The classes are those of rank_llm's response analysis, so that results can be compared, and one more: ids outside
+the candidates. An answer's class depends only on its recorded defects.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def recall_at_k(ranked: Sequence[PageId], positives: Collection[PageId], k: int)
 
 
 def ndcg_at_k(ranked: Sequence[PageId], positives: Collection[PageId], k: int) -> float:
-    """Σ hit/log2(1 + rank) over the first k ÷ the same sum with all gold pages on top (Järvelin 2002)."""
+    """Σ hit/log2(1 + rank) over the first k ÷ the same sum with all gold pages ranked first (Järvelin 2002)."""
     hits = _hits(ranked, positives)[:k]
     discount = 1 / np.log2(np.arange(2, k + 2))
     return float((hits * discount[: len(hits)]).sum() / discount[: len(set(positives))].sum())
@@ -74,7 +74,7 @@ class QuestionTable:
 def question_table(rankings: Sequence[Ranking], *, sampled: bool = False) -> QuestionTable:
     """The metrics of each question: those of its greedy answer, or means over its sampled answers.
 
-    Either way a row is one question, so bootstrap intervals resample questions, not answers.
+    In both cases a row is one question, so bootstrap intervals resample questions, not answers.
     """
     if not rankings:
         raise ValueError("no rankings to score")
@@ -104,7 +104,7 @@ def micro(values: Values) -> float:
 
 def macro(values: Values, domains: Sequence[str]) -> float:
     """Mean over domains of the mean over each domain's questions."""
-    return float(np.mean([values_of_domain.mean() for values_of_domain in _split(values, domains)]))
+    return float(np.mean([domain_values.mean() for domain_values in _split(values, domains)]))
 
 
 def _split(values_Q: Values, labels: Sequence[str] | None) -> list[Values]:
@@ -145,7 +145,7 @@ class Interval(Record):
 
 
 class Difference(Interval):
-    """The mean of a − b over the same questions, and its interval."""
+    """The mean of a − b over paired questions, and its interval."""
 
 
 def bootstrap_mean(

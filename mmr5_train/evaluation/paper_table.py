@@ -36,14 +36,15 @@ class Measured:
 
     @property
     def differences(self) -> dict[str, Difference]:
-        """Measured − published with the shifted interval; empty for a row without a published counterpart."""
+        """Measured − published with the shifted measured; empty for a row without a published counterpart."""
         if self.published is None:
             return {}
-        gaps = {}
+        differences = {}
         for figure, value in PUBLISHED[self.published].items():
-            ours = self.figures[figure]
-            gaps[figure] = Difference(mean=ours.mean - value, low=ours.low - value, high=ours.high - value)
-        return gaps
+            measured = self.figures[figure]
+            low, high = measured.low - value, measured.high - value
+            differences[figure] = Difference(mean=measured.mean - value, low=low, high=high)
+        return differences
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ def measured_rows(evaluations: Mapping[str, Mapping[str, Any]], rows: Mapping[st
     """All rows of several results.json files; `evaluations` maps each first stage to its results.
 
     The first row of each results.json is the first stage itself, which is compared with the published row of the
-    same name. `rows` assigns the other systems: system → one of `RERANKERS`. A row without a published counterpart
-    on its first stage is compared with none.
+    same name. `rows` maps each other system to one of `RERANKERS`. A row is not compared if the paper has no
+    figures of that reranker with that first stage.
 
-    Raises `InputError` for a system that no evaluation has, and for a reranker that was not published.
+    Raises `InputError` for a system that no evaluation has, and for a reranker that is not in the paper.
     """
     systems = {row["system"] for results in evaluations.values() for row in results["rows"][1:]}
     for system, reranker in rows.items():

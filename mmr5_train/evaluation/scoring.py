@@ -1,7 +1,7 @@
 """Computes results from rankings: each system's figures with intervals, and the paired differences of systems.
 
-`score_rankings` documents its return value, which is also the layout of results.json. It needs only ranking
-records, from this project or from elsewhere.
+`score_rankings` documents its return value, which is also the layout of results.json. It needs only ranking and
+page records, which may come from elsewhere.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def score_rankings(
         differences: one per pair of systems, each system with the one before it and with the first: `system`,
             `baseline`, and for each figure that both have {mean, low, high, p, p_holm}. low and high are the
             interval of the paired difference; p is the p-value of a two-sided paired randomization test with
-            `draws` draws; p_holm is p corrected after Holm over all pairs for the same figure.
+            `draws` draws; p_holm is p after Holm's correction over all pairs for the same figure.
 
     Raises `InputError` if the systems did not rank the same questions.
     """
@@ -143,7 +143,7 @@ def align_rankings(rankings: Rankings) -> dict[str, list[Ranking]]:
 def question_values(
     ranked: Sequence[Ranking], table: QuestionTable, descriptions: Mapping[PageId, str]
 ) -> dict[str, Values]:
-    """Figure → its value for each question, shape (Q,), NaN where undefined. Omits figures the system lacks."""
+    """Figure → its values, one per question, (Q,), NaN where undefined. Omits figures that the system lacks."""
     values = dict(table.metrics)
     if all(ranking.samples for ranking in ranked):
         sampled = question_table(ranked, sampled=True)
@@ -263,7 +263,7 @@ def _pairs(systems: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _differences(values: Mapping[str, Mapping[str, Values]], seed: int, draws: int) -> list[dict[str, Any]]:
-    """All comparisons, with p-values corrected over those of the same figure."""
+    """All comparisons, with p-values corrected over all comparisons of the same figure."""
     differences = []
     by_figure: dict[str, list[dict[str, float]]] = {}
     for system, baseline in _pairs(list(values)):
@@ -271,9 +271,9 @@ def _differences(values: Mapping[str, Mapping[str, Values]], seed: int, draws: i
         differences.append({"system": system, "baseline": baseline, **figures})
         for name, figure in figures.items():
             by_figure.setdefault(name, []).append(figure)
-    for figures_of_name in by_figure.values():
-        corrected = holm([figure["p"] for figure in figures_of_name])
-        for figure, p_holm in zip(figures_of_name, corrected, strict=True):
+    for same_figure in by_figure.values():
+        corrected = holm([figure["p"] for figure in same_figure])
+        for figure, p_holm in zip(same_figure, corrected, strict=True):
             figure["p_holm"] = p_holm
     return differences
 
@@ -288,8 +288,8 @@ def _paired_differences(
     p_values = randomization_tests(differences_QF, samples=draws, seed=seed)
     differences = {}
     for name, p in zip(names, p_values, strict=True):
-        rows = defined[name]
-        interval = paired_bootstrap(a[name][rows], b[name][rows], samples=draws, seed=seed)
+        is_defined = defined[name]
+        interval = paired_bootstrap(a[name][is_defined], b[name][is_defined], samples=draws, seed=seed)
         differences[name] = interval.model_dump() | {"p": float(p)}
     return differences
 

@@ -27,10 +27,10 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 class Defect(StrEnum):
-    """The possible defects of a completion, in the order in which they are reported."""
+    """The defects that a completion can have, in the order in which they are reported."""
 
     no_think = "no_think"
-    """There is no closed think block, although one is expected."""
+    """A think block is expected, but there is no closed one."""
     no_answer = "no_answer"
     """There is no closed answer block outside the reasoning."""
     not_a_list = "not_a_list"
@@ -96,8 +96,8 @@ def parse_answer(
         raise ValueError(f"an answer ranks at least one page, got n = {n}")
     outside, think_blocks, unclosed = _split_reasoning(text)
     think = reasoning or (think_blocks[0] if think_blocks else None)
-    listed = next((block for part in reversed(outside) if (block := _last_answer(part)) is not None), None)
-    ids, defects = ((), [Defect.no_answer]) if listed is None else _read_list(listed)
+    answer_content = next((block for part in reversed(outside) if (block := _last_answer(part)) is not None), None)
+    ids, defects = ((), [Defect.no_answer]) if answer_content is None else _read_list(answer_content)
     is_list = not defects
     if is_list:
         defects = _order_defects(ids, n)
@@ -111,7 +111,8 @@ def parse_answer(
     else:
         answer_parts, thinks_as_expected = outside[1:], len(think_blocks) == 1 and not outside[0].strip()
     only_answer = (
-        len(answer_parts) == 1 and _without_end_tokens(answer_parts[0]) == f"{ANSWER_OPEN}{listed}{ANSWER_CLOSE}"
+        len(answer_parts) == 1
+        and _without_end_tokens(answer_parts[0]) == f"{ANSWER_OPEN}{answer_content}{ANSWER_CLOSE}"
     )
     structure_valid = is_list and thinks_as_expected and not unclosed and only_answer
     return ParsedAnswer(think, ids, tuple(defects), structure_valid)
@@ -139,8 +140,8 @@ def to_model_answer(
 ) -> ModelAnswer:
     """Parses a completion into the record that evaluation stores.
 
-    The arguments are those of `parse_answer`, and `counts`, the token counts of `ModelAnswer` by field name. If
-    `reasoning` is given, it is put in front of `text`, so that the record always holds the whole completion.
+    Takes the arguments of `parse_answer`. `counts` holds the token counts of `ModelAnswer` by field name. If
+    `reasoning` is given, it is put before `text`, so that the record always holds the whole completion.
     """
     answer = parse_answer(text, n, reasoning=reasoning, cut_off=cut_off, expect_think=expect_think)
     return ModelAnswer(

@@ -26,8 +26,8 @@ def is_answer_prefix(text: str, n: int) -> bool:
     """Whether `text` is a prefix of an answer block with a permutation of 1..n, or a complete block."""
     if len(text) < len(LIST_OPEN) or not text.startswith(LIST_OPEN):
         return LIST_OPEN.startswith(text)
-    listed, bracket, after = text[len(LIST_OPEN) :].partition("]")
-    *complete_entries, last = listed.split(",")
+    entries_text, bracket, after = text[len(LIST_OPEN) :].partition("]")
+    *complete_entries, last = entries_text.split(",")
     if bracket:
         complete_entries.append(last)
     unused_ids = {str(i) for i in range(1, n + 1)}
@@ -73,12 +73,12 @@ class CompletionState:
     text: str = ""
     """The text generated in the current phase. In `thinking`, only its last characters."""
     must_finish: bool = False
-    """Whether the remaining tokens only just suffice: the think block must close now, and the answer follow."""
+    """Whether the remaining tokens are needed for the answer: the think block must close now."""
     cut_off: bool = False
     """Whether `force_finish` closed the think block before the model did."""
 
     def force_finish(self) -> None:
-        """Requires the completion to finish by the shortest route from here."""
+        """Requires the completion to finish with as few tokens as possible."""
         if not self.must_finish:
             self.must_finish, self.cut_off = True, self.phase in (Phase.opening, Phase.thinking)
 
@@ -115,7 +115,7 @@ class CompletionState:
 
 
 def missing_think_close(text: str) -> str:
-    """The part of `THINK_CLOSE` that `text` still lacks: less than all of it if `text` ends in a prefix of it."""
+    """The part of `THINK_CLOSE` that must still follow `text`. If `text` ends in a prefix of it: the rest."""
     for length in range(min(len(THINK_CLOSE) - 1, len(text)), 0, -1):
         if text.endswith(THINK_CLOSE[:length]):
             return THINK_CLOSE[length:]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 _NOTE_LINE = re.compile(r"^Image (\d{1,4}): (.*)$")
 QUOTATION = re.compile(r"\"[^\"]*\"|“[^”]*”")
-# Verdicts in free wording. The repetitions are bounded, so matching takes linear time on any model output.
+# Verdicts in free text. The repetitions are bounded, so that matching takes linear time on any model output.
 _DOES_NOT_HELP = re.compile(
     r"(?:\b(?:no|not|never|cannot|nothing)\b|n[’']t\b)(?:\W{1,5}\w{1,40}){0,3}?\W{1,5}"
     r"(?:help\w*|answer\w*|relevant|useful|use|bear\w*|address\w*)\b|\b(?:irrelevant|unrelated|unhelpful|useless)\b",

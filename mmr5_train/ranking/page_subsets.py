@@ -63,7 +63,7 @@ def _subset(ranking: Ranking, notes: Mapping[int, str], pages: Sequence[int]) ->
 def sort_pairs_first(subsets: Sequence[tuple[Ranking, PageSubset]], seed: int) -> list[tuple[Ranking, PageSubset]]:
     """The subsets of two pages in random order, then all others in random order.
 
-    With two pages, one of which usually helps, a model learns soonest what makes a page relevant.
+    From two pages, of which usually one helps, a model learns fastest what makes a page relevant.
     """
     rng = random.Random(seed)
-    return sorted(subsets, key=lambda row: (len(row[1].positions) > 2, rng.random()))
+    return sorted(subsets, key=lambda pair: (len(pair[1].positions) > 2, rng.random()))

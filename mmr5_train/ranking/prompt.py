@@ -109,8 +109,8 @@ def insert_images(
 
 def render_completion(think: str | None, answer: Sequence[LocalId]) -> str:
     """A completion in the form that SFT trains on. If `think` is None, it is only the answer block."""
-    listed = f"{ANSWER_OPEN}[{', '.join(str(i) for i in answer)}]{ANSWER_CLOSE}"
-    return listed if think is None else f"{THINK_OPEN}{think}{THINK_CLOSE}{listed}"
+    answer_block = f"{ANSWER_OPEN}[{', '.join(str(i) for i in answer)}]{ANSWER_CLOSE}"
+    return answer_block if think is None else f"{THINK_OPEN}{think}{THINK_CLOSE}{answer_block}"
 
 
 def fill_template(template: str, **values: object) -> str:

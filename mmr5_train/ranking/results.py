@@ -18,21 +18,21 @@ class Result:
     rank: int
     """Rank from 1, the best."""
     score: float
-    """Score between 0 and 1, higher is better. Without `RankedResults.has_scores` it only reflects the rank."""
+    """Score between 0 and 1, higher is better. Computed from the rank if `RankedResults.has_scores` is false."""
     document: Any
     """The page as it was passed in."""
     note: str = ""
-    """The line of the reasoning on this page, or ""."""
+    """The note on this page in the reasoning, or ""."""
 
 
 @dataclass(frozen=True)
 class RankedResults:
-    """The ranked pages for one query, best first, each page exactly once; with `top_k`, only the first of them."""
+    """The ranked pages for one query, best first, each page once. With `top_k`, only the first `top_k` pages."""
 
     query: str
     results: tuple[Result, ...]
     reasoning: str
-    """The think block. If the pages did not fit in one prompt, the think blocks of all prompts in turn."""
+    """The think block. If the pages did not fit in one prompt, the think blocks of all prompts, in order."""
     answers: tuple[ModelAnswer, ...]
     """The parsed completions that gave the order, with their texts, token counts and defects."""
     has_scores: bool

@@ -16,7 +16,7 @@ from mmr5_train.ranking.notes import read_verdict, split_notes
 from mmr5_train.ranking.records import LocalId, Record
 
 GATE = 0.3
-"""Factor of the reranking reward for an answer that is not a complete permutation in the right form."""
+"""Factor of the reranking reward for an answer that is not a complete permutation in a valid structure."""
 
 
 class Reward(Protocol):
@@ -83,7 +83,7 @@ def gated_reranking(
 ) -> float:
     """The reranking reward, multiplied by `GATE` unless `permutation` is 1, in 0..1.
 
-    The right form earns nothing by itself, so a policy can't raise its reward with a valid but constant answer.
+    A valid form earns no reward by itself, so a policy can't raise its reward with a valid but constant answer.
     """
     complete = permutation(completion, n, positives, expect_think=expect_think) == 1
     return reranking(completion, n, positives, expect_think=expect_think) * (1 if complete else GATE)
@@ -145,5 +145,5 @@ class RewardConfig(Record):
             if name not in REWARDS:
                 raise ValueError(f"unknown reward {name!r} (choices: {', '.join(REWARDS)})")
         if not any(value.values()):
-            raise ValueError("at least one weight must be above 0, else all completions earn the same")
+            raise ValueError("at least one weight must be above 0, else all completions earn the same reward")
         return value

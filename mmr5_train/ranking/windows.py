@@ -19,8 +19,8 @@ Plan = Generator[list[list[int]], list[Sequence[int]], list[int]]
 def make_plan(n: int, strategy: Strategy, window: int | None, stride: int | None) -> Plan:
     """The plan for `n` pages and windows of at most `window` pages (None: no limit).
 
-    Pages that fit in one window are ranked at once. `stride` is used by the sliding strategy and defaults to half
-    the window.
+    Pages that fit in one window are ranked in one prompt. The sliding strategy uses `stride`, which defaults to
+    half the window.
     """
     if window is None or n <= window:
         return _single_window(n)
@@ -58,7 +58,7 @@ def sliding(n: int, window: int, stride: int) -> Plan:
 def tournament(n: int, window: int) -> Plan:
     """Rounds of groups: the better half of each group advances, until the remaining pages fit in one window.
 
-    Pages are dealt to the groups in turn, so the best pages of the first stage do not meet in the first round.
+    Pages are dealt to the groups in turn, so the best pages of the first stage are in different groups at first.
     The groups of one round are independent of each other. Pages that lose in the same round are ordered by their
     rank in their group; pages that lose in a later round come before them.
 

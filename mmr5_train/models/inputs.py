@@ -1,4 +1,4 @@
-"""Model inputs of a query and its pages. Training, evaluation and inference build messages and tensors here."""
+"""Model inputs for a query and its pages. Training, evaluation and inference build messages and tensors here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def load_pages(candidates: Sequence[Candidate], folder: Path, processor: Any) ->
 def cache_small_pages(candidates: Iterable[Candidate], folder: Path, processor: Any) -> None:
     """Loads all page images into the cache, if they are small enough for it (`PageLimits.are_small`).
 
-    On a CPU, no later step could overlap with loading them one at a time.
+    Loading them in parallel here saves time: on a CPU, loading one page at a time can't overlap with training.
     """
     limits = page_limits(processor)
     if limits.are_small:
@@ -53,8 +53,7 @@ def encode(
 
     `images[b]` are the prepared page images of `queries[b]`. In the result, `input_ids`, `attention_mask` and
     `mm_token_type_ids` are (batch, longest prompt), `pixel_values` is (patches of all pages, values of a patch),
-    and
-    `image_grid_thw` is (all pages, 3).
+    and `image_grid_thw` is (all pages, 3).
     """
     conversations = []
     for query, page_images in zip(queries, images, strict=True):
@@ -75,28 +74,28 @@ def append_list_open(inputs: Any, tokenizer: Any) -> Any:
 
     The next token that the model predicts is then the first token of the best page's id.
     """
-    opening = torch.tensor(tokenizer(LIST_OPEN, add_special_tokens=False)["input_ids"])
-    rows = len(inputs["input_ids"])
-    appended = {"input_ids": opening, "attention_mask": torch.ones_like(opening)}
+    list_open_ids = torch.tensor(tokenizer(LIST_OPEN, add_special_tokens=False)["input_ids"])
+    batch_size = len(inputs["input_ids"])
+    appended = {"input_ids": list_open_ids, "attention_mask": torch.ones_like(list_open_ids)}
     for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
-        values = appended.get(key, torch.zeros_like(opening))
-        inputs[key] = torch.cat([inputs[key], values.expand(rows, -1)], dim=1)
+        values = appended.get(key, torch.zeros_like(list_open_ids))
+        inputs[key] = torch.cat([inputs[key], values.expand(batch_size, -1)], dim=1)
     return inputs
 
 
 def page_id_tokens(tokenizer: Any, count: int) -> list[int]:
     """The first token of each page id from 1 to `count`, in the position after `LIST_OPEN`.
 
-    The list ends before the first id whose token is already in it: where each digit is a token, it ends before 10,
-    which starts with the token of 1.
+    The list ends before the first id whose token is already in it. If the tokenizer splits numbers into digits, it
+    ends before 10, which starts with the token of 1.
     """
-    opening = tokenizer(LIST_OPEN, add_special_tokens=False)["input_ids"]
-    answers = tokenizer([f"{LIST_OPEN}{i}" for i in range(1, count + 1)], add_special_tokens=False)["input_ids"]
+    list_open_ids = tokenizer(LIST_OPEN, add_special_tokens=False)["input_ids"]
+    token_ids = tokenizer([f"{LIST_OPEN}{i}" for i in range(1, count + 1)], add_special_tokens=False)["input_ids"]
     tokens: list[int] = []
-    for ids in answers:
-        if ids[: len(opening)] != opening or ids[len(opening)] in tokens:
+    for ids in token_ids:
+        if ids[: len(list_open_ids)] != list_open_ids or ids[len(list_open_ids)] in tokens:
             break
-        tokens.append(ids[len(opening)])
+        tokens.append(ids[len(list_open_ids)])
     return tokens
 
 

@@ -21,7 +21,7 @@ TINY = Path(__file__).parent / "tiny"
 """The tiny model that is part of this package."""
 
 SETTINGS = "reranker.json"
-"""File in a checkpoint that this project trained: its prompt, page sizes and dtype (`RerankerSettings`)."""
+"""File in each checkpoint of this project, with its prompt, page sizes and dtype (`RerankerSettings`)."""
 
 
 class LoraSettings(BaseModel):
@@ -86,7 +86,7 @@ class RerankerSettings(Record):
 
 
 def read_settings(checkpoint: str | Path) -> RerankerSettings | None:
-    """The settings in a checkpoint of this project; None for a checkpoint of other origin.
+    """The settings in a checkpoint of this project; None for a checkpoint that another project wrote.
 
     Raises `InputError` if the settings can't be read.
     """
@@ -132,7 +132,7 @@ def load_processor(config: ModelConfig, path: str | Path | None = None) -> Any:
 
 
 def default_model_config(path: str) -> ModelConfig:
-    """The config for a checkpoint of other origin: its own page sizes; bfloat16 on a GPU, float32 on a CPU."""
+    """The config for a checkpoint without settings: its own page sizes; bfloat16 on a GPU, float32 on a CPU."""
     size = _load_processor(resolve_checkpoint(path)).image_processor.size
     dtype: Literal["bfloat16", "float32"] = "bfloat16" if torch.cuda.is_available() else "float32"
     limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
@@ -140,8 +140,7 @@ def default_model_config(path: str) -> ModelConfig:
 
 
 def _load_processor(source: str) -> Any:
-    # Loading the config first fails early: without a network, AutoProcessor requests each possible file five
-    # times.
+    # Load the config first to fail early: without a network, AutoProcessor requests each possible file five times.
     _load_config(source)
     try:
         processor = AutoProcessor.from_pretrained(source)
@@ -231,12 +230,12 @@ def _quantization_config(config: ModelConfig) -> BitsAndBytesConfig | None:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),
-        llm_int8_skip_modules=[r"model\.visual", "lm_head"],  # despite its name, it applies to 4 bits too
+        llm_int8_skip_modules=[r"model\.visual", "lm_head"],  # despite its name, it also applies to 4 bits
     )
 
 
 def vision_token_ids(processor: Any) -> list[int]:
-    """Ids of the tokens that stand for images. A sampled one would make the next forward pass fail."""
+    """Ids of the tokens that represent images. If one of them were sampled, the next forward pass would fail."""
     tokenizer = processor.tokenizer
     names = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
     vocabulary = tokenizer.get_vocab()

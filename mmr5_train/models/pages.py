@@ -1,4 +1,4 @@
-"""Page images: open what the user has, convert it to RGB, resize it for the model. Does not import torch.
+"""Page images: opens them, converts them to RGB and resizes them for the model. Does not import torch.
 
 Every page takes the same path:
 
@@ -30,10 +30,10 @@ from PIL import Image
 from mmr5_train.common.files import InputError
 
 MAX_DECODED_PIXELS = 120_000_000
-"""An image that claims more pixels is refused before it is decoded."""
+"""Images whose header declares more pixels are rejected before they are decoded."""
 
 MAX_ASPECT_RATIO = 200
-"""Longer side to shorter side. Qwen's image processors refuse images above it."""
+"""Longer side ÷ shorter side. Qwen's image processors reject images above it."""
 
 PDF_DPI, PDF_MAX_SIDE = 150, 1024
 """Resolution of rendered PDF pages, and their longest side in pixels, as in configs/corpus/pdf_folder.yaml."""
@@ -50,14 +50,14 @@ _PDFIUM = RLock()  # pdfium is not thread-safe
 _PAGE_FRAGMENT = re.compile(r"page=([1-9]\d{0,5})")
 
 PageInput = str | Path | bytes | Image.Image
-"""A page as the user gives it: a path or file:// URL of an image or PDF, the bytes of an image, or a PIL image."""
+"""A page that a user passes: a path or file:// URL of an image or PDF, the bytes of an image, or a PIL image."""
 
 
 class OpenedPage(NamedTuple):
     """One page, ready for the model."""
 
     document: Any
-    """What results call the page: the user's input, or "<path>#page=<number>" for a page of a whole PDF."""
+    """`Result.document` of the page: the user's input, or "<path>#page=<number>" for a page of a whole PDF."""
     image: Image.Image
     """The prepared image."""
 
@@ -87,8 +87,8 @@ def page_limits(processor: Any) -> PageLimits:
 def page_size(width: int, height: int, limits: PageLimits) -> tuple[int, int]:
     """The (width, height) that a page image is resized to.
 
-    Both sides are multiples of `limits.factor`, the area is within the limits, and the aspect ratio is kept as far
-    as these allow. This is the rule of Qwen2-VL's image processor (arXiv 2409.12191, section 2.1), so the
+    Both sides are multiples of `limits.factor`, the area is within the limits, and the aspect ratio changes as
+    little as possible. This is the rule of Qwen2-VL's image processor (arXiv 2409.12191, section 2.1), so the
     processor does not resize a prepared page a second time.
 
     Raises `InputError` for an aspect ratio above `MAX_ASPECT_RATIO`.
@@ -96,7 +96,7 @@ def page_size(width: int, height: int, limits: PageLimits) -> tuple[int, int]:
     factor, min_pixels, max_pixels = limits
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise InputError(
-            f"the page image has {width} × {height} pixels, found an aspect ratio above {MAX_ASPECT_RATIO}:1; "
+            f"the page image has {width} × {height} pixels, an aspect ratio above {MAX_ASPECT_RATIO}:1; "
             "crop or split the page"
         )
     sides = [max(factor, round(side / factor) * factor) for side in (width, height)]
@@ -144,8 +144,8 @@ def open_pages(page_lists: Sequence[Sequence[PageInput]], limits: PageLimits) ->
     """Opens and prepares several lists of pages; the path of a PDF becomes all of its pages.
 
     A page that appears in several lists is opened once. Files are opened in parallel, and only prepared images are
-    kept. Raises `InputError`, which names the page, for a page that can't be read, and for URLs of other machines:
-    nothing is downloaded.
+    kept. Nothing is downloaded. Raises `InputError`, which names the page, for a page that can't be read and for a
+    URL of another machine.
     """
     distinct: dict[Any, tuple[PageInput, int]] = {}
     for pages in page_lists:
@@ -188,7 +188,7 @@ def _split_location(location: str) -> tuple[Path, str]:
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", location):
         url = urlsplit(location)
         if url.scheme.lower() != "file" or url.netloc not in ("", "localhost"):
-            raise InputError(f"{location[:200]}: only files of this machine are read; download it first")
+            raise InputError(f"{location[:200]}: only local files are supported; download it first")
         return Path(unquote(url.path)), url.fragment
     path, mark, fragment = location.rpartition("#")
     return (Path(path), fragment) if mark and path.lower().endswith(".pdf") else (Path(location), "")
@@ -211,8 +211,8 @@ def open_image(source: Path | io.BytesIO, name: object = None) -> Image.Image:
         with Image.open(source) as image:
             if image.width * image.height > MAX_DECODED_PIXELS:
                 raise InputError(
-                    f"{name}: claims {image.width} × {image.height} pixels, at most {MAX_DECODED_PIXELS:,} are "
-                    "decoded; render the page at a lower resolution"
+                    f"{name}: expected at most {MAX_DECODED_PIXELS:,} pixels, found {image.width} × "
+                    f"{image.height}; render the page at a lower resolution"
                 )
             image.load()
             return image.copy()
@@ -238,7 +238,7 @@ def render_pdf_pages(path: Path, only: int | None = None) -> Iterator[Image.Imag
         pdf.init_forms()  # so that filled-in form fields are rendered
     try:
         if only is not None and only > count:
-            raise InputError(f"{path}: has {count} pages, expected a page number up to that, found {only}")
+            raise InputError(f"{path}: has {count} pages; expected a page number up to {count}, found {only}")
         for index in range(count) if only is None else [only - 1]:
             with _PDFIUM:
                 try:
@@ -261,5 +261,5 @@ def render_pdf_page(page: pypdfium2.PdfPage, dpi: int, max_side: int) -> Image.I
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message in one line, without the memory addresses that Pillow adds: equal in every run."""
+    """The error's message in one line, without Pillow's memory addresses, which differ between runs."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(error) or type(error).__name__).replace("\n", " ")

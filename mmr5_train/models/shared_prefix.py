@@ -6,7 +6,7 @@ one packed row,
     prompt without its last token · last token, completion 1 · last token, completion 2 · …
 
 in which each completion attends to the prompt and to itself, and its positions continue from the prompt's end. So
-every token has the same keys and positions, and therefore the same logits, as in a row of its own. The copy of the
+every token has the same keys, positions and logits as in a separate row. The copy of the
 prompt's last token predicts the first token of its completion. With these copies, labels are next tokens along
 the whole row, and the model's own loss head needs no change.
 
@@ -58,8 +58,8 @@ class SharedPrompt:
 
     ids: Tensor  # (P,)
     positions: Tensor  # (A, P)
-    images: tuple[Tensor, ...] = ()  # the tower's output for each image (visual tokens, hidden size), if kept
-    pixels: dict[str, Tensor] | None = None  # otherwise the tower's inputs: it runs in each forward pass
+    images: tuple[Tensor, ...] = ()  # the tower's output per image (visual tokens, hidden size), if kept
+    pixels: dict[str, Tensor] | None = None  # otherwise the tower's inputs: the tower runs in each forward pass
 
     @property
     def next_position(self) -> int:
@@ -69,9 +69,9 @@ class SharedPrompt:
 
 @dataclass(frozen=True)
 class _Group:
-    """The place of one group in a packed row."""
+    """The position of one group in a packed row."""
 
-    start: int  # index of the prompt's first token in the row
+    start: int  # index of the prompt's first token in the packed row
     prompt_length: int  # Q
     stop: int  # index after the last token of the last completion
     slots: Tensor  # (n, T) for each completion token, its index from the end of the prompt; 0 for padding
@@ -105,7 +105,7 @@ def unsupported_reason(model: Any) -> str | None:
 
 
 def share_prefixes(model: Any) -> None:
-    """Enables the model's text part to read packed rows. Other inputs are computed as by PyTorch's sdpa.
+    """Enables the model's text part to read packed rows. Other inputs use PyTorch's sdpa, as usual.
 
     Raises `ValueError` for a model that `unsupported_reason` rejects.
     """
@@ -136,7 +136,7 @@ def shared_prompts(
     `ids[b]` are prompt b's tokens, (P,), and `types[b]` the processor's `mm_token_type_ids`, (P,). `pixels` has
     `pixel_values` (patches, values of a patch) and `image_grid_thw` (images, 3) of all prompts together;
     `image_counts[b]` images belong to prompt b. With `keep_features`, the vision tower runs here, once and without
-    gradients, and its output is kept instead of the pixels, provided that the model's forward takes features.
+    gradients, and its output is kept instead of the pixels, if the model's forward accepts features.
     """
     pixels_by_prompt: list[dict[str, Tensor] | None] = [None] * len(ids)
     if pixels is not None:
@@ -190,8 +190,8 @@ def pack(prompts: Sequence[SharedPrompt], completions: Sequence[Tensor], mask: T
         for tokens_C, length in zip(completions_GC, lengths, strict=True):
             ids += [last_token, tokens_C[:length]]
             labels += [torch.full_like(last_token, -100), tokens_C[:length]]
-            continued = torch.arange(first, first + length, device=device).expand(len(prompt.positions), -1)
-            positions += [prompt.positions[:, -1:], continued]
+            new_positions = torch.arange(first, first + length, device=device).expand(len(prompt.positions), -1)
+            positions += [prompt.positions[:, -1:], new_positions]
         groups.append(_layout(start, prompt.ids.numel() - 1, lengths, device))
         start, row = groups[-1].stop, row + len(completions_GC)
     positions_A1L = torch.cat(positions, dim=1)[:, None]
@@ -214,7 +214,7 @@ def _layout(start: int, prompt_length: int, lengths: list[int], device: torch.de
 
 
 def _image_inputs(prompts: Sequence[SharedPrompt]) -> dict[str, Any]:
-    """The forward's arguments for the images of each prompt, once: features if they are kept, else pixels."""
+    """The forward's arguments for the images, once per prompt: features if they are kept, else pixels."""
     images = [image for prompt in prompts for image in prompt.images]
     if images:
         return {"mm_encoder_outputs": {"image": _Features(images)}}
@@ -232,7 +232,7 @@ def _attention(
     shared_prefix: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' attention interface calls in each layer. Returns (B, L, H, D).
+    """The attention function that transformers calls in each layer. Returns (B, L, H, D).
 
     `shared_prefix` is an argument of the model's forward: the groups of a packed row, or a `_Prefix` in decoding.
     """
@@ -279,7 +279,7 @@ def _group_attention(
 
 @dataclass(frozen=True)
 class _Prefix:
-    """The prompts that completions continue, as read by the prefill."""
+    """Keys and values of the prompts, which the prefill computes and decoding reads."""
 
     layers: list[tuple[Tensor, Tensor]]  # for each layer the prompts' keys and values (B, K, P, D)
     mask: Tensor  # (B, 1, 1, P) is added to attention scores: 0 for the prompt's tokens, −inf for padding
@@ -316,10 +316,10 @@ def generate(
 ) -> Tensor:
     """Generates `group_size` completions of each prompt, with one prefill per prompt. Returns (N, new tokens).
 
-    Completions are padded after their end token. `model.generate` does everything but the decoding loop, such as
-    preparing logits processors and stopping criteria from `config`, a GenerationConfig. Tokens are sampled in the
-    same order from the same random stream as in its own loop, so the same seed gives the same completions.
-    `logits_processor` is applied as well; it gets rows of left-padded prompt and completion.
+    Completions are padded after their end token. `config` is a GenerationConfig. `model.generate` still prepares
+    its logits processors and stopping criteria; only the decoding loop is replaced. Tokens are sampled in the same
+    order from the same random stream as in the original loop, so the same seed gives the same completions.
+    `logits_processor` is applied in addition; its input rows are left-padded prompts followed by completions.
     """
     longest = max(prompt.ids.numel() for prompt in prompts)
     padding = [longest - prompt.ids.numel() for prompt in prompts]
@@ -362,8 +362,8 @@ def _decode(
     unfinished = torch.ones(len(sequences), dtype=torch.bool, device=device)
     while True:
         scores = logits_processor(sequences, logits.to(copy=True, dtype=torch.float32))
-        sampled = generation_config.do_sample
-        tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if sampled else scores.argmax(-1)
+        do_sample = generation_config.do_sample
+        tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if do_sample else scores.argmax(-1)
         tokens = torch.where(unfinished, tokens, pad_id)
         sequences = torch.cat([sequences, tokens[:, None]], dim=1)
         unfinished = unfinished & ~stopping_criteria(sequences, None)
@@ -382,7 +382,7 @@ def _decode(
 def _prefill(
     model: Any, prompts: Sequence[SharedPrompt], ids_BP: Tensor, mask_BP: Tensor
 ) -> tuple[Tensor, _Prefix]:
-    """Reads the left-padded prompts: the logits of their last tokens, (B, V), and their keys and values."""
+    """Runs the left-padded prompts. Returns the logits of their last tokens, (B, V), and their keys and values."""
     longest = ids_BP.shape[1]
     positions_ABP = torch.stack([pad(p.positions, (longest - p.ids.numel(), 0)) for p in prompts], dim=1)
     outputs = model(

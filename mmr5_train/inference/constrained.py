@@ -1,8 +1,8 @@
 """Constrained decoding: every completion ends in a permutation of the prompt's pages.
 
 The model's reasoning in the think block is free. After it, only tokens that lead to a complete answer stay
-possible (`mmr5_train.ranking.answer_constraints`), and the model chooses among them. If the remaining tokens only
-just suffice for the answer, the think block is closed, so that `max_new_tokens` never cuts an answer off.
+possible (`mmr5_train.ranking.answer_constraints`), and the model chooses among them. When the remaining tokens are
+needed for the answer, the think block is closed, so that `max_new_tokens` never cuts an answer off.
 """
 
 from __future__ import annotations
@@ -29,65 +29,70 @@ class Vocabulary:
         self.special_ids = sorted(tokenizer.all_special_ids)
         self.end_id: int = tokenizer.eos_token_id
         texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
-        is_special = set(self.special_ids)
-        self.texts: list[str] = ["" if i in is_special else text for i, text in enumerate(texts)]
-        # Tokens that can complete THINK_CLOSE, and those that contain all of it.
+        special = set(self.special_ids)
+        self.texts: list[str] = ["" if i in special else text for i, text in enumerate(texts)]
+        # Tokens that can complete THINK_CLOSE, and tokens that contain all of it.
         self.closing_ids = [i for i, text in enumerate(self.texts) if ">" in text]
         self.whole_closing_ids = [i for i in self.closing_ids if THINK_CLOSE in self.texts[i]]
         self.answer_tokens = cache(self._answer_tokens)
         self.max_answer_length = cache(self._max_answer_length)
 
-    def allowed(self, row: CompletionState) -> list[int]:
-        """The tokens that may come next, for a row that is not thinking or must finish. There are few of them."""
-        if row.phase is Phase.ended:
+    def allowed(self, state: CompletionState) -> list[int]:
+        """The tokens that may come next, for a completion that is not in its think block or must finish."""
+        if state.phase is Phase.ended:
             return [self.end_id]
-        usual, characters = self.answer_tokens(row.n)
-        allowed = [i for i in usual if row.allows(self.texts[i])]
-        allowed = allowed or [i for i in characters if row.allows(self.texts[i])]
-        if not row.must_finish:
+        answer_token_ids, character_ids = self.answer_tokens(state.n)
+        allowed = [i for i in answer_token_ids if state.allows(self.texts[i])]
+        allowed = allowed or [i for i in character_ids if state.allows(self.texts[i])]
+        if not state.must_finish:
             return allowed
-        # The model still chooses the pages. Between two page ids, the longest token is the shortest route.
-        page_ids = [i for i in allowed if any(c.isdigit() for c in self.texts[i])]
-        other = [i for i in allowed if i not in page_ids]
-        return page_ids + sorted(other, key=lambda i: (len(self.texts[i].strip()), len(self.texts[i])))[-1:]
+        # The model still chooses the pages. Between two page ids, the longest token needs the fewest steps.
+        digit_ids = [i for i in allowed if any(c.isdigit() for c in self.texts[i])]
+        other_ids = [i for i in allowed if i not in digit_ids]
+        return digit_ids + sorted(other_ids, key=lambda i: (len(self.texts[i].strip()), len(self.texts[i])))[-1:]
 
-    def forbidden(self, row: CompletionState) -> list[int]:
+    def forbidden(self, state: CompletionState) -> list[int]:
         """The tokens that may not come next in a think block: special tokens, and closings with a wrong answer.
 
         Such a closing is a token that completes THINK_CLOSE and continues with text that can't begin an answer.
         """
-        is_partly_closed = missing_think_close(row.text) != THINK_CLOSE
+        is_partly_closed = missing_think_close(state.text) != THINK_CLOSE
         closing_ids = self.closing_ids if is_partly_closed else self.whole_closing_ids
-        return self.special_ids + [i for i in closing_ids if not row.allows(self.texts[i])]
+        return self.special_ids + [i for i in closing_ids if not state.allows(self.texts[i])]
 
     def _answer_tokens(self, n: int) -> tuple[list[int], list[int]]:
-        """The tokens of answers on `n` pages as the tokenizer splits them, and the tokens of single characters."""
+        """The tokens of tokenized answers on `n` pages, and the tokens of their single characters."""
         ids = [LocalId(i) for i in range(1, n + 1)]
-        answers = [render_completion(None, ids[i:] + ids[:i]) for i in range(n)]  # each page first and later
+        answers = [
+            render_completion(None, ids[i:] + ids[:i]) for i in range(n)
+        ]  # each id occurs after "[" and after ", "
         completion = render_completion("", ids)
         texts = [*answers, completion, f"{THINK_CLOSE}{answers[0]}", f"{THINK_CLOSE}\n{answers[0]}"]
-        usual, characters = (
+        answer_token_ids, character_ids = (
             sorted({i for ids in self.tokenizer(pieces, add_special_tokens=False)["input_ids"] for i in ids})
             for pieces in (texts, sorted(set(completion)))
         )
-        return usual, characters
+        return answer_token_ids, character_ids
 
     def _max_answer_length(self, n: int) -> int:
-        """The most tokens that a row may need from its think block to its end, if it must finish.
+        """The largest number of tokens that a completion needs from its think block to its end, if it must finish.
 
         The end token is included.
         """
-        row, count = CompletionState(n, Phase.thinking, must_finish=True), 1
-        while row.phase is not Phase.ended:
+        state, count = CompletionState(n, Phase.thinking, must_finish=True), 1
+        while state.phase is not Phase.ended:
             # Spelling page ids digit by digit takes the most tokens.
-            choices = sorted(self.allowed(row), key=lambda i: (not self.texts[i].isdigit(), len(self.texts[i])))
-            row.append(self.texts[choices[0]])
+            choices = sorted(self.allowed(state), key=lambda i: (not self.texts[i].isdigit(), len(self.texts[i])))
+            state.append(self.texts[choices[0]])
             count += 1
         return count + len(THINK_CLOSE)  # the think block may break off inside a partial THINK_CLOSE
 
 
 class PermutationLogitsProcessor(LogitsProcessor):
-    """Constrains each row of a batch to the grammar above. It holds state: use it for one call of `generate`."""
+    """Constrains each row of a batch to the grammar of `answer_constraints`.
+
+    It holds the state of each row, so use an instance for one call of `generate` only.
+    """
 
     def __init__(
         self,

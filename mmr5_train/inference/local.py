@@ -1,7 +1,7 @@
 """The backend that runs the model in this process. `mmr5_train.inference.remote` calls a server instead.
 
-Both backends have the same interface: `limits` says to which size page images are prepared, and `generate` takes a
-batch of queries with their prepared images and returns one or several `ModelAnswer` for each query.
+Both backends have the same interface. `limits` gives the sizes to which page images are prepared. `generate` takes
+a batch of queries with their prepared images and returns one or several `ModelAnswer` for each query.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import LocalId, Mode, ModelAnswer
 
 MAX_SCORED_PAGES = 100
-"""In mode logits, the largest prompt if each page id up to it starts with a token of its own."""
+"""Limit on the pages of a prompt in mode logits. The tokenizer can lower it: see `max_scored_pages`."""
 
 
 class LocalBackend:
-    """Generates answers with a loaded model. `model` may be replaced between calls, as during a training.
+    """Generates answers with a loaded model. `model` may be replaced between calls, as during training.
 
     With `constrain`, every completion ends in a list of all pages. Without it, completions may be malformed; an
     evaluation counts how many are.
@@ -96,7 +96,7 @@ class LocalBackend:
         temperature: float = 1.0,
         seed: int = 0,
     ) -> list[list[ModelAnswer]]:
-        """The answers to one batch: for each query a greedy one, or `samples` sampled ones.
+        """The answers to one batch: for each query one greedy answer, or `samples` sampled answers.
 
         `images[b]` are the prepared page images of `queries[b]`. Raises `InputError` in mode logits for samples,
         and for more pages than `max_scored_pages`.
@@ -106,7 +106,7 @@ class LocalBackend:
                 raise InputError("mode logits: generates no text to sample; set samples=0")
             return [[answer] for answer in self._score_page_ids(queries, images)]
         device = self.model.device
-        # A training that calls this must not see its own random state change.
+        # Training also calls this method, and its random state must not change.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             return self._generate_text(queries, images, samples, temperature)
@@ -152,8 +152,8 @@ class LocalBackend:
     def _generate_shared(
         self, inputs: Any, image_counts: list[int], samples: int, config: Any, processors: LogitsProcessorList
     ) -> Tensor:
-        """Several completions of each prompt with one prefill per prompt: the same tokens in less time."""
-        # Not earlier: a greedy answer must use the attention that the model was loaded with.
+        """Samples several completions of each prompt with one prefill per prompt. The tokens do not change."""
+        # Called only here, because greedy answers must use the attention that the model was loaded with.
         shared_prefix.share_prefixes(self.model)
         is_token = inputs["attention_mask"].bool()
         ids, types = (
@@ -171,7 +171,7 @@ class LocalBackend:
         return [{"prompt_tokens": t, "visual_tokens": v} for t, v in zip(tokens, visual, strict=True)]
 
     def _read(self, ids: list[int], n_pages: int, closed_early: bool, token_counts: dict[str, int]) -> ModelAnswer:
-        """Parses one completion; `closed_early` says that the constraint had to close its think block."""
+        """Parses one completion. `closed_early` says whether the constraint closed its think block."""
         end = next((i for i, token in enumerate(ids) if token in self.end_ids), None)
         text = self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
         counts = token_counts | {"tokens": len(ids) if end is None else end + 1}
@@ -196,8 +196,8 @@ class LocalBackend:
             n_pages = len(page_images)
             if n_pages > self.max_scored_pages:
                 raise InputError(
-                    f"mode logits: page ids up to {self.max_scored_pages} start with tokens of their own in this "
-                    f"checkpoint's tokenizer, found {n_pages} pages; rank them in windows"
+                    f"mode logits: with this tokenizer, only the page ids up to {self.max_scored_pages} start "
+                    f"with distinct tokens, found {n_pages} pages; rank them in windows"
                 )
             scores = logits_V[self.page_id_tokens[:n_pages]].softmax(-1).tolist()
             best_first = sorted(range(n_pages), key=lambda i, scores=scores: -scores[i])  # type: ignore[misc]
@@ -221,9 +221,9 @@ def load_backend(
 ) -> LocalBackend:
     """Loads a checkpoint, or an adapter merged into its base, as a backend.
 
-    `prompt`, `model` and `mode` default to the settings that the checkpoint carries (`reranker.json`); `model`
-    falls back to the page sizes of the checkpoint's own processor. Raises `InputError` if no prompt is given and
-    the checkpoint carries no settings.
+    `prompt`, `model` and `mode` default to the settings in the checkpoint (`reranker.json`). Without settings,
+    `model` defaults to the page sizes of the checkpoint's own processor. Raises `InputError` if no prompt is given
+    and the checkpoint has no settings.
     """
     settings = read_settings(checkpoint)
     prompt = prompt or (settings.prompt if settings else None)

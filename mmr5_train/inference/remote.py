@@ -33,8 +33,8 @@ class ServerConfig(BaseModel):
     model: str = Field(description="the model's name on the server")
     structured: Literal["none", "vllm", "sglang"] = Field(
         default="none",
-        description="whose structured-output parameters constrain answers to a list of all pages; none: no "
-        "constraint",
+        description="server whose structured-output parameters constrain answers to a list of all pages; "
+        "none: no constraint",
     )
     concurrency: int = Field(default=16, gt=0, description="largest number of concurrent requests")
     timeout: float = Field(default=600, gt=0, description="seconds after which a request has failed")
@@ -45,7 +45,7 @@ class ServerConfig(BaseModel):
 
 
 class RemoteBackend:
-    """Sends one request per completion, several at a time, and parses the answers by the same grammar."""
+    """Sends one request per completion, several at a time, and parses the answers as `LocalBackend` does."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class RemoteBackend:
             raise InputError(f"server.url: expected a URL such as http://localhost:8000/v1, found {server.url}")
         self.server, self.prompt, self.mode = server, prompt, mode
         self.max_new_tokens, self.constrain = max_new_tokens, constrain and server.structured != "none"
-        # Images are resized here, so the server's own processor leaves them as they are.
+        # Images are resized here, so the server's processor does not resize them again.
         self.limits = PageLimits(server.factor, min_pixels, max_pixels)
         self._client = openai.OpenAI(
             api_key=os.environ.get("OPENAI_API_KEY", "").strip() or "none",
@@ -83,9 +83,9 @@ class RemoteBackend:
         temperature: float = 1.0,
         seed: int = 0,
     ) -> list[list[ModelAnswer]]:
-        """The answers to one batch, as of `LocalBackend.generate`; each sample has a seed of its own.
+        """The answers to one batch, as in `LocalBackend.generate`. Each sample has its own seed.
 
-        Servers do not have to return the same samples for the same seed. Raises `InputError` if the server can't
+        A server may return other samples for the same seed. Raises `InputError` if the server can't
         be reached or rejects a request.
         """
         group_size = max(samples, 1)
@@ -123,7 +123,9 @@ class RemoteBackend:
                 "attempts; check server.url and that the server is running"
             ) from None
         except (openai.APIError, LookupError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"{self.server.url}: the response is no chat completion ({error!r:.200})") from None
+            raise InputError(
+                f"{self.server.url}: the response is not a chat completion ({error!r:.200})"
+            ) from None
         counts = {"visual_tokens": sum(image.width * image.height // self.limits.factor**2 for image in images)}
         if response.usage:
             counts |= {"tokens": response.usage.completion_tokens, "prompt_tokens": response.usage.prompt_tokens}
@@ -140,7 +142,7 @@ class RemoteBackend:
         """The request's parameters that constrain the answer block to a list of all pages."""
         if not self.constrain:
             return None
-        # A server with a reasoning parser applies the grammar only to what follows the think block.
+        # A server with a reasoning parser applies the grammar only to the text after the think block.
         grammar = gbnf_grammar(n_pages)
         return (
             {"structured_outputs": {"grammar": grammar}} if self.server.structured == "vllm" else {"ebnf": grammar}

@@ -7,16 +7,16 @@
         print(result.rank, result.document, result.note)
 
 Decoding is greedy by default, so the same pages always give the same order. Answers are constrained to a complete
-list of the pages. If an answer is malformed nevertheless, `mmr5_train.ranking.answer` completes its order by a
-fixed rule, and the result reports the defect.
+list of the pages. `mmr5_train.ranking.answer` completes the order of a malformed answer by a fixed rule, and the
+result reports the defect.
 
-Names of the same pages on their way through this file:
+This file uses these names for the pages:
 
     pages      what the user passes: paths, bytes, PIL images, PDFs (`PageInput`)
     images     the prepared page images that the model sees, one per page; a PDF becomes several
     indices    positions in `images`, from 0; a window is a list of indices
     local ids  positions in one prompt, from 1; they appear only in a `ModelAnswer`
-    documents  what results call the pages (`Result.document`)
+    documents  the pages as results return them (`Result.document`)
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class WindowAnswer(NamedTuple):
     """One answer to one window."""
 
     indices: list[int]
-    """Which images the prompt showed: local id i is `indices[i - 1]`."""
+    """The images in the prompt: local id i is `indices[i - 1]`."""
     answer: ModelAnswer
 
 
@@ -123,13 +123,13 @@ class Reranker:
         """Loads the model, or connects to the server.
 
         Args:
-            checkpoint: a folder, a hub id, or an adapter. A checkpoint of this project carries its prompt and page
-                sizes. With `server`, only these are read from it, and it is optional.
-            base: the checkpoint that an adapter belongs to; by default the one that the adapter names.
-            prompt: required for a checkpoint of other origin: an option of configs/prompt, a YAML file, or a
-                `Prompt`.
+            checkpoint: a folder, a hub id, or an adapter. A checkpoint of this project contains its prompt and
+                page sizes. With `server`, only these are read from it, and it is optional.
+            base: the base checkpoint of an adapter; by default the one in its adapter_config.json.
+            prompt: an option of configs/prompt, a YAML file, or a `Prompt`. Required for a checkpoint that this
+                project did not write.
             model: page sizes, dtype and attention; by default the checkpoint's own.
-            server: where the model is served; no weights are loaded then.
+            server: the server that runs the model. No weights are loaded then.
             device: "cuda", "cpu", …; by default a GPU if one is available.
             **options: the fields of `RankingOptions`.
 
@@ -204,7 +204,7 @@ class Reranker:
             ]
             generated = iter(self._generate(prompts))
             for q, windows in list(ready.items()):
-                answers = [next(generated) for _ in windows]  # for each window one greedy answer, or the samples
+                answers = [next(generated) for _ in windows]  # per window: one greedy answer, or the samples
                 for window, samples in zip(windows, answers, strict=True):
                     window_answers[q] += [WindowAnswer(window, answer) for answer in samples]
                 try:

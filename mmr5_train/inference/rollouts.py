@@ -1,7 +1,7 @@
 """Rollouts for question selection: sampled answers to each question, and the rewards that GRPO would give them.
 
-Sampling takes long, so finished rollouts are appended to `PARTIAL` batch by batch. Each batch has a seed of its
-own: an interrupted run that is resumed ends with the same samples. Torch is imported only for sampling; rollouts
+Sampling takes long, so each finished batch of rollouts is appended to `PARTIAL`. Each batch has its own seed, so a
+resumed run ends with the same samples as an uninterrupted one. Torch is imported only for sampling; rollouts
 of an earlier run are read and scored without it.
 """
 
@@ -62,14 +62,14 @@ def sample_rollouts(
 ) -> dict[str, Rollouts]:
     """Samples the rollouts of each task and appends them to `path`. Returns all of them by query id.
 
-    Tasks whose rollouts are in `path` already are skipped. Page paths are relative to `folder`. The same seed and
+    Tasks whose rollouts are already in `path` are skipped. Page paths are relative to `folder`. The same seed and
     batch size give the same samples.
     """
     prompted = [task.in_prompt_order(config.order, seed) for task in tasks]
     size = max(1, config.batch_size // config.samples)
     rollouts = read_finished_batches(path, len(tasks), size)
     if rollouts:
-        print(f"rollouts: {len(rollouts)} of {len(tasks)} questions are done already")
+        print(f"rollouts: {len(rollouts)} of {len(tasks)} questions are already done")
     with (
         path.open("a", encoding="utf-8") as stream,
         tqdm(total=len(tasks), initial=len(rollouts), desc="rollouts", unit="question") as bar,

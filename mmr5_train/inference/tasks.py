@@ -1,4 +1,4 @@
-"""Answers of a backend to ranking tasks, whose page images are files."""
+"""Ranks tasks, whose page images are files, with a backend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mmr5_train.models.pages import load_page
 from mmr5_train.ranking.records import ModelAnswer, PromptedTask
 
-if TYPE_CHECKING:  # torch, which `select` does without when it reads rollouts of an earlier run
+if TYPE_CHECKING:  # imports torch, which `select` does not need when it reads rollouts of an earlier run
     from mmr5_train.inference.local import LocalBackend
     from mmr5_train.inference.remote import RemoteBackend
 
@@ -29,7 +29,7 @@ def rank_tasks(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Iterator[list[ModelAnswer]]:
-    """The answers to each task, in order: a greedy one, or `samples` sampled ones.
+    """The answers to each task, in order: one greedy answer, or `samples` sampled answers.
 
     Page paths are relative to `folder`; images are loaded a batch at a time. The same seed and batch size give the
     same samples.

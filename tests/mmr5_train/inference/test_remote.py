@@ -113,8 +113,8 @@ def test_a_temporary_error_is_retried(scripted_server, paths):
     [
         (Reply(404, {"error": {"message": "no such model"}}), r"rejects the request \(404: no such model\)"),
         (Reply(500, {"detail": "broken"}, {"Retry-After": "0.05"}), r"rejects the request \(500: broken\)"),
-        (Reply(body="<html>"), "is no chat completion"),
-        (Reply(body={"choices": []}), "is no chat completion"),
+        (Reply(body="<html>"), "is not a chat completion"),
+        (Reply(body={"choices": []}), "is not a chat completion"),
         (Reply(0), "can't be reached .* after 2 attempts"),
     ],
 )

@@ -31,7 +31,7 @@ def lora_config(model: ModelConfig) -> LoraConfig | None:
 
 
 def use_lora_plus(trainer: Trainer, model: ModelConfig) -> None:
-    """Replaces the trainer's optimizer by PEFT's LoRA+ version of it, if the model config sets a ratio.
+    """Replaces the trainer's optimizer with PEFT's LoRA+ version of it, if the model config sets a ratio.
 
     LoRA+ (arXiv 2402.12354) gives the B matrices a higher learning rate than the A matrices.
     """

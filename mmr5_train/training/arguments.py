@@ -75,7 +75,7 @@ def _is_number(value: Any, types: set[type]) -> bool:
 
 def _device_settings() -> dict[str, Any]:
     """Defaults that depend on the machine and the launcher."""
-    # Without use_cpu, processes on a machine without GPUs do not form one group. DeepSpeed does that itself.
+    # Without use_cpu, processes on a machine without GPUs do not form one process group. DeepSpeed forms it.
     under_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     use_cpu = not torch.accelerator.is_available() and not under_deepspeed
     if use_cpu:  # otherwise DeepSpeed, which accelerate imports, prints a warning that it found no accelerator
@@ -105,8 +105,8 @@ def check_group_sizes(trainer: dict[str, Any]) -> None:
     options = "; ".join(f"trainer.{key}={' or '.join(map(str, near))}" for key, near in valid.items() if near)
     raise InputError(
         f"trainer: {processes} process{'es' * (processes > 1)} × per_device_train_batch_size {batch} × "
-        f"{steps_field} {steps} = {completions} completions a rollout, which is not a multiple of num_generations "
-        f"{group}; nearest valid settings: {options}"
+        f"{steps_field} {steps} = {completions} completions per rollout, which is not a multiple of "
+        f"num_generations {group}; nearest valid settings: {options}"
     )
 
 
@@ -119,7 +119,10 @@ def _nearest(value: int, is_valid: Callable[[int], bool]) -> list[int]:
 
 @contextmanager
 def rejected_settings_as_input_errors(stage: str) -> Iterator[None]:
-    """Wraps the construction of a trainer: TRL and PEFT check adapter and tracker settings only there."""
+    """Raises `InputError` if TRL or PEFT rejects the settings. Wrap the construction of a trainer in it.
+
+    TRL and PEFT check adapter and tracker settings only when the trainer is constructed.
+    """
     try:
         yield
     except (ImportError, ValueError) as error:

@@ -75,13 +75,13 @@ class FiniteSharedGRPOTrainer(FiniteTrainer, SharedPrefixGRPOTrainer):
 
 
 class HeldOutConfig(BaseModel):
-    """Questions that the model ranks at each checkpoint during training, so that the best checkpoint is kept."""
+    """Held-out questions. The model ranks them at each checkpoint during training, to find the best checkpoint."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     data: Path = Field(description="ranking tasks that are used neither in training nor in the final evaluation")
     limit: int | None = Field(default=200, gt=0, description="use only the first questions")
-    batch_size: int = Field(default=8, gt=0, description="questions a batch on each process")
+    batch_size: int = Field(default=8, gt=0, description="questions per batch on each process")
     max_new_tokens: int = Field(default=2048, gt=0)
     order: Order = "score"
 
@@ -99,7 +99,7 @@ class HeldOutCallback(TrainerCallback):
         self.config, self.prompted = config, [task.in_prompt_order(config.order, seed) for task in tasks]
         mode: Mode = "reason" if think else "direct"
         self.backend = LocalBackend(None, processor, prompt, mode=mode, max_new_tokens=config.max_new_tokens)
-        self.trainer: Any = None  # set when the trainer exists
+        self.trainer: Any = None  # set by `train`, because the trainer is constructed later
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 0:
@@ -115,19 +115,19 @@ class HeldOutCallback(TrainerCallback):
 
     def _rank(self) -> float:
         """Ranks the questions and logs the metrics. Returns recall@1. Call on all ranks."""
-        accelerator, trained = self.trainer.accelerator, self.trainer.model
-        trained.eval()  # the next training step switches back to training mode
+        accelerator = self.trainer.accelerator
+        self.trainer.model.eval()  # the next training step switches back to training mode
         checkpointing = self.trainer.args.gradient_checkpointing_kwargs
         with unwrap_model_for_generation(
             self.trainer.model_wrapped, accelerator, gradient_checkpointing_kwargs=checkpointing
         ) as model:
             self.backend.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-            share = self.prompted[accelerator.process_index :: accelerator.num_processes]
+            shard = self.prompted[accelerator.process_index :: accelerator.num_processes]
             folder, batch_size = self.config.data.parent, self.config.batch_size
-            answers = rank_tasks(self.backend, share, folder, batch_size=batch_size)
-            metrics = [_metrics(prompted, answer) for prompted, [answer] in zip(share, answers, strict=True)]
+            answers = rank_tasks(self.backend, shard, folder, batch_size=batch_size)
+            metrics = [_metrics(prompted, answer) for prompted, [answer] in zip(shard, answers, strict=True)]
         recalls, complete = zip(*gather_object(metrics), strict=True)
-        # transformers' log: TRL's would write the current step's completions a second time.
+        # Call transformers' log method, because TRL's would write the current step's completions again.
         values = {HELD_OUT: mean(recalls), "heldout/complete_permutations": mean(complete)}
         Trainer.log(self.trainer, {**values, "heldout/questions": len(recalls)})
         return mean(recalls)
@@ -174,7 +174,7 @@ def held_out_callback(
         return None
     if arguments.save_strategy == "no" or (arguments.save_total_limit or MIN_CHECKPOINTS + 1) <= MIN_CHECKPOINTS:
         raise InputError(
-            f"heldout: the best checkpoint is kept in addition to the last {MIN_CHECKPOINTS}: set "
+            f"heldout: the run keeps the best checkpoint in addition to the last {MIN_CHECKPOINTS}; set "
             f"trainer.save_strategy=steps and trainer.save_total_limit={MIN_CHECKPOINTS + 1} or more, found "
             f"{arguments.save_strategy} and {arguments.save_total_limit}"
         )

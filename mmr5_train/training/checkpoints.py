@@ -23,11 +23,11 @@ from trl.trainer.utils import RepeatSampler
 from mmr5_train.common.files import InputError, file_hash, is_unfinished, open_output, write_json
 
 COMPLETE = "complete.json"
-MIN_CHECKPOINTS = 2  # with one, the last complete checkpoint would be deleted before the next one is complete
+MIN_CHECKPOINTS = 2  # with 1, the last complete checkpoint would be deleted before the next one is complete
 
 
 def run_settings(config: Any) -> dict[str, Any]:
-    """What a resumed run must share with the stopped one: the stage's config and the bytes of its data file."""
+    """The settings that must be equal to resume a run: the stage's config and the hash of its data file."""
     settings = config.model_dump(mode="json", exclude={"out", "overwrite"})
     return settings | {"data": f"{config.data}, sha256 {file_hash(config.data)}"}
 
@@ -35,7 +35,7 @@ def run_settings(config: Any) -> dict[str, Any]:
 def open_training_output(
     out: Path, overwrite: bool, inputs: Sequence[Path], stage: str, settings: dict[str, Any]
 ) -> Path | None:
-    """Creates or empties the output folder, or keeps that of a stopped run. Call on all ranks.
+    """Creates or empties the output folder, or keeps the folder of a stopped run. Call on all ranks.
 
     The main process does the work while the others wait. Returns the checkpoint to resume from, or None. Raises
     `InputError` if the stopped run had other settings.
@@ -65,8 +65,8 @@ def check_settings(out: Path, stopped: dict[str, Any], current: dict[str, Any]) 
     for name in sorted(stopped.keys() | current.keys()):
         if stopped.get(name) != current.get(name):
             raise InputError(
-                f"{out}: holds a stopped run with another {name}: {stopped.get(name)}, now {current.get(name)}; "
-                "use the same settings to resume it, or overwrite=true to start over"
+                f"{out}: contains a stopped run with {name} {stopped.get(name)}, but this run has "
+                f"{current.get(name)}; use the same settings to resume it, or overwrite=true to start over"
             )
 
 
@@ -95,8 +95,8 @@ def check_saving(arguments: Any) -> None:
 def keep_parameter_names(model: Any) -> None:
     """Makes checkpoints of a full model (without adapters) keep the parameters' current names.
 
-    transformers saves a Qwen2.5-VL under the names of its first release. Its Trainer reads a checkpoint back by
-    name and ignores unknown names, so a resumed run would start from the base model's weights.
+    transformers saves a Qwen2.5-VL under the parameter names of its first release. Its Trainer reads a checkpoint
+    back by name and ignores unknown names, so a resumed run would start from the base model's weights.
     """
     if isinstance(model, PreTrainedModel):
         model.save_pretrained = partial(model.save_pretrained, save_original_format=False)  # type: ignore[method-assign]
@@ -123,7 +123,7 @@ class ResumeSampler(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
         sampler = train_dataloader.batch_sampler
-        while not isinstance(sampler, RepeatSampler):  # it may be wrapped in batch samplers and process shards
+        while not isinstance(sampler, RepeatSampler):  # batch samplers and process shards may wrap it
             sampler = getattr(sampler, "batch_sampler", None) or sampler.sampler
         sampler.generator.manual_seed(args.seed)
         for _epoch in range(int(state.epoch or 0)):

@@ -1,4 +1,4 @@
-"""The data set that TRL's trainers read: one prompt with its page images a row."""
+"""The data set that TRL's trainers read: one prompt with its page images per row."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def prompt_dataset(
     prompt: Prompt,
     processor: Any,
 ) -> Dataset:
-    """Adds the columns "prompt" (messages) and "images" (prepared pages) to `columns`, one dict a row.
+    """Adds the columns "prompt" (messages) and "images" (prepared pages) to `columns`, one dict per row.
 
-    Row i asks `queries[i]` about the pages `shown[i]`, whose image paths are relative to `folder`. Images are
-    opened when a row is read, so the corpus may be larger than memory. Small images are opened here and cached.
+    Row i is the prompt for `queries[i]` and the pages `shown[i]`, whose image paths are relative to `folder`.
+    Images are opened when a row is read, so the corpus may be larger than memory. Small images are opened and
+    cached at once.
     """
 
     def read_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

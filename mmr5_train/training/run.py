@@ -1,7 +1,7 @@
 """The steps that SFT, GRPO and distillation share, in the order in which each stage calls them.
 
-run = start_run("sft", config, arguments, think=config.think)   # settings, output folder, checkpoint to resume
-trainer = …                                                     # the stage's own part
+run = start_run("sft", config, arguments, processor)             # settings, output folder, checkpoint to resume
+trainer = …                                                      # differs between the stages
 train(run, trainer, progress={"loss": "loss"})
 finish_run(run, trainer, counts={"traces": 100}, metric="loss")  # checkpoint, manifest, one line on stdout
 """
@@ -34,7 +34,7 @@ from mmr5_train.training.checkpoints import (
 from mmr5_train.training.progress import ProgressLine
 from mmr5_train.training.saving import MODEL, best_checkpoint_counts, full_disk_as_input_error, save_result
 
-# TRL's rule for which devices compute logits of labeled positions only. Later TRL versions may not have it.
+# TRL's rule for which devices compute logits only at labeled positions. Later TRL versions may not have it.
 _trl_rule: Any = getattr(trl_utils, "_use_triton", None)
 
 
@@ -57,7 +57,7 @@ class TrainingRun:
     config: TrainingStage
     think: bool  # whether the model is trained to write a think block
     processor: Any
-    settings: dict[str, Any]  # what a resumed run must share with the stopped one
+    settings: dict[str, Any]  # must be equal in a stopped run and the run that resumes it
     checkpoint: Path | None  # the checkpoint to resume from
     held_out: HeldOutCallback | None
 
@@ -67,8 +67,7 @@ def start_run(
 ) -> TrainingRun:
     """Opens the output folder, or finds the checkpoint to resume from in the folder of a stopped run.
 
-    Call it after everything the user configured has been checked: with overwrite=true it deletes an earlier
-    result.
+    Call it after all checks of the user's settings, because with overwrite=true it deletes an earlier result.
     """
     held_out = held_out_callback(config.heldout, arguments, processor, config.prompt, think)
     settings = run_settings(config)
@@ -80,17 +79,18 @@ def start_run(
 def normalize_loss_by_tokens(trainer: Trainer) -> None:
     """Divides an SFT step's loss by the number of tokens in the whole step, over all ranks and micro-batches.
 
-    The Qwen-VL model classes declare that they do not accept this count. TRL computes the loss itself and does.
+    The Qwen-VL model classes declare that they do not accept this count. TRL accepts it, and computes the loss
+    itself.
     """
     if trainer.args.world_size * trainer.args.gradient_accumulation_steps > 1:
         trainer.model_accepts_loss_kwargs = True
 
 
 def labeled_positions_only(device: torch.device) -> bool:
-    """Whether TRL's language-model head computes logits of labeled positions only: on CPUs as well.
+    """Whether TRL's LM head computes logits only at labeled positions. Extends TRL's rule to CPUs.
 
-    TRL computes logits of all positions where Triton is missing, because some devices compile each new shape. On a
-    CPU that takes two fifths of an SFT step, mostly for prompt tokens, whose loss is multiplied by 0.
+    Where Triton is missing, TRL computes logits at all positions, because some devices compile each new shape. On
+    a CPU that takes two fifths of an SFT step, mostly for prompt tokens, whose loss is multiplied by 0.
     """
     return device.type == "cpu" or bool(_trl_rule(device))
 
@@ -129,8 +129,8 @@ def train(run: TrainingRun, trainer: Trainer, progress: dict[str, str]) -> None:
 def finish_run(run: TrainingRun, trainer: Trainer, counts: dict[str, Any], metric: str) -> None:
     """Saves the result, writes the manifest and prints one line. Call on all ranks.
 
-    `counts` starts with the size of the data ("traces", "questions", …), which the line names; `metric` is the log
-    key whose first and last value the line shows.
+    The first entry of `counts` is the size of the data ("traces", "tasks", …), which the line shows. `metric` is
+    the log key whose first and last value the line shows.
     """
     config, state = run.config, trainer.state
     parameters = count_trainable_parameters(trainer)

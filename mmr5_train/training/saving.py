@@ -1,4 +1,4 @@
-"""What a training run leaves in its output folder: the merged checkpoint, the adapter and the log history."""
+"""Saves the result of a training run: the merged checkpoint, the adapter and the log history."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def save_result(
 ) -> None:
     """Writes `model/` (loads with `from_pretrained`), `adapter/`, `best/` and the log history. Call on all ranks.
 
-    Next to the weights goes `reranker.json`: the prompt, page sizes and dtype that the model was trained with,
-    which `Reranker` reads.
+    Each of these folders also contains `reranker.json`: the prompt, page sizes and dtype that the model was
+    trained with. `Reranker` reads it.
     """
     # A collective call: under ZeRO-3 each rank holds a part of the parameters.
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -39,7 +39,7 @@ def save_result(
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         limits = config.model_dump(include={"min_pixels", "max_pixels", "dtype"})
         settings = {**limits, "think": think, "prompt": prompt.model_dump()}
-        # Otherwise ZeRO-3 would partition the models loaded below over ranks that wait for this one.
+        # Otherwise ZeRO-3 would partition the models loaded below over the other ranks, which wait for this one.
         unset_hf_deepspeed_config()
         if config.lora is not None:
             model.save_pretrained(out / ADAPTER, state_dict=state)

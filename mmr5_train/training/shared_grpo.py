@@ -2,10 +2,10 @@
 
 `SharedPrefixGRPOTrainer` computes the same numbers as TRL's trainer with less work:
 
-- A prompt is tokenized, and its images are processed, once a group.
+- A prompt is tokenized, and its images are processed, once per group.
 - The completions of a group are sampled after one prefill of their prompt.
 - Old, reference and policy log-probabilities come from one packed row (`models.shared_prefix`).
-- With a frozen vision tower, page features are computed once a rollout batch and used in every forward pass of it.
+- With a frozen vision tower, page features are computed once per rollout batch and used in all its forward passes.
   They replace the pixels in the buffered batch and are smaller: a visual token takes 4 × 1,176 float32 values as
   pixels, and `hidden_size` values of the model's dtype as features.
 """
@@ -49,11 +49,11 @@ def unsupported(model: Any, args: Any) -> str | None:
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):
-    """Takes the arguments of GRPOTrainer. Raises `ValueError` for what `unsupported` names.
+    """Takes the arguments of GRPOTrainer. Raises `ValueError` for settings that `unsupported` rejects.
 
-    A batch's prompts travel in the batch itself: in the multimodal fields from tokenization to sampling, and under
+    A batch contains its prompts: in the multimodal fields from tokenization to sampling, and under
     "shared_prompts" from the rollout to the loss. TRL's `_get_per_token_logps_and_entropies` receives token ids
-    and no batch, so its prompts are bound for the duration of the call that scores them (`_bind_prompts`).
+    but not the batch, so `_bind_prompts` stores the prompts during the call that scores them.
     """
 
     args: Any  # GRPOConfig; the base class declares TrainingArguments
@@ -76,11 +76,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         self._bound_prompts: list[SharedPrompt] | None = None
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """As TRL's, but groups stay together when a rollout batch is split into micro-batches."""
+        """Like TRL's method, but keeps groups together when it splits a rollout batch into micro-batches."""
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)
-        every = self.args.steps_per_generation * self.num_iterations
-        if self._step % every == 0 or self._buffered_inputs is None:
+        micro_steps_per_rollout = self.args.steps_per_generation * self.num_iterations
+        if self._step % micro_steps_per_rollout == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
             batch = _shuffle_groups(batch, self.num_generations)
             self._buffered_inputs = split_tensor_dict(batch, self.args.steps_per_generation)
@@ -100,7 +100,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
     @contextmanager
     def _bind_prompts(self, prompts: list[SharedPrompt]) -> Iterator[list[SharedPrompt]]:
-        """Binds the prompts, one per row of a batch, for the log-probability calls inside the block."""
+        """Stores the prompts, one per row of a batch, for the log-probability calls inside the block."""
         if self._bound_prompts is not None:
             raise RuntimeError("the prompts of another batch are bound")
         self._bound_prompts = prompts
@@ -110,7 +110,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             self._bound_prompts = None
 
     def _calculate_rewards(self, inputs: list[dict[str, Any]], prompts: list[Any], *rest: Any) -> Any:
-        """As TRL's, with the "images" column back in its place for reward functions that read it."""
+        """Restores the "images" column, which reward functions may read, and calls TRL's method."""
         rows = [
             row if (images := _images_of(messages)) is None else {**row, "images": images}
             for row, messages in zip(inputs, prompts, strict=True)
@@ -217,11 +217,11 @@ def _without_adapter(model: Any) -> Any:
 def _check_prompts(row_prompts: Sequence[SharedPrompt] | None, ids: Tensor, mask: Tensor) -> None:
     """Raises `RuntimeError` unless row i of the left-padded (N, P) `ids` is `row_prompts[i]`."""
     if row_prompts is None or len(row_prompts) != len(ids):
-        raise RuntimeError(f"{len(ids)} rows need as many bound prompts, found {len(row_prompts or [])}")
+        raise RuntimeError(f"expected {len(ids)} bound prompts, one per row, found {len(row_prompts or [])}")
     lengths = mask.sum(1).tolist()
     for i, prompt in enumerate(row_prompts):
         if not torch.equal(ids[i, ids.shape[1] - int(lengths[i]) :], prompt.ids):
-            raise RuntimeError(f"row {i}: its prompt is not the bound one")
+            raise RuntimeError(f"row {i}: its prompt differs from the bound prompt")
 
 
 def _repeat(values: Sequence[Any], times: int) -> list[Any]:
@@ -243,7 +243,7 @@ def _move_images_into_prompt(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _images_of(messages: Any) -> list[Any] | None:
-    """The images in a prompt's messages, in order. None if there are none."""
+    """The images in a prompt's messages, in order; None if the messages contain no images."""
     contents = [message["content"] for message in messages if isinstance(message, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return [part["image"] for part in parts if part["type"] == "image"] or None

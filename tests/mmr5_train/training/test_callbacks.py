@@ -79,7 +79,9 @@ def test_held_out_ranking_does_not_change_the_losses(stage, data, tmp_path):
 
 def test_save_settings_must_keep_the_best_checkpoint(data, tmp_path):
     for settings in ("trainer.save_total_limit=2", "trainer.save_strategy=no"):
-        with pytest.raises(InputError, match="heldout: the best checkpoint is kept in addition to the last 2"):
+        with pytest.raises(
+            InputError, match="heldout: the run keeps the best checkpoint in addition to the last 2"
+        ):
             run("grpo", data, tmp_path / "out", f"heldout={{data:{data['grpo']}}}", settings)
     assert not (tmp_path / "out").exists()
 

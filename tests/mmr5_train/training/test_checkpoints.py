@@ -91,7 +91,7 @@ def test_resuming_needs_the_same_settings(data, tmp_path):
     run("sft", data["sft"], out, "trainer.max_steps=2")
     (out / "manifest.json").write_text('{"finished": false, "stage": "sft"}')
     with pytest.raises(
-        InputError, match="stopped run with another seed: 42, now 7; use the same settings to resume it"
+        InputError, match="stopped run with seed 42, but this run has 7; use the same settings to resume it"
     ):
         run("sft", data["sft"], out, "trainer.max_steps=2", "seed=7")
     assert (out / "checkpoint-2" / COMPLETE).is_file()

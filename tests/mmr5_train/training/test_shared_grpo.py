@@ -144,11 +144,11 @@ def test_prompts_are_bound_only_while_their_batch_is_scored(tiny, prompt, proces
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     width = batch["completion_ids"].shape[1]
-    with pytest.raises(RuntimeError, match="8 rows need as many bound prompts, found 0"):
+    with pytest.raises(RuntimeError, match="expected 8 bound prompts, one per row, found 0"):
         trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)
     with (
         trainer._bind_prompts(batch["shared_prompts"][::-1]),
-        pytest.raises(RuntimeError, match="row 0: its prompt is not the bound one"),
+        pytest.raises(RuntimeError, match="row 0: its prompt differs from the bound prompt"),
     ):
         trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)
     with (

@@ -63,7 +63,7 @@ class Run:
     domains: list[str]  # one per question
     values: Mapping[str, Values]  # figure → one value per question
     data: str  # file of the evaluated questions
-    seconds: float  # of SFT and GRPO, also if another recipe ran them
+    seconds: float  # of SFT and GRPO, even if another recipe ran them
 
 
 def main(config: CompareStage) -> None:
@@ -88,7 +88,7 @@ def main(config: CompareStage) -> None:
 def read_runs(folder: Path) -> list[Run]:
     """All finished recipes under a folder that include an evaluation. Raises `InputError` if there are none."""
     recipes = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob(RECIPE))}
-    # A stage that recipes share has its seconds in the recipe.json of the one that ran it.
+    # The duration of a shared stage is in the recipe.json of the recipe that ran it.
     seconds = {
         stage["out"]: stage["seconds"]
         for recipe in recipes.values()
@@ -153,7 +153,7 @@ def over_seeds(runs: Sequence[Run], figure: str, seed: int) -> Interval:
 def difference(
     runs: Sequence[Run], baseline_runs: Mapping[int, Run], figure: str, seed: int
 ) -> dict[str, float] | None:
-    """Paired difference of a recipe from the baseline over the seeds that both have; None without such a seed."""
+    """Paired difference of a recipe from the baseline over their common seeds; None if they have none."""
     a, b, groups = [], [], []
     for run in runs:
         baseline = baseline_runs.get(run.seed)
@@ -172,12 +172,12 @@ def difference(
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table as Markdown: mean ± deviation over seeds, and difference from the first row with its interval."""
-    shown = [figure for figure in FIGURES if any(figure in row for row in rows)]
-    head = ["recipe", "seeds", *(part for f in shown for part in (FIGURES[f], "difference")), "training, s"]
+    figures = [figure for figure in FIGURES if any(figure in row for row in rows)]
+    head = ["recipe", "seeds", *(part for f in figures for part in (FIGURES[f], "difference")), "training, s"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [row["recipe"], str(len(row["seeds"]))]
-        for figure in shown:
+        for figure in figures:
             value = row.get(figure)
             cells.append("–" if value is None else spread(value))
             cells.append(signed(value["difference"]) if value and value.get("difference") else "–")

@@ -11,15 +11,15 @@ the modes `reason` and `logits`. Writes what sft writes. The loss has three term
 - *Listwise*: after the prompt and the opening of the answer list, the probabilities of the page ids are trained
   towards the model's own order. The targets fall geometrically with the rank. (ZipRerank, arXiv 2605.11864, trains
   such scores from a teacher's ranking.)
-- *Verdicts*: at the last token of each page, the model predicts what its reasoning said about the page: that it
+- *Verdicts*: at the last token of each page, the model predicts the verdict of its reasoning on the page: that it
   helps or does not help. The order follows from these verdicts.
 - *Completions*: some of the completions are trained as in SFT, so that the model keeps its reasoning.
 
-An order of n pages also orders any subset of them, so the first two terms use subsets of the pages as well. A
-subset keeps the prompt's page order, because an answer may order equally helpful pages by it. Subsets of two pages
-come first. In the first prompts, a hint follows each page: the reasoning on that page up to its verdict. Hints
-lose tokens from prompt to prompt until none are left, as Deng et al. (arXiv 2405.14838) remove a chain of thought
-step by step. Without hints, training can get stuck where pages match half of the question.
+An order of n pages also orders any subset of them, so the first two terms also use subsets of the pages. A subset
+keeps the page order of the prompt, because an answer may use it to order equally helpful pages. Subsets of two
+pages come first. In the first prompts, a hint follows each page: the reasoning on that page up to its verdict.
+Hints lose tokens from prompt to prompt until none are left, as Deng et al. (arXiv 2405.14838) remove a chain of
+thought step by step. Without hints, training can get stuck on pages that match half of the question.
 """
 
 from __future__ import annotations
@@ -117,17 +117,20 @@ def read_rankings(config: DistillStage) -> list[Ranking]:
 class ScoreTokens:
     """The tokens whose logits score pages."""
 
-    identifiers: Tensor  # (most pages,) the token of each page id at the start of the answer list
+    identifiers: Tensor  # (largest number of pages,) the token of each page id at the start of the answer list
     verdicts: Tensor  # (2,) the tokens in which "it helps" and "it does not help" first differ
 
 
-def score_tokens(processor: Any, most_pages: int, data: Path) -> ScoreTokens:
-    """Raises `InputError` if the first tokens of the ids 1..`most_pages` are not distinct."""
-    identifiers = page_id_tokens(processor.tokenizer, most_pages)
-    if len(identifiers) < most_pages:
+def score_tokens(processor: Any, max_pages: int, data: Path) -> ScoreTokens:
+    """The score tokens for prompts of up to `max_pages` pages. Errors name `data`, the rankings file.
+
+    Raises `InputError` if the first tokens of the ids 1..`max_pages` are not distinct.
+    """
+    identifiers = page_id_tokens(processor.tokenizer, max_pages)
+    if len(identifiers) < max_pages:
         raise InputError(
-            f"{data}: prompts have up to {most_pages} pages, but only {len(identifiers)} page ids start with "
-            "distinct tokens in this tokenizer; use fewer candidates a question"
+            f"{data}: prompts have up to {max_pages} pages, but only {len(identifiers)} page ids start with "
+            "distinct tokens in this tokenizer; use fewer candidates per question"
         )
     helps, helps_not = processor.tokenizer([format_note("", True), format_note("", False)])["input_ids"]
     pair = next([a, b] for a, b in zip(helps, helps_not, strict=False) if a != b)
@@ -135,7 +138,7 @@ def score_tokens(processor: Any, most_pages: int, data: Path) -> ScoreTokens:
 
 
 def subset_dataset(rankings: Sequence[Ranking], config: DistillStage, processor: Any) -> Dataset:
-    """One row a subset: its pages, order, verdicts and hints, and the completion on all pages."""
+    """One row per subset: its pages, order, verdicts and hints, and the completion on all pages."""
     subsets = sort_pairs_first(
         [
             (ranking, subset)
@@ -145,16 +148,16 @@ def subset_dataset(rankings: Sequence[Ranking], config: DistillStage, processor:
         config.seed,
     )
     rng = random.Random(config.seed)
-    hinted_rows = config.hint_share * len(subsets)
+    rows_with_hints = config.hint_share * len(subsets)
     rows = []
     for i, (ranking, subset) in enumerate(subsets):
-        kept_share = max(0, 1 - i / hinted_rows) if hinted_rows else 0
+        token_share = max(0, 1 - i / rows_with_hints) if rows_with_hints else 0
         rows.append(
             {
                 "query": ranking.query,
                 "completion": [{"role": "assistant", "content": ranking.greedy.completion}],
                 **asdict(subset),
-                "hints": sample_hint_tokens(subset.hints, kept_share, processor.tokenizer, rng),
+                "hints": sample_hint_tokens(subset.hints, token_share, processor.tokenizer, rng),
             }
         )
     queries, shown = [ranking.query for ranking, _ in subsets], [ranking.shown for ranking, _ in subsets]
@@ -172,8 +175,8 @@ class Collator:
     """Batches the completions with TRL's collator and adds "scoring": inputs and labels of the one-pass scores.
 
     "scoring" holds the model inputs of B prompts on subsets of pages, each followed by the opening of the answer
-    list, and `targets` (B, N) of their page ids, `verdicts` (P,) on all P pages of the batch, and `page_ends` (B,
-    T), true at the last token of each page or of its hint.
+    list. It also holds `targets` (B, N), the target probabilities of their page ids; `verdicts` (P,) on all P
+    pages of the batch; and `page_ends` (B, T), true at the last token of each page or of its hint.
     """
 
     processor: Any
@@ -188,9 +191,9 @@ class Collator:
         inputs = append_hints(inputs, [hint for row in rows for hint in row["hints"]], self.processor.tokenizer)
         page_ends = inputs.pop("page_ends")
         inputs = append_list_open(inputs, self.processor.tokenizer)
-        most_pages = max(len(row["order"]) for row in rows)
+        max_pages = max(len(row["order"]) for row in rows)
         labels = {
-            "targets": torch.stack([rank_targets(row["order"], self.decay, most_pages) for row in rows]),
+            "targets": torch.stack([rank_targets(row["order"], self.decay, max_pages) for row in rows]),
             "verdicts": torch.tensor([verdict for row in rows for verdict in row["verdicts"]]),
             "page_ends": pad(page_ends, (0, inputs["input_ids"].shape[1] - page_ends.shape[1])),
         }
@@ -229,11 +232,9 @@ class DistillTrainer(FiniteSFTTrainer):
         self, *args: Any, score_tokens: ScoreTokens, listwise_weight: float, verdict_weight: float, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.score_tokens, self.listwise_weight, self.verdict_weight = (
-            score_tokens,
-            listwise_weight,
-            verdict_weight,
-        )
+        self.score_tokens = score_tokens
+        self.listwise_weight = listwise_weight
+        self.verdict_weight = verdict_weight
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -253,7 +254,8 @@ class DistillTrainer(FiniteSFTTrainer):
         verdict = verdict_loss(logits_P2, verdicts_P, page_ends_BT.nonzero()[:, 0])
         for name, value in (("listwise_loss", listwise), ("verdict_loss", verdict)):
             self._metrics["train"][name].append(self.accelerator.gather(value.detach()).mean().item())
-        # With num_items_in_batch, the completion loss is this micro-batch's share of the step. Scale these too.
+        # With num_items_in_batch, the completion loss is this micro-batch's share of the step's loss, so the other
+        # losses must be shares as well.
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         return loss + (self.listwise_weight * listwise + self.verdict_weight * verdict) / steps
 

@@ -1,4 +1,4 @@
-"""Stage 5, evaluation: every system ranks the held-out questions, and the results are scored and compared.
+"""Evaluates rerankers: every system ranks the held-out questions, and the results are scored and compared.
 
     python -m mmr5_train.evaluate data=outputs/data/heldout.jsonl \\
         'systems={sft:outputs/sft/model,sft+grpo:outputs/grpo/model}' out=outputs/evaluate
@@ -6,13 +6,13 @@
     accelerate launch --num_processes 2 -m mmr5_train.evaluate …     # two processes share the questions
 
 The first stage is always included as the baseline. Each system gives one greedy answer per question, which is the
-same in every run, and `samples` sampled answers. Each batch of rankings is saved when it is done, and the same
-command resumes an interrupted run. The stage writes
+same in every run, and `samples` sampled answers. Each finished batch of rankings is saved, so the same command
+resumes an interrupted run. The stage writes
 
 - `rankings/<system>.jsonl`: the answers, and `pages.jsonl`: the pages in them
 - `results.json`: metrics, confidence intervals and paired differences (`mmr5_train.evaluation.scoring`)
 - `trec/`: the same rankings and judgments in TREC format
-- `timing.json`: the only file that differs between two runs
+- `timing.json`: seconds and tokens of each system; the only file that differs between two runs
 - `manifest.json`
 
 Rankings contain only the candidates, so recall@k for k above their number is the recall of all candidates.
@@ -72,7 +72,7 @@ PARTIAL = "partial"
 
 
 class System(RankingOptions):
-    """A reranker to evaluate. Options that are not given here have the values of the stage."""
+    """A reranker to evaluate. Options that are not set here have the stage's values."""
 
     checkpoint: str | None = Field(
         default=None, description="a folder, a hub id or an adapter; optional with a server"
@@ -82,7 +82,7 @@ class System(RankingOptions):
 
 
 class Batch(Record):
-    """The rankings of one batch of questions by one system: a line of a partial file."""
+    """One system's rankings of one batch of questions: a line of a partial file."""
 
     start: int = Field(ge=0, description="index of the first question")
     seconds: float
@@ -114,14 +114,14 @@ class EvaluateStage(StageConfig):
     @classmethod
     def _expand_checkpoint_paths(cls, systems: Any) -> Any:
         if not isinstance(systems, dict):
-            return {} if systems is None else systems  # null is the default: Hydra can add names to it
+            return {} if systems is None else systems  # the default is null, so that Hydra can add names
         return {
             name: {"checkpoint": system} if isinstance(system, str) else system for name, system in systems.items()
         }
 
     @field_serializer("systems")
     def _without_defaults(self, systems: dict[str, System]) -> dict[str, Any]:
-        """Only the given fields: for the others, the stage's values apply and not the defaults of `System`."""
+        """Only the fields that were set. The others have the stage's values, not the defaults of `System`."""
         given = {name: system.model_dump(mode="json", exclude_unset=True) for name, system in systems.items()}
         return {
             name: fields["checkpoint"] if fields.keys() == {"checkpoint"} else fields
@@ -147,7 +147,7 @@ def main(config: EvaluateStage) -> None:
     source = config.data.parent
     pages = candidate_pages(tasks, source / "pages.jsonl")
     checkpoints = [system.checkpoint for system in config.systems.values() if system.checkpoint]
-    for checkpoint in checkpoints:  # a wrong path must fail now, not hours later
+    for checkpoint in checkpoints:  # check all paths now, because a system may be loaded hours later
         if not is_adapter(checkpoint):
             resolve_checkpoint(checkpoint)
     if config.systems:
@@ -177,7 +177,7 @@ def prepare_output(config: EvaluateStage, input_paths: Sequence[Path]) -> None:
 def write_results(
     config: EvaluateStage, tasks: Sequence[RankingTask], pages: list[Page], inputs: list[Path]
 ) -> None:
-    """Scores the finished batches of all systems, and writes everything that the stage writes."""
+    """Scores the finished batches of all systems, and writes the stage's files."""
     out, source = config.out, config.data.parent
     rankings, timing = {FIRST_STAGE: [first_stage(task) for task in tasks]}, {}
     for name in config.systems:
@@ -240,7 +240,7 @@ def first_stage(task: RankingTask) -> Ranking:
 def rank_share(name: str, tasks: Sequence[RankingTask], config: EvaluateStage, processes: PartialState) -> None:
     """Ranks this process's share of the batches that are not finished, and appends each to its partial file.
 
-    The batches do not depend on interruptions or on the number of processes, so the rankings don't either.
+    Neither interruptions nor the number of processes change the batches, so they do not change the rankings.
     """
     starts = range(0, len(tasks), config.batch_size)
     finished = read_finished_batches(config.out, name)
@@ -275,7 +275,7 @@ def read_finished_batches(out: Path, name: str) -> dict[int, Batch]:
 
 
 def load_system(system: System, config: EvaluateStage, device: str) -> Reranker:
-    """The reranker of a system. Options that its entry does not give have the values of the stage."""
+    """The reranker of a system. Options that are not set for the system have the stage's values."""
     system_options = system.model_dump(exclude_unset=True, exclude={"checkpoint", "base", "server"})
     stage_options = config.model_dump(include={"constrain", "max_new_tokens", "batch_size"})
     mode = "reason" if config.think else "direct"
@@ -297,7 +297,10 @@ def rank_batch(
     prompted = [task.in_prompt_order(config.order, config.seed) for task in tasks]
     queries, folder, backend = [task.query for task in tasks], config.data.parent, reranker.backend
     greedy_start = time.monotonic()
-    images = [[load_page(folder / page.image, backend.limits) for page in one.shown] for one in prompted]
+    images = [
+        [load_page(folder / page.image, backend.limits) for page in prompted_task.shown]
+        for prompted_task in prompted
+    ]
     greedy = [ranked.merged_answer() for ranked in reranker.rank_images(queries, images)]
     sampling_start = time.monotonic()
     samples: list[list[ModelAnswer]] = [[] for _ in tasks]

@@ -40,7 +40,7 @@ from mmr5_train.training.shared_grpo import unsupported
 VERDICT_METRICS = ("answers/true_verdicts", "answers/follow_verdicts")
 
 RewardFunction = Callable[..., list[float | None]]
-"""TRL's form of a reward: called with completions and the data set's columns, returns one value a completion."""
+"""TRL's form of a reward: called with completions and the data set's columns, returns one value per completion."""
 
 
 class GrpoStage(TrainingStage):
@@ -107,7 +107,7 @@ def grpo_arguments(config: GrpoStage, processor: Any) -> GRPOConfig:
         "reward_weights": [*config.reward.weights.values(), 0.0],  # the last one is `answer_logger`
         "generation_kwargs": {
             **(config.trainer.get("generation_kwargs") or {}),
-            # The next forward pass would expect image features for a sampled vision token, and fail.
+            # If a vision token were sampled, the next forward pass would expect image features and fail.
             "suppress_tokens": vision_token_ids(processor),
         },
     }
@@ -115,7 +115,10 @@ def grpo_arguments(config: GrpoStage, processor: Any) -> GRPOConfig:
 
 
 def trainer_class(choice: str, model: Any, arguments: GRPOConfig) -> type[GRPOTrainer]:
-    """The trainer that shares prompts within a group, or TRL's own, with a line that says why."""
+    """The trainer that shares prompts within a group, if the settings allow it, otherwise TRL's own trainer.
+
+    Raises `InputError` if `choice` is "always" and the settings do not allow it.
+    """
     if choice == "never":
         return FiniteGRPOTrainer
     reason = unsupported(model, arguments)
@@ -123,7 +126,7 @@ def trainer_class(choice: str, model: Any, arguments: GRPOConfig) -> type[GRPOTr
         return FiniteSharedGRPOTrainer
     if choice == "always":
         raise InputError(f"shared_prefix=always: {reason}")
-    print(f"grpo: does not share prompts within a group: {reason}")
+    print(f"grpo: prompts are not shared within a group: {reason}")
     return FiniteGRPOTrainer
 
 
@@ -135,8 +138,10 @@ def reward_function(name: str, think: bool) -> RewardFunction:
         completions: list[Any], pages: list[int], positives: list[list[LocalId]], **_: Any
     ) -> list[float | None]:
         texts = [completion[0]["content"] for completion in completions]
-        rows = zip(texts, pages, positives, strict=True)
-        return [score(text, n, relevant, expect_think=think) for text, n, relevant in rows]
+        return [
+            score(text, n, relevant, expect_think=think)
+            for text, n, relevant in zip(texts, pages, positives, strict=True)
+        ]
 
     reward.__name__ = name  # TRL logs a reward under its function's name
     return reward
@@ -146,8 +151,8 @@ def answer_logger(think: bool, shuffled: bool, end_ids: set[int]) -> RewardFunct
     """A reward of weight 0 that logs properties of the answers. The alarms read these metrics.
 
     `defects/*` and `answers/*` are shares of completions, with two exceptions: `answers/reranking` is the mean
-    reranking reward, and `answers/true_verdicts` a share of pages. `VERDICT_METRICS` are logged from the first
-    batch on in which the model writes verdicts. `first/<i>` is the share of answers that rank the page at prompt
+    reranking reward, and `answers/true_verdicts` a share of pages. `VERDICT_METRICS` are logged as soon as the
+    model has written a verdict. `first/<i>` is the share of answers that rank the page at prompt
     position i first.
     """
 
@@ -162,16 +167,18 @@ def answer_logger(think: bool, shuffled: bool, end_ids: set[int]) -> RewardFunct
         **_: Any,
     ) -> list[float | None]:
         nonlocal writes_verdicts
-        rows: list[dict[str, float]] = []
+        metrics_by_answer: list[dict[str, float]] = []
         for completion, ids, n, relevant in zip(completions, completion_ids, pages, positives, strict=True):
             cut_off = not ids or ids[-1] not in end_ids
-            rows.append(answer_metrics(completion[0]["content"], n, relevant, think, shuffled, cut_off))
-        writes_verdicts = writes_verdicts or any(VERDICT_METRICS[0] in row for row in rows)
+            metrics_by_answer.append(
+                answer_metrics(completion[0]["content"], n, relevant, think, shuffled, cut_off)
+            )
+        writes_verdicts = writes_verdicts or any(VERDICT_METRICS[0] in metrics for metrics in metrics_by_answer)
         if writes_verdicts:  # from then on a completion without verdicts counts as 0
-            rows = [dict.fromkeys(VERDICT_METRICS, 0.0) | row for row in rows]
-        for key in dict.fromkeys(key for row in rows for key in row):
-            log_metric(key, fmean(row[key] for row in rows if key in row))
-        return [row["answers/without_defect"] for row in rows]
+            metrics_by_answer = [dict.fromkeys(VERDICT_METRICS, 0.0) | metrics for metrics in metrics_by_answer]
+        for key in dict.fromkeys(key for metrics in metrics_by_answer for key in metrics):
+            log_metric(key, fmean(metrics[key] for metrics in metrics_by_answer if key in metrics))
+        return [metrics["answers/without_defect"] for metrics in metrics_by_answer]
 
     return no_defect
 

@@ -2,9 +2,9 @@
 
     python -m mmr5_train.plan experiment=mm_r5 gpu=a100_80gb gpus=4
 
-Page sizes come from the recipe's candidates if that stage has run, otherwise from A4 pages at the resolution of
-the corpus readers; the output says which. Model sizes are exact. Memory and hours are estimates from the formulas
-in this file, in bytes and floating-point operations. They have not been checked against a GPU.
+Page sizes come from the recipe's candidates if that stage has run. Otherwise they are those of A4 pages at the
+resolution of the corpus readers. The output says which. Model sizes are exact. Memory and hours are estimates from
+the formulas in this file. They have not been checked against a GPU.
 """
 
 from __future__ import annotations
@@ -278,9 +278,9 @@ def memory(network: Network, work: Workload, zero: str, gpus: int) -> dict[str, 
     """Bytes per GPU at the longest prompt, by part."""
     stage, offload = ZERO[zero], zero.endswith("offload")
     total, prompt = network.language + network.vision, max(work.prompts)
-    shared = 1 / gpus
+    gpu_share = 1 / gpus
     # bfloat16 weights. Trained weights are float32, with float32 gradients and two Adam moments.
-    weights = 2 * total * (shared if stage == 3 else 1) * (0 if offload else 1)
+    weights = 2 * total * (gpu_share if stage == 3 else 1) * (0 if offload else 1)
     if offload:
         weights = 2 * total / network.layers * 2  # two layers at a time are on the GPU
     tokens = work.groups * prompt + work.rows * work.completion
@@ -292,8 +292,8 @@ def memory(network: Network, work: Workload, zero: str, gpus: int) -> dict[str, 
     cache = 2 * 2 * network.layers * network.kv * (work.groups * prompt + work.rows * work.completion)
     return {
         "weights": weights + 2 * network.trained,
-        "gradients": 4 * network.trained * (shared if stage >= 2 else 1),
-        "optimizer": 8 * network.trained * (shared if stage >= 2 else 1) * (0 if offload else 1),
+        "gradients": 4 * network.trained * (gpu_share if stage >= 2 else 1),
+        "optimizer": 8 * network.trained * (gpu_share if stage >= 2 else 1) * (0 if offload else 1),
         "activations": tokens * stored + vision,
         "KV cache": cache if work.rollouts else 0,
         "logits": 10.0 * work.rows * min(work.completion, 1024) * network.vocabulary,

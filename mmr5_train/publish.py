@@ -1,11 +1,11 @@
-"""Writes a model card for a trained checkpoint; with `push_to_hub` also uploads it to the Hugging Face hub.
+"""Writes a model card for a trained checkpoint, and optionally uploads both to the Hugging Face hub.
 
     python -m mmr5_train.publish checkpoint=outputs/grpo/model evaluation=outputs/evaluate license=apache-2.0
     python -m mmr5_train.publish … push_to_hub=USER/NAME
 
-Reads the manifests of the stages that trained the checkpoint, and its results in an evaluation. Writes README.md
-into the checkpoint's folder, in the hub's format (huggingface.co/docs/hub/model-cards). Uploads only with
-`push_to_hub`, with the token of `hf auth login` or HF_TOKEN.
+Reads the manifests of the stages that trained the checkpoint, and the checkpoint's results in an evaluation.
+Writes README.md into the checkpoint's folder, in the hub's format (huggingface.co/docs/hub/model-cards). Uploads
+only with `push_to_hub`, with the token of `hf auth login` or HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def evaluation_row(folder: Path, model: Path) -> dict[str, Any]:
         checkpoint = checkpoints.get(row["system"])
         if checkpoint is not None and Path(checkpoint).resolve() == model.resolve():
             return {**row, "data": manifest["config"]["data"]}
-    found = ", ".join(checkpoint for checkpoint in checkpoints.values() if checkpoint)
-    raise InputError(f"evaluation: no system of {folder} is {model} (found: {found})")
+    names = ", ".join(checkpoint for checkpoint in checkpoints.values() if checkpoint)
+    raise InputError(f"evaluation: no system of {folder} is {model} (found: {names})")
 
 
 def push(config: PublishStage) -> str:

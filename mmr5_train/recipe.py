@@ -7,11 +7,11 @@
 A recipe (configs/recipe.yaml with options of `experiment` and `size`) lists, for each stage, the values that
 differ from the stage's own config. This command turns them into Hydra overrides, composes each stage's config from
 configs/<stage>.yaml and those overrides, and runs the stages in order. It first prints each setting that differs
-from MM-R5 as published, and before each stage the command that would run it.
+from MM-R5 as published. Before each stage, it prints the command that would run the stage.
 
 It skips a stage whose folder already holds the result of the same config and unchanged input files. After the
 first stage that runs, it runs all later stages, because they read new inputs. An interrupted stage resumes. So the
-same command continues a recipe that was stopped, and recipes can share stages through the folder `shared`.
+same command continues a stopped recipe, and recipes can share stages through the folder `shared`.
 """
 
 from __future__ import annotations

@@ -6,14 +6,14 @@
 Three steps in this order. A step is skipped if its setting is null:
 
 - seen: removes questions about documents that SFT was trained on.
-- difficulty: a model answers each question several times, and the config group `reward` gives the reward that GRPO
-  would give each answer. A question is kept if its answers earn different rewards, since GRPO learns nothing from
-  equal ones, and if their mean is between `min_reward` and `max_reward`.
+- difficulty: a model answers each question several times, and each answer gets the reward that GRPO would give it
+  (config group `reward`). A question is selected if its answers earn different rewards, since GRPO learns nothing
+  from equal rewards, and if the mean reward is between `min_reward` and `max_reward`.
 - balanced: MM-R5 (arXiv 2506.12364, section 3.3.1) splits the questions into 10 groups by image resolution and
   samples evenly from them. Its code and details are not public. Here, the resolution of a question is the mean
-  pixel count of its candidate pages; the groups have equal widths on a logarithmic scale from the smallest to the
-  largest resolution, since groups of equal size would change nothing; and if a group has too few questions, more
-  are taken from the others.
+  pixel count of its candidate pages. The groups have equal widths on a logarithmic scale from the smallest to the
+  largest resolution, because groups of equal size would change nothing. If a group has too few questions, more
+  questions are taken from the other groups.
 
 Reads a `RankingTask` file and the pages.jsonl next to it. Writes
 
@@ -75,7 +75,7 @@ SEEN, NOT_DRAWN = "document seen by SFT", "not drawn"
 
 
 class Difficulty(RolloutConfig):
-    """Bounds on a model's mean reward on a question. The highest possible reward is 1."""
+    """The rollouts that measure difficulty, and bounds on a question's mean reward, which is at most 1."""
 
     min_reward: float = Field(default=0.0, description="lowest mean reward of a question")
     max_reward: float = Field(default=1.0, description="highest mean reward of a question")
@@ -104,7 +104,8 @@ class SelectStage(StageConfig):
         default=None, description="Page records; null: pages.jsonl in the folder of `questions`"
     )
     seen: Path | None = Field(
-        default=None, description="the data that SFT was trained on: traces.jsonl, or its train.jsonl"
+        default=None,
+        description="the data that SFT was trained on: traces.jsonl, or the train.jsonl of its questions",
     )
     difficulty: Difficulty | None = None
     balanced: Balanced | None = None
@@ -134,8 +135,8 @@ def main(config: SelectStage) -> None:
         mean_rewards = {query_id: fmean(values) for query_id, values in rewards.items()}
         bounds = config.difficulty.min_reward, config.difficulty.max_reward
         remaining = keep(remaining, lambda task: why_unsuitable(rewards[task.query_id], *bounds), dropped)
-        check_remaining(remaining, dropped, "run again with other bounds; finished rollouts are used again")
-    if config.difficulty is None or config.difficulty.rollouts:  # otherwise sampling has prepared the folder
+        check_remaining(remaining, dropped, "run again with other bounds; finished rollouts are reused")
+    if config.difficulty is None or config.difficulty.rollouts:  # sampling has already created the folder
         open_output(config.out, config.overwrite, inputs)
 
     if config.balanced:
@@ -228,8 +229,8 @@ def check_rollout_settings(out: Path, settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         if earlier.get(name) != value:
             raise InputError(
-                f"{out / PARTIAL}: has rollouts of an interrupted run with another {name}: {earlier.get(name)}, "
-                f"now {value}; run its command again, choose another out=…, or set overwrite=true to start over"
+                f"{out / PARTIAL}: has rollouts of an interrupted run with {name} {earlier.get(name)}, but this run "
+                f"has {value}; run the same command again, choose another out=…, or set overwrite=true to start over"
             )
 
 
@@ -276,16 +277,16 @@ def balanced_sample(groups: Sequence[int], count: int, seed: int) -> list[int]:
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
     shuffled = [rng.sample(members[group], len(members[group])) for group in sorted(members)]
-    in_turn = [index for row in zip_longest(*shuffled) for index in row if index is not None]
-    return sorted(in_turn[:count])
+    round_robin = [index for turn in zip_longest(*shuffled) for index in turn if index is not None]
+    return sorted(round_robin[:count])
 
 
 def histogram(
     group: Mapping[str, int], edges: Sequence[float], selected: set[str], unit: str
 ) -> list[dict[str, float]]:
-    """The number of questions in each group before and after the selection, without empty groups.
+    """The number of questions in each group before and after the selection. Omits empty groups.
 
-    `group` maps query ids to groups, `selected` holds query ids.
+    `group` maps query ids to groups. `selected` holds the query ids of the selected questions.
     """
     before, after = Counter(group.values()), Counter(group[query_id] for query_id in selected)
     return [

@@ -3,7 +3,7 @@
     python -m mmr5_train.serve checkpoint=outputs/grpo/model          # then open http://127.0.0.1:8000
     MMR5_API_KEY=… python -m mmr5_train.serve checkpoint=… host=0.0.0.0 port=8080 folder=outputs/data/pages
 
-It writes no files. The server accepts requests for /health while the model loads. It ranks concurrent requests in
+It writes no files. /health already responds while the model loads. The server ranks concurrent requests in
 batches. docs/reranker.md describes the API, the limits and the errors.
 """
 

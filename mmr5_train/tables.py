@@ -3,10 +3,10 @@
     python -m mmr5_train.tables 'evaluations={ColQwen: outputs/colqwen/evaluation, DSE: outputs/dse/evaluation}' \\
         'rows={sft: SFT only, grpo: MM-R5}' out=outputs/tables
 
-Reads results.json from evaluate folders; `evaluations` maps the name of a first stage to its folder. A first stage
-is compared with the published one of the same name. `rows` says which published row each other system is compared
-with; the remaining systems are listed without a comparison. Writes tables.md and tables.html: every published row,
-followed by the measured rows and their differences from it.
+Reads results.json from evaluate folders. `evaluations` maps the name of a first stage to its folder; the first
+stage is compared with the published one of the same name. `rows` maps each other system to the published row that
+it is compared with. The remaining systems are listed without a comparison. Writes tables.md and tables.html: every
+published row, followed by the measured rows and their differences from it.
 """
 
 from __future__ import annotations

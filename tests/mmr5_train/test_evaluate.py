@@ -96,7 +96,7 @@ def test_an_interrupted_run_is_resumed(data: Path, tmp_path: Path, monkeypatch: 
     with (out / PARTIAL / "b.0.jsonl").open("a") as stream:
         stream.write('{"start": 2, "seconds": 0.1, "ranki')
     monkeypatch.setattr(evaluate, "rank_batch", lambda *args: calls.append(args[:2]) or rank_batch(*args))
-    with pytest.raises(InputError, match=r"another batch_size: 2, now 3"):
+    with pytest.raises(InputError, match=r"batch_size 2, but this run has 3"):
         main(config(data, out, *overrides, "batch_size=3"))
     main(config(data, out, *overrides))
     assert calls == [("a", 0), ("a", 2), ("b", 0), ("b", 2)], "a batch was ranked twice"

@@ -89,7 +89,9 @@ def test_a_resumed_run_ends_with_the_same_files(
     assert len(partial.read_text().splitlines()) == 4
     with partial.open("a") as stream:  # as if the machine had failed in the middle of a batch
         stream.write(partial.read_text().splitlines()[0] + "\n" + '{"query_id": "doc')
-    with pytest.raises(InputError, match=r"partial.jsonl: .* an interrupted run with another samples: 4, now 3"):
+    with pytest.raises(
+        InputError, match=r"partial.jsonl: .* an interrupted run with samples 4, but this run has 3"
+    ):
         select(data, guessing_model, resumed, samples=3)
     with monkeypatch.context() as patch:
         interrupt_after(2, patch)  # 4 and 2 questions are left

@@ -96,7 +96,7 @@ def test_resuming_needs_the_same_settings(data, tmp_path):
         run("sft", data["sft"], out, "trainer.max_steps=2", "seed=7")
     assert (out / "checkpoint-2" / COMPLETE).is_file()
     data["sft"].write_text(data["sft"].read_text().replace("a page", "a picture"))
-    with pytest.raises(InputError, match="with another data"):
+    with pytest.raises(InputError, match="stopped run with data"):
         run("sft", data["sft"], out, "trainer.max_steps=2")
     assert run("sft", data["sft"], out, "trainer.max_steps=2", "seed=7", "overwrite=true")
 

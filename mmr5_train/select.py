@@ -230,8 +230,8 @@ def check_rollout_settings(out: Path, settings: dict[str, Any]) -> None:
         if earlier.get(name) != value:
             raise InputError(
                 f"{out / PARTIAL}: has rollouts of an interrupted run with {name} {earlier.get(name)}, but this "
-                f"run has {value}; use the same settings to resume it, choose another out=…, or set overwrite=true "
-                "to start over"
+                f"run has {value}; use the same settings to resume it, choose another out=…, or set "
+                "overwrite=true to start over"
             )
 
 

@@ -1,1 +1,1 @@
-"""Parts of the HTML pages: tables, training curves, example questions, page pictures."""
+"""Builds the HTML pages: tables, training curves, example questions and page pictures."""

@@ -31,9 +31,9 @@ _COST: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def answer_view(rankings: Rankings) -> dict[str, Any] | None:
-    """The table of classes and defects, with a column each for the greedy and the sampled answers of a system.
+    """The table of classes and defects. Each system has one column for its greedy and one for its sampled answers.
 
-    Every class and defect has a row, also if its count is 0. None if no system writes completions.
+    Every class and defect has a row, even if its count is 0. None if no system writes completions.
     """
     columns = []
     for system, ranked in rankings.items():
@@ -67,7 +67,7 @@ def _cell(column: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
 def cost_view(rankings: Rankings, timing: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
     """Seconds and tokens per question, means over questions. None if no system has any of them.
 
-    `timing` is timing.json; an empty one is allowed, since the rankings contain the completion tokens.
+    `timing` is the content of timing.json. It may be empty, since the rankings contain the completion tokens.
     """
     costs = {}
     for system, ranked in rankings.items():

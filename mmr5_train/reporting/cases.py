@@ -50,7 +50,7 @@ class Reasoning:
 
 @dataclass(frozen=True)
 class Case:
-    """A question as the report shows it: ranking of the first and the last system, and reasoning of each system.
+    """A question in the report: the rankings of the first and the last system, and the reasoning of each system.
 
     `numbers` maps a page to its number in the report, which is its image number in the last system's prompt.
     """
@@ -78,14 +78,14 @@ def first_relevant(ranking: Ranking) -> int | None:
 
 def outcome(before: Ranking, after: Ranking) -> Outcome:
     """Whether the first relevant page moved up, stayed, or moved down."""
-    a, b = first_relevant(before), first_relevant(after)
-    if a is None or b is None or a == b:
+    old_rank, new_rank = first_relevant(before), first_relevant(after)
+    if old_rank is None or new_rank is None or old_rank == new_rank:
         return "unchanged"
-    return "improved" if b < a else "worsened"
+    return "improved" if new_rank < old_rank else "worsened"
 
 
 def choose(outcomes: Mapping[str, Outcome], count: int, seed: int) -> list[str]:
-    """`count` query ids drawn with `seed`, equally many of each outcome as long as the outcome has any left."""
+    """`count` query ids drawn with `seed`, taken from the outcomes in turn until their questions run out."""
     groups = {kind: sorted(q for q, o in outcomes.items() if o == kind) for kind in OUTCOMES}
     for kind, group in groups.items():
         random.Random(f"{seed}/{kind}").shuffle(group)
@@ -100,8 +100,8 @@ def choose(outcomes: Mapping[str, Outcome], count: int, seed: int) -> list[str]:
 def make_case(rankings: Sequence[Ranking], descriptions: Mapping[PageId, str]) -> Case:
     """The case of one question. `rankings` holds one ranking per system, in the order of the results."""
     first, last = rankings[0], rankings[-1]
-    start = {page: i for i, page in enumerate(first.ranked_pages(first.greedy), 1)}
-    # Systems may have had other candidates than the last one: these get the following numbers.
+    first_stage_ranks = {page: i for i, page in enumerate(first.ranked_pages(first.greedy), 1)}
+    # Pages that only other systems ranked get the numbers after those of the last system's pages.
     pages = dict.fromkeys(page.id for ranking in reversed(rankings) for page in ranking.shown)
     numbers = {page: i for i, page in enumerate(pages, 1)}
     return Case(
@@ -114,13 +114,13 @@ def make_case(rankings: Sequence[Ranking], descriptions: Mapping[PageId, str]) -
         after=first_relevant(last),
         missed=len(set(last.positives) - {page.id for page in last.shown}),
         numbers=numbers,
-        first=_places(first, start, numbers),
-        last=_places(last, start, numbers),
+        first=_places(first, first_stage_ranks, numbers),
+        last=_places(last, first_stage_ranks, numbers),
         reasonings=tuple(
             Reasoning(
                 system=ranking.system,
                 lines=tuple(note_lines(ranking, numbers, descriptions)),
-                places=_places(ranking, start, numbers),
+                places=_places(ranking, first_stage_ranks, numbers),
                 defects=ranking.greedy.defects,
                 completion=ranking.greedy.completion,
             )
@@ -130,10 +130,12 @@ def make_case(rankings: Sequence[Ranking], descriptions: Mapping[PageId, str]) -
     )
 
 
-def _places(ranking: Ranking, start: Mapping[PageId, int], numbers: Mapping[PageId, int]) -> tuple[Place, ...]:
+def _places(
+    ranking: Ranking, first_stage_ranks: Mapping[PageId, int], numbers: Mapping[PageId, int]
+) -> tuple[Place, ...]:
     relevant = set(ranking.positives)
     return tuple(
-        Place(page=page, number=numbers[page], relevant=page in relevant, moved=start.get(page, i) - i)
+        Place(page=page, number=numbers[page], relevant=page in relevant, moved=first_stage_ranks.get(page, i) - i)
         for i, page in enumerate(ranking.ranked_pages(ranking.greedy), 1)
     )
 
@@ -141,7 +143,7 @@ def _places(ranking: Ranking, start: Mapping[PageId, int], numbers: Mapping[Page
 def note_lines(
     ranking: Ranking, numbers: Mapping[PageId, int], descriptions: Mapping[PageId, str]
 ) -> list[NoteLine]:
-    """The lines of the greedy think block, each with its page and, if the truth is known, whether it is true."""
+    """The lines of the greedy think block, each with its page and, if known, whether it is true."""
     relevant = set(ranking.positives)
     think = parse_answer(ranking.greedy.completion, len(ranking.shown)).think or ""
     lines: list[NoteLine] = []

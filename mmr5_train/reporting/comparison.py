@@ -27,17 +27,17 @@ def comparison_page(
     `figures` maps a figure to its heading. `published` holds the published tables with the recipes that reproduce
     a published row; it is empty if no recipe does.
     """
-    shown = {key: heading for key, heading in figures.items() if any(key in row for row in rows)}
+    shown_figures = {key: heading for key, heading in figures.items() if any(key in row for row in rows)}
     return render_page(
         "compare.html.j2",
         title=f"{len(rows)} recipes",
         rows=rows,
-        figures=shown,
+        figures=shown_figures,
         data=data,
         published=paper_view(published) if published else None,
         code=code_version(),
         pictures={},
-        forests=[(heading, forest(rows, key)) for key, heading in shown.items() if len(rows) > 1],
+        forests=[(heading, forest(rows, key)) for key, heading in shown_figures.items() if len(rows) > 1],
     )
 
 

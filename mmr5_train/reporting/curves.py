@@ -143,8 +143,8 @@ def _lines(history: Sequence[dict[str, Any]], key: str, color: int) -> list[Line
     for name in sorted(keys):
         points = _points(history, name)
         if points and not (start == "defects/" and not any(value for _, value in points)):
-            shown = name.removesuffix("/mean").rpartition("/")[2].replace("_", " ")
-            lines.append(Line(shown, points, color))
+            series_name = name.removesuffix("/mean").rpartition("/")[2].replace("_", " ")
+            lines.append(Line(series_name, points, color))
     return lines
 
 

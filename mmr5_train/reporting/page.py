@@ -24,7 +24,7 @@ def render_page(template: str, *folders: Path, **values: Any) -> str:
 
 
 def picture_views(pictures: Mapping[PageId, Picture]) -> dict[PageId, dict[str, Any]]:
-    """The template variable `pictures`. The file contains each picture once, under its `id`."""
+    """The template variable `pictures`. The HTML file contains each picture once, with its `id`."""
     return {
         page: {
             "id": f"page-{i}",

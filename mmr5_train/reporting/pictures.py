@@ -1,4 +1,4 @@
-"""Page pictures embedded in the report: one copy of each page, as large as the size limit of the file allows."""
+"""Page pictures for the report: each page is embedded once, as large as the size limit of the file allows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import Image
 
 KeyT = TypeVar("KeyT", bound=Hashable)
 
-# (longest side in pixels, JPEG quality): the first entry with which all pictures fit is used.
-LADDER = ((1200, 80), (1000, 78), (800, 75), (640, 72), (520, 68), (400, 62), (300, 58), (220, 50), (120, 40))
+# (longest side in pixels, JPEG quality), from large to small: the first entry that fits the budget is used.
+SIZES = ((1200, 80), (1000, 78), (800, 75), (640, 72), (520, 68), (400, 62), (300, 58), (220, 50), (120, 40))
 PLACEHOLDER = (600, 800)
 
 
@@ -30,11 +30,12 @@ class Picture:
 
 
 def inline_pictures(paths: Mapping[KeyT, Path], budget: int) -> dict[KeyT, Picture]:
-    """The pictures of `paths`, with data URLs of at most `budget` characters in total.
+    """The pictures of `paths`, at the largest size of `SIZES` with at most `budget` characters of data URLs in total.
 
-    A missing or unreadable file becomes a picture without `url`, so that it does not prevent the report.
+    If even the smallest size exceeds `budget`, it is used anyway. A missing or unreadable file becomes a picture
+    without `url`, so that the report can still be written.
     """
-    for side, quality in LADDER[:-1]:
+    for side, quality in SIZES[:-1]:
         pictures: dict[KeyT, Picture] = {}
         used = 0
         for key, path in paths.items():
@@ -44,7 +45,7 @@ def inline_pictures(paths: Mapping[KeyT, Path], budget: int) -> dict[KeyT, Pictu
                 break
         else:
             return pictures
-    return {key: _load(path, *LADDER[-1]) for key, path in paths.items()}
+    return {key: _load(path, *SIZES[-1]) for key, path in paths.items()}
 
 
 def _load(path: Path, side: int, quality: int) -> Picture:

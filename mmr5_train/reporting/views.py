@@ -1,4 +1,4 @@
-"""Data for the report's template, from results, manifests and logs: plain dicts, and filters that format text."""
+"""Data for the report's template: dicts from results, manifests and logs, and the filters that format them."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def headline(results: Results) -> dict[str, str]:
 
 
 def trained_text(sft: Path | None, grpo: Path | None) -> str:
-    """A sentence on the training stages and the size of their data; empty if no trainer's folder is given."""
+    """A sentence on the training stages and the size of their data; empty if neither stage has a folder."""
     manifests = [(stage, read_manifest(folder)) for stage, folder in (("SFT", sft), ("GRPO", grpo)) if folder]
     if not manifests:
         return ""
@@ -178,13 +178,13 @@ def _best(values: list[float]) -> float | None:
 
 
 def table_metrics(results: Results) -> list[str]:
-    """The metrics of the table. Cutoffs beyond the number of candidates would repeat the same values."""
-    shown = []
+    """The metrics of the metrics. Cutoffs beyond the number of candidates would repeat the same values."""
+    metrics = []
     for metric in (m for m in TABLE if m in results["metrics"]):
         cutoff = int(metric.partition("@")[2] or 1)
         if cutoff <= max(5, math.ceil(results["candidates"])):
-            shown.append(metric)
-    return shown
+            metrics.append(metric)
+    return metrics
 
 
 def _step(results: Results, index: int) -> dict[str, Any] | None:
@@ -196,7 +196,7 @@ def _step(results: Results, index: int) -> dict[str, Any] | None:
 
 
 def forest(results: Results) -> dict[str, Any]:
-    """All differences with intervals, and their positions (0 to 1) on a common axis that includes zero."""
+    """All differences with their intervals, and their positions, 0 to 1, on a common axis that includes zero."""
     groups = []
     for difference in results["differences"]:
         items = [{"metric": m, **difference[m]} for m in COMPARED if m in difference]
@@ -251,7 +251,7 @@ def _macro_text(results: Results, macro: bool) -> str:
 
 
 def training_view(folder: Path | None, stage: str) -> dict[str, Any] | None:
-    """A trainer's charts, or a message on which log is missing."""
+    """The charts of a training stage, or a message that says which log is missing."""
     if folder is None:
         return None
     title = {"sft": "Supervised fine-tuning", "grpo": "Reinforcement learning (GRPO)"}[stage]
@@ -307,7 +307,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: can't be read ({error}); run the evaluate stage again") from None
     check_results(results, path)
-    for row in results["rows"]:  # absent in older files, in which all systems had the same candidates
+    for row in results["rows"]:  # older files lack the field: their systems had the same candidates
         row.setdefault("ceiling", results["ceiling"])
     return dict(results)
 

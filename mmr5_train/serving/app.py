@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class Service:
-    """State that the routes share. `requests` counts the requests admitted and not yet answered."""
+    """State that the routes share. `requests` is the number of requests in progress."""
 
     def __init__(self, config: ServeConfig, batcher: Batcher, key: str | None) -> None:
         self.config, self.limits, self.batcher = config, config.limits, batcher
@@ -111,8 +111,8 @@ class Service:
         deadline = asyncio.get_running_loop().time() + self.limits.seconds
         try:
             # Don't assign the body to a variable: it would stay in memory until the response.
-            working = work(await with_deadline(deadline, read_body(request, body_mb), body_late))
-            result = await with_deadline(deadline, cancel_on_disconnect(request, working), work_late)
+            pending = work(await with_deadline(deadline, read_body(request, body_mb), body_late))
+            result = await with_deadline(deadline, cancel_on_disconnect(request, pending), work_late)
             return JSONResponse(result)
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -172,8 +172,8 @@ def make_app(config: ServeConfig, batcher: Batcher, key: str | None) -> FastAPI:
 def check_type(request: Request, expected: str) -> None:
     """Rejects other content types with `RequestError`.
 
-    This stops other web sites from posting here: a browser sends a preflight request before it posts these types
-    across origins, and the server does not allow it.
+    This prevents other web sites from posting to this server: a browser sends a preflight request before it posts
+    these types across origins, and the server rejects that request.
     """
     kind, *parameters = request.headers.get("content-type", "").lower().split(";")
     charset = next(
@@ -190,7 +190,7 @@ def check_type(request: Request, expected: str) -> None:
 
 
 async def read_body(request: Request, megabytes: float) -> bytes:
-    """Raises `RequestError` as soon as the declared or received size exceeds the limit."""
+    """The body. Raises `RequestError` as soon as the declared or received size exceeds the limit."""
     max_bytes = int(megabytes * MB)
     message = f"body: more than {megabytes:g} MB"
     too_large = RequestError(413, "body_too_large", f"{message}; send fewer or smaller pages", param="body")
@@ -206,7 +206,7 @@ async def read_body(request: Request, megabytes: float) -> bytes:
 
 
 async def with_deadline(deadline: float, work: Awaitable[T], error: RequestError) -> T:
-    """Cancels the work at `deadline`, a time of the event loop, and raises `error`."""
+    """The result of `work`. At `deadline`, a time of the event loop, cancels it and raises `error`."""
     try:
         async with asyncio.timeout_at(deadline):
             return await work
@@ -215,22 +215,22 @@ async def with_deadline(deadline: float, work: Awaitable[T], error: RequestError
 
 
 async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Cancels the work and raises `ClientDisconnect` when the client closes the connection."""
+    """The result of `work`. If the client closes the connection, cancels it and raises `ClientDisconnect`."""
 
     async def disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             continue
 
-    working, disconnected = asyncio.create_task(work), asyncio.create_task(disconnect())
+    work_task, disconnect_task = asyncio.create_task(work), asyncio.create_task(disconnect())
     try:
-        await asyncio.wait({working, disconnected}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        await asyncio.wait({work_task, disconnect_task}, return_when=asyncio.FIRST_COMPLETED)
+        if not work_task.done():
             raise ClientDisconnect
-        return working.result()
+        return work_task.result()
     finally:
-        working.cancel()
-        disconnected.cancel()
-        await asyncio.gather(working, disconnected, return_exceptions=True)
+        work_task.cancel()
+        disconnect_task.cancel()
+        await asyncio.gather(work_task, disconnect_task, return_exceptions=True)
 
 
 def not_ready(state: str) -> RequestError:

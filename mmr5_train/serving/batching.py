@@ -115,7 +115,7 @@ class Batcher:
             del batch  # free the images before waiting for the next request
 
     def _next_batch(self) -> list[_Job]:
-        """Waits for at least one job. Returns an empty list when the server stops."""
+        """Waits for at least one job and returns it with the others of its batch. Empty when the server stops."""
         batch: list[_Job] = []
         while not batch:
             with self._changed:
@@ -130,9 +130,9 @@ class Batcher:
         return batch
 
     def _wait_for_more(self) -> None:
-        end = time.monotonic() + self._wait_s
+        deadline = time.monotonic() + self._wait_s
         while len(self._jobs) < self._batch_size and self.state == "ready":
-            remaining = end - time.monotonic()
+            remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return
             self._changed.wait(remaining)

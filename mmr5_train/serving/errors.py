@@ -1,4 +1,4 @@
-"""Errors of requests, always as JSON: {"error": {"message", "type", "param", "code"}}."""
+"""Error responses, always as JSON: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def short_repr(value: Any) -> str:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Makes the app answer every error in the format of `RequestError`. Unexpected exceptions are also logged."""
+    """Makes the app respond to all errors in the format of `RequestError`. Unexpected exceptions are also logged."""
 
     @app.exception_handler(RequestError)
     async def request_error(request: Request, error: RequestError) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""The server's web page: one self-contained HTML file, and a content security policy that enforces this."""
+"""The server's web page: one self-contained HTML file, with a content security policy that enforces this."""
 
 from __future__ import annotations
 

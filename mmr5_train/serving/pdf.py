@@ -2,8 +2,8 @@
 
     python -m mmr5_train.serving.pdf PAGES < document.pdf     # the command that the server runs; prints JSON
 
-pdfium is not thread-safe, can't be interrupted, and here reads untrusted input. A separate process can be killed,
-and a crash or excessive memory use does not affect the server.
+pdfium is not thread-safe and can't be interrupted, and the server gives it untrusted input. A separate process can
+be killed, and its crash or memory use does not affect the server.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class PdfError(Exception):
-    """A PDF that can't be rendered. `code` is the machine-readable reason."""
+    """The PDF can't be rendered. `code` is the machine-readable reason."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)

@@ -52,7 +52,7 @@ class RankingJob:
 def read_job(body: bytes, limits: Limits, model_name: str, folder: Path | None) -> RankingJob:
     """Parses a request and reads its images. Raises `RequestError`.
 
-    It decodes every image to check it, which is slow, so it must not run on the event loop.
+    Decodes every image to check it. This is slow, so it must not run on the event loop.
     """
     request = parse_request(body, limits, model_name)
     pages, documents = [], []

@@ -46,7 +46,7 @@ class Server(uvicorn.Server):
 
 
 def run(config: ServeConfig, load: Callable[[], Ranker]) -> None:
-    """Serves until SIGTERM or SIGINT. Raises the exception of loading the model, if it failed."""
+    """Serves until SIGTERM or SIGINT. If the model can't be loaded, raises the exception that loading raised."""
     key = read_key()
     server = Server(config, load, key)
     with listen(config) as listener:

@@ -25,7 +25,7 @@ class Limits(BaseModel):
     pages: int = Field(default=50, ge=1, description="pages in a request, and pages rendered from a PDF")
     megapixels: float = Field(default=40, gt=0, le=120, description="of one page image, checked before decoding")
     query_chars: int = Field(default=2000, ge=1)
-    requests: int = Field(default=64, ge=1, description="requests admitted and not yet answered")
+    requests: int = Field(default=64, ge=1, description="largest number of requests in progress")
     seconds: float = Field(
         default=120, gt=0, description="time limit of a request, from its first byte to the response"
     )

@@ -30,7 +30,7 @@ class Picture:
 
 
 def inline_pictures(paths: Mapping[KeyT, Path], budget: int) -> dict[KeyT, Picture]:
-    """The pictures of `paths`, at the largest size of `SIZES` with at most `budget` characters of data URLs in total.
+    """The pictures of `paths`, at the largest size for which their data URLs fit in `budget` characters.
 
     If even the smallest size exceeds `budget`, it is used anyway. A missing or unreadable file becomes a picture
     without `url`, so that the report can still be written.

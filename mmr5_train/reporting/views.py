@@ -178,7 +178,7 @@ def _best(values: list[float]) -> float | None:
 
 
 def table_metrics(results: Results) -> list[str]:
-    """The metrics of the metrics. Cutoffs beyond the number of candidates would repeat the same values."""
+    """The metrics in the results table. Cutoffs beyond the number of candidates would repeat the same values."""
     metrics = []
     for metric in (m for m in TABLE if m in results["metrics"]):
         cutoff = int(metric.partition("@")[2] or 1)

@@ -52,7 +52,7 @@ def short_repr(value: Any) -> str:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Makes the app respond to all errors in the format of `RequestError`. Unexpected exceptions are also logged."""
+    """Makes the app respond to all errors in the format of `RequestError`. Also logs unexpected exceptions."""
 
     @app.exception_handler(RequestError)
     async def request_error(request: Request, error: RequestError) -> JSONResponse:

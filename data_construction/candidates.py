@@ -1,4 +1,4 @@
-"""Makes ranking tasks from a corpus: page images, first-stage candidates, and splits by document.
+"""Makes ranking tasks from a corpus: questions with first-stage candidates.
 
     python -m data_construction.candidates corpus=synthetic out=outputs/data
     python -m data_construction.candidates corpus=mmdocir_train corpus.folder=FOLDER exclude=[DATA/documents.jsonl]

@@ -1,8 +1,10 @@
-"""Downloads MMDocIR from the Hugging Face hub: shows the size first, resumes, and verifies the files.
+"""Downloads MMDocIR from the Hugging Face hub, and verifies the files.
 
     python -m data_construction.download dataset=evaluation out=data/mmdocir              # only shows the size
     python -m data_construction.download dataset=evaluation out=data/mmdocir yes=true
     python -m data_construction.download dataset=train out=data/mmdocir_train 'subsets=[DUDE,SlideVQA]' yes=true
+
+Without `yes=true`, the command shows the size and the free disk space, and downloads nothing.
 
 To resume an interrupted download, run the same command again: it skips complete files and resumes partial ones. At
 the end, the size of every file is compared with the hub's, and its SHA-256 if the hub has one. The licences are on
@@ -17,9 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    HTTPError,
-)  # the HTTP error of the library that this version of huggingface_hub uses
+from huggingface_hub.errors import HTTPError  # of httpx or requests, depending on the hub library's version
 from huggingface_hub.hf_api import RepoSibling
 from pydantic import BaseModel, ConfigDict, Field
 

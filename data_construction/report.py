@@ -1,4 +1,4 @@
-"""Writes the data report: an HTML page to review the training data before training.
+"""Writes an HTML report on the training data, for a review before training.
 
     python -m data_construction.report data=outputs/data traces=outputs/traces select=outputs/select
 

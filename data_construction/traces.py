@@ -1,4 +1,4 @@
-"""Makes reasoning traces: the teacher explains each page, its notes form the think block, the labels the answer.
+"""Makes reasoning traces for SFT from a teacher's notes on the candidates.
 
     python -m data_construction.traces data=outputs/data/train.jsonl out=outputs/traces
     python -m data_construction.traces … teacher=openai teacher.model=… refine=true

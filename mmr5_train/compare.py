@@ -1,4 +1,4 @@
-"""Compares recipes: one table over all recipes and seeds under a folder, with differences from a baseline.
+"""Compares recipes over several seeds, with differences from a baseline.
 
     python -m mmr5_train.compare folder=outputs/ablations baseline=recommended
 

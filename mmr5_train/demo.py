@@ -1,4 +1,4 @@
-"""Runs the whole pipeline at a small size: the recommended recipe on a synthetic corpus.
+"""Runs the recommended recipe at a small size, on a synthetic corpus.
 
     python -m mmr5_train.demo seed=1                           # make demo SEED=1
     python -m mmr5_train.demo overwrite=false leave_out=[]     # make demo-modes

@@ -1,4 +1,4 @@
-"""Distillation: a reasoning model learns to rank in one forward pass and keeps its reasoning.
+"""Distillation: a reasoning model also learns to rank in one forward pass.
 
     python -m mmr5_train.evaluate data=outputs/data/train.jsonl 'systems={teacher:outputs/grpo/model}' \\
         out=outputs/teacher_rankings

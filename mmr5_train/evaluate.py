@@ -1,4 +1,4 @@
-"""Evaluates rerankers: every system ranks the held-out questions, and the results are scored and compared.
+"""Ranks the held-out questions with each system, and compares the systems.
 
     python -m mmr5_train.evaluate data=outputs/data/heldout.jsonl \\
         'systems={sft:outputs/sft/model,sft+grpo:outputs/grpo/model}' out=outputs/evaluate

@@ -1,4 +1,4 @@
-"""Estimates what a recipe needs before it runs: prompt tokens, memory per GPU, optimizer steps and hours.
+"""Estimates a recipe's prompt tokens, GPU memory, optimizer steps and hours.
 
     python -m mmr5_train.plan experiment=mm_r5 gpu=a100_80gb gpus=4
 

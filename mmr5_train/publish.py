@@ -1,4 +1,4 @@
-"""Writes a model card for a trained checkpoint, and optionally uploads both to the Hugging Face hub.
+"""Writes a checkpoint's model card, and can upload both to the Hugging Face hub.
 
     python -m mmr5_train.publish checkpoint=outputs/grpo/model evaluation=outputs/evaluate license=apache-2.0
     python -m mmr5_train.publish … push_to_hub=USER/NAME

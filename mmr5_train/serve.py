@@ -1,10 +1,10 @@
-"""Serves a reranker over HTTP: an API compatible with hosted rerank services, and a web page to try your own PDFs.
+"""Serves a reranker over HTTP, with a web page to try it on your own PDFs.
 
     python -m mmr5_train.serve checkpoint=outputs/grpo/model          # then open http://127.0.0.1:8000
     MMR5_API_KEY=… python -m mmr5_train.serve checkpoint=… host=0.0.0.0 port=8080 folder=outputs/data/pages
 
-It writes no files. /health already responds while the model loads. The server ranks concurrent requests in
-batches. docs/reranker.md describes the API, the limits and the errors.
+It writes no files. The API is compatible with hosted rerank services. /health already responds while the model
+loads. The server ranks concurrent requests in batches. docs/reranker.md describes the API, limits and errors.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Generates docs/data_formats.md from the records, their fields and the docstrings of what writes the files.
+"""Generates docs/data_formats.md from the records and from the docstrings of the code that writes the files.
 
-    python scripts/document_formats.py            # writes the file
-    python scripts/document_formats.py --check    # exits with 1 if the file is not current (`make lint`)
+    python scripts/document_formats.py            # writes docs/data_formats.md
+    python scripts/document_formats.py --check    # exits with 1 if the file is out of date (part of `make lint`)
 
-The frame, with the formats that the project reads but does not define, is scripts/data_formats.md.j2.
+The template is scripts/data_formats.md.j2. It describes the formats that the project reads but does not define.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import json
 import re
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NewType, Union, get_args, get_origin
 
 import jinja2
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "docs" / "data_formats.md"
 TEMPLATE = Path(__file__).with_name("data_formats.md.j2")
-NAMES = {
+TYPE_NAMES = {
     str: "text",
     int: "integer",
     float: "number",
@@ -36,15 +36,15 @@ NAMES = {
     dict: "object",
     Any: "any",
 }
-# Records with a section of their own → the anchor of that section.
-LINKS = {"PageId": "page-ids", "Candidate": "candidate", "ModelAnswer": "modelanswer", "Prompt": "prompts"}
+# Models that are the type of a field → the anchor of the section that describes the model.
+MODEL_ANCHORS = {"PageId": "page-ids", "Candidate": "candidate", "ModelAnswer": "modelanswer", "Prompt": "prompts"}
 
 
 def main(arguments: list[str]) -> int:
     text = render()
     if arguments == ["--check"]:
         if TARGET.read_text(encoding="utf-8") != text:
-            print("docs/data_formats.md is not current: run python scripts/document_formats.py", file=sys.stderr)
+            print("docs/data_formats.md is out of date: run python scripts/document_formats.py", file=sys.stderr)
             return 1
     elif arguments:
         print(__doc__, file=sys.stderr)
@@ -55,105 +55,105 @@ def main(arguments: list[str]) -> int:
 
 
 def render() -> str:
+    """The text of docs/data_formats.md."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE.parent),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    functions = {"record": record, "fields": fields, "members": members, "meanings": meanings}
-    text = environment.get_template(TEMPLATE.name).render(**functions, returns=returns, example=example)
+    functions = (record_section, enum_table, dict_table, returns_list, json_example)
+    template = environment.get_template(TEMPLATE.name)
+    text = template.render({function.__name__: function for function in functions})
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def load(path: str) -> Any:
-    """The object with a dotted path: its module, then its name."""
-    module, _, name = path.rpartition(".")
+def import_name(dotted_name: str) -> Any:
+    """Imports a name of a module."""
+    module, _, name = dotted_name.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
-def record(path: str) -> str:
-    """The docstring of a model, and a table of its fields."""
-    return f"{prose(inspect.getdoc(load(path)) or '')}\n\n{fields(path)}"
+def record_section(dotted_name: str) -> str:
+    """The docstring of a pydantic model, with each paragraph on one line, and the table of its fields."""
+    docstring = inspect.getdoc(import_name(dotted_name)) or ""
+    paragraphs = [" ".join(paragraph.split()) for paragraph in docstring.split("\n\n")]
+    return "\n\n".join([*paragraphs, field_table(dotted_name)])
 
 
-def fields(path: str) -> str:
+def field_table(dotted_name: str) -> str:
     """A table of the fields of a pydantic model. Raises ValueError for a field without a description."""
     rows = ["| Field | Type | Meaning |", "|---|---|---|"]
-    for name, field in load(path).model_fields.items():
+    for name, field in import_name(dotted_name).model_fields.items():
         if not field.description:
-            raise ValueError(f"{path}.{name} has no description; give it one: Field(description=…)")
-        rows.append(f"| `{name}` | {type_name(field.annotation)}{default(field)} | {field.description} |")
+            raise ValueError(f"{dotted_name}.{name} has no description; add one: Field(description=…)")
+        optional = "" if field.is_required() else ", optional"
+        rows.append(f"| `{name}` | {type_name(field.annotation)}{optional} | {field.description} |")
     return "\n".join(rows)
 
 
-def default(field: FieldInfo) -> str:
-    return "" if field.is_required() else ", optional"
-
-
-def type_name(kind: Any) -> str:
+def type_name(annotation: Any) -> str:
     """A type in words: `tuple[int, ...]` is "list of integer"."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if isinstance(kind, NewType):
-        return "local id" if kind.__name__ == "LocalId" else type_name(kind.__supertype__)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if isinstance(annotation, NewType):
+        return "local id" if annotation.__name__ == "LocalId" else type_name(annotation.__supertype__)
     if origin in (tuple, list):
         return f"list of {type_name(arguments[0])}"
     if origin is Literal:
         return " or ".join(f"`{value}`" for value in arguments)
     if origin in (Union, UnionType):
         return " or ".join("null" if part is NoneType else type_name(part) for part in arguments)
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return f"[{kind.__name__}](#{LINKS[kind.__name__]})"
-    return NAMES[kind]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"[{annotation.__name__}](#{MODEL_ANCHORS[annotation.__name__]})"
+    return TYPE_NAMES[annotation]
 
 
-def members(path: str) -> str:
-    """A table of an enum's members, with the strings below them as their meanings."""
-    kind = load(path)
-    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
-    meaning = {
-        member.targets[0].id: text.value.value
-        for member, text in itertools.pairwise(body)
-        if isinstance(member, ast.Assign) and isinstance(text, ast.Expr)
+def enum_table(dotted_name: str) -> str:
+    """A table of an enum's values. The meaning of a value is the string literal after it in the source."""
+    enum = import_name(dotted_name)
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(enum))).body
+    meanings = {
+        statement.targets[0].id: following.value.value
+        for statement, following in itertools.pairwise(definition.body)  # type: ignore[attr-defined]
+        if isinstance(statement, ast.Assign) and isinstance(following, ast.Expr)
     }
-    return table({member.value: meaning[member.name] for member in kind})
+    return meaning_table({member.value: meanings[member.name] for member in enum})
 
 
-def meanings(path: str) -> str:
-    """A table of a dict of names and their meanings."""
-    return table(load(path))
+def dict_table(dotted_name: str) -> str:
+    """A table of a dict from names to meanings."""
+    return meaning_table(import_name(dotted_name))
 
 
-def table(meaning: dict[str, str]) -> str:
-    rows = [f"| `{name}` | {' '.join(text.split())} |" for name, text in meaning.items()]
+def meaning_table(meanings: Mapping[str, str]) -> str:
+    rows = [f"| `{name}` | {' '.join(meaning.split())} |" for name, meaning in meanings.items()]
     return "\n".join(["| Name | Meaning |", "|---|---|", *rows])
 
 
-def returns(path: str) -> str:
-    """The block of a function's docstring that ends a line with "Returns:" starts, as nested list."""
-    block = re.search(r"Returns:\n((?: {4}.*\n?)+)", inspect.getdoc(load(path)) or "")
+def returns_list(dotted_name: str) -> str:
+    """The entries after "Returns:" in a function's docstring, as a nested Markdown list.
+
+    An entry is `name, name: text`. Its continuation lines are indented by four more spaces. Entries below an entry
+    that ends with a colon are its children.
+    """
+    block = re.search(r"Returns:\n((?: {4}.*\n?)+)", inspect.getdoc(import_name(dotted_name)) or "")
     if block is None:
-        raise ValueError(f"{path}: the docstring has no list after 'Returns:'")
-    items: list[tuple[int, str]] = []
+        raise ValueError(f"{dotted_name}: the docstring has no list after 'Returns:'")
+    entries: list[tuple[int, str]] = []  # (depth, text)
     for line in block[1].splitlines():
-        indent, text = (len(line) - len(line.lstrip())) // 4 - 1, line.strip()
-        named = re.match(r"([\w<>, ]+): ?(.*)", text)
-        if named and (not items or indent <= items[-1][0] or items[-1][1].endswith(":")):
-            names = ", ".join(f"`{name}`" for name in named[1].split(", "))
-            items.append((indent, f"{names}: {named[2]}".rstrip()))
+        depth, text = (len(line) - len(line.lstrip())) // 4 - 1, line.strip()
+        entry = re.match(r"([\w<>, ]+): ?(.*)", text)
+        if entry and (not entries or depth <= entries[-1][0] or entries[-1][1].endswith(":")):
+            names = ", ".join(f"`{name}`" for name in entry[1].split(", "))
+            entries.append((depth, f"{names}: {entry[2]}".rstrip()))
         else:
-            items[-1] = (items[-1][0], f"{items[-1][1]} {text}")
-    return "\n".join(f"{'  ' * indent}- {text}" for indent, text in items)
+            entries[-1] = (entries[-1][0], f"{entries[-1][1]} {text}")
+    return "\n".join(f"{'  ' * depth}- {text}" for depth, text in entries)
 
 
-def example(path: str, text: str) -> str:
-    """A JSON example. It is validated as the record it shows."""
-    load(path).model_validate(json.loads(text))
+def json_example(dotted_name: str, text: str) -> str:
+    """A JSON block. Raises pydantic's ValidationError if the text is not a valid record of the model."""
+    import_name(dotted_name).model_validate(json.loads(text))
     return f"```json\n{text.strip()}\n```"
-
-
-def prose(docstring: str) -> str:
-    """A docstring with each paragraph on one line."""
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in docstring.split("\n\n"))
 
 
 if __name__ == "__main__":

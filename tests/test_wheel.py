@@ -1,8 +1,8 @@
-"""The wheel, installed into a fresh environment and used from an empty folder.
+"""Tests of the wheel: installs it into a fresh environment, and runs its commands in an empty folder.
 
-The environment finds the dependencies of this one through a .pth file, so nothing is downloaded. The checkout is
-not importable: Python does not process the .pth files (of an editable install) in a folder that a .pth file lists.
-`make test-wheel` installs the wheel with its dependencies and runs the demo.
+A .pth file in the fresh environment lists the site-packages of the running environment, so nothing is downloaded.
+The checkout is not importable, although it may be installed in editable mode: Python ignores .pth files in folders
+that a .pth file lists. `make test-wheel` installs the wheel with its dependencies and runs the demo.
 """
 
 import os
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(wheel, folder):
-    """Starts a program of the fresh environment, in the empty folder."""
+    """A function that starts a program of the fresh environment in the empty folder."""
     venv = folder.parent / ".venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     site = Path(sysconfig.get_path("purelib", vars={"base": venv, "platbase": venv}))
@@ -68,7 +68,7 @@ def start(wheel, folder):
 
 @pytest.fixture(scope="module")
 def run(start):
-    """Runs a program of the fresh environment to its end. Returns its output, and fails with its errors."""
+    """A function that runs a program like `start` and returns its output. It fails if the program fails."""
 
     def call(program, *arguments):
         process = start(program, *arguments)
@@ -82,15 +82,16 @@ def run(start):
     return call
 
 
-def test_wheel_holds_the_files_that_it_reads(wheel):
+def test_wheel_contains_all_tracked_files(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for package, source in [
-        ("mmr5_train", "mmr5_train"),
-        ("data_construction",) * 2,
-        ("mmr5_train/configs", "configs"),
-    ]:
+    folders = {
+        "mmr5_train": "mmr5_train",
+        "data_construction": "data_construction",
+        "configs": "mmr5_train/configs",
+    }
+    for source, target in folders.items():
         tracked = subprocess.run(["git", "ls-files", source], cwd=ROOT, capture_output=True, text=True, check=True)
-        assert {package + path.removeprefix(source) for path in tracked.stdout.split()} <= names
+        assert {target + path.removeprefix(source) for path in tracked.stdout.split()} <= names
     assert {name.partition("/")[0] for name in names} == {
         "mmr5_train", "data_construction", "mmr5_train-0.1.0.dist-info"
     }  # fmt: skip
@@ -118,8 +119,8 @@ from mmr5_train.common.cli import MODULES, main
 for command in MODULES:
     try:
         main([command, "--help"])
-    except SystemExit as stop:
-        assert not stop.code, command
+    except SystemExit as error:
+        assert not error.code, command
 """
     help_texts = run("python", "-c", code)  # in one process: most commands load torch
     assert re.findall(r"^(\w+) is powered by Hydra", help_texts, re.MULTILINE) == [
@@ -128,11 +129,11 @@ for command in MODULES:
     ]
 
 
-def test_stage_with_overrides(run, folder):
+def test_stage_writes_its_output(run, folder):
     run("mmr5", "synthetic", "documents=2", "workers=1", "out=corpus")
     manifest = read_manifest(folder / "corpus")
     assert manifest["counts"]["documents"] == 2
-    assert manifest["code"] == "0.1.0"  # not the commit of the repository around the environment
+    assert manifest["code"] == "0.1.0"  # not the commit of the repository that contains the folder
 
 
 def test_user_options_are_read(run, folder):
@@ -162,12 +163,13 @@ def test_server_loads_the_model_and_serves_its_page(start):
         line = process.stdout.readline()
         address = re.search(r"http://\S+:\d+", line)
         assert address, process.stderr.read()
-        end = time.monotonic() + 300
-        while (answer := httpx.get(f"{address[0]}/health", trust_env=False, timeout=60)).status_code != 200:
-            assert time.monotonic() < end, answer.text
+        deadline = time.monotonic() + 300
+        while (response := httpx.get(f"{address[0]}/health", trust_env=False, timeout=60)).status_code != 200:
+            assert time.monotonic() < deadline, response.text
             time.sleep(0.2)
-        assert answer.json()["status"] == "ready"
-        assert "<html" in httpx.get(address[0], trust_env=False, timeout=60).text  # the page and its templates
+        assert response.json()["status"] == "ready"
+        page = httpx.get(address[0], trust_env=False, timeout=60)  # its templates are in the wheel
+        assert "<html" in page.text
     finally:
         process.terminate()
         process.communicate(timeout=60)

@@ -1,6 +1,6 @@
-"""The console command `mmr5`: `mmr5 sft …` is `python -m mmr5_train.sft …`.
+"""The console command `mmr5`. `mmr5 sft …` runs `python -m mmr5_train.sft …`.
 
-It imports no other module of the project, so that `mmr5 --help` does not load torch.
+This module imports none of the commands, so `mmr5 --help` does not load torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 
 from mmr5_train.common.config import CONFIGS
 
-# Group → command → module. The line that `mmr5 --help` shows is the first line of the module's docstring.
+# Group → command → module. `mmr5 --help` shows the first line of the module's docstring.
 COMMANDS: dict[str, dict[str, str]] = {
     "data": {
         "synthetic": "data_construction.synthetic",
@@ -38,7 +38,10 @@ usage: mmr5 COMMAND [group=option] [field=value] …
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command with the rest of the arguments. Exits with 2 and a message for an unknown command."""
+    """Runs the command that the first argument names, with the other arguments.
+
+    For an unknown command, prints the known ones and exits with code 2.
+    """
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("--help", "-h"):
         print(help_text())
@@ -57,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def help_text() -> str:
-    """The commands by group, each with one line."""
+    """The usage, and the commands by group with a summary of each."""
     lines = [USAGE]
     for group, commands in COMMANDS.items():
         lines += [f"{group}:", *(f"  {name:<12}{summary(module)}" for name, module in commands.items()), ""]
@@ -65,7 +68,7 @@ def help_text() -> str:
 
 
 def summary(module: str) -> str:
-    """The first line of a module's docstring. The module is parsed, not imported."""
+    """The first line of a module's docstring. Parses the module, because an import could load torch."""
     source = importlib.resources.files(module.rpartition(".")[0]) / f"{module.rpartition('.')[2]}.py"
     docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
     return docstring.partition("\n")[0].rstrip(".")

@@ -7,12 +7,13 @@ from mmr5_train.common import cli
 from mmr5_train.common.config import CONFIGS
 
 
-def test_help_lists_each_command_with_a_line(capsys):
+def test_help_shows_a_summary_of_each_command(capsys):
     cli.main(["--help"])
     lines = capsys.readouterr().out.splitlines()
     for command in cli.MODULES:
         (line,) = [line for line in lines if line.startswith(f"  {command} ")]
         assert len(line.split()) > 3
+        assert len(cli.summary(cli.MODULES[command])) < 80
     cli.main([])
     assert capsys.readouterr().out.splitlines() == lines
 

@@ -142,11 +142,11 @@ def _string_value(node: ast.expr | None) -> str | None:
     return "".join(reversed(values)) if values and len(values) == len(parts) else None
 
 
-def _only_name(path: Path, found: dict[str, str], what: str) -> str:
-    """The only key of `found`. Raises `InputError` if there are none or several."""
-    if len(found) != 1:
-        raise InputError(f"{path}: expected one {what}, found {', '.join(sorted(found)) or 'none'}")
-    return next(iter(found))
+def _only_name(path: Path, constants: dict[str, str], description: str) -> str:
+    """The only key of `constants`. Raises `InputError` if there are none or several."""
+    if len(constants) != 1:
+        raise InputError(f"{path}: expected one {description}, found {', '.join(sorted(constants)) or 'none'}")
+    return next(iter(constants))
 
 
 def _has_question(value: str) -> bool:

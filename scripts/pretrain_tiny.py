@@ -4,13 +4,13 @@
 
 The model is a `Qwen2_5_VLForConditionalGeneration` of about 1.2 million parameters. Its small BPE tokenizer has
 Qwen's special tokens. A model with random weights does not learn listwise reranking within minutes. So this script
-first trains it, in the phases of configs/tiny.yaml, to read synthetic pages: to describe each page of a prompt,
-and to decide whether it matches the question. This replaces the pretraining of a real model. The model is not
+trains it, in the phases of configs/tiny.yaml, to read synthetic pages: to describe each page of a prompt, and to
+decide whether it matches the question. This replaces the pretraining of a real model. The model is not
 trained on think or answer blocks, nor on pages of the demo's corpus (other documents, other seeds).
 
 A page matches a question only if both its colour and its kind match. Two things make that learnable in minutes:
-batches whose pages are text instead of images, which are cheap, and an extra loss on the verdict, which is only
-one token in thirteen.
+cheap batches whose pages are text instead of images, and an extra loss on the verdict, which is only one token in
+thirteen.
 """
 
 from __future__ import annotations
@@ -134,9 +134,8 @@ def build_tokenizer(prompt: Prompt) -> PreTrainedTokenizerFast:
         model_max_length=32_768,
         clean_up_tokenization_spaces=False,
     )
-    fast.add_tokens(
-        list(TAGS)
-    )  # one token each, but not special: decoded text must contain them for the answer parser
+    # One token each, but not special: decoded text must contain them for the answer parser.
+    fast.add_tokens(list(TAGS))
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
@@ -258,13 +257,13 @@ class ExampleSampler:
         ]
         what = self.by_content[target][0].description
         query = rng.choice(QUERIES).format(what=what, topic=rng.choice(TOPICS))
-        helps = [(page.color, page.kind) == target for page in shown]
-        notes = [format_note(page.description, help_) for page, help_ in zip(shown, helps, strict=True)]
+        verdicts = [(page.color, page.kind) == target for page in shown]
+        notes = [format_note(page.description, helps) for page, helps in zip(shown, verdicts, strict=True)]
         if pages > phase.max_verdict_pages:
             notes = [f"{page.description}." for page in shown]
         text = join_notes(notes)
         if phase.list_ids:
-            text += f"\n{sorted(range(1, pages + 1), key=lambda i: not helps[i - 1])}"
+            text += f"\n{sorted(range(1, pages + 1), key=lambda i: not verdicts[i - 1])}"
         messages = build_messages(self.prompt, query, pages)
         if as_text:
             messages = insert_images(

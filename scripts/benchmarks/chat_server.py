@@ -1,12 +1,12 @@
-"""A chat completion server for benchmarks. It answers after a delay, injects faults, and counts both.
+"""A chat completion server for benchmarks. It answers after a delay, injects faults, and counts its replies.
 
     python scripts/benchmarks/chat_server.py --delay 0.2                  # prints its base URL
     python scripts/benchmarks/chat_server.py --delay 0.05 --faults 0.3    # 30 % of the calls fail, in six ways
 
 The answer depends only on the question, the page and the relevance label in the request, and differs for each
-combination. `GET /counts` returns the number of requests, of valid answers (`answered`), of different valid
-answers (`distinct`), and of each kind of fault. `GET /answers` returns how often each answer was sent. The server
-does as little work as possible, since it shares the machine with the program that is measured.
+combination. Below the base URL, `GET /counts` returns the number of requests, of valid answers (`answered`), of
+different valid answers (`distinct`), and of each kind of fault. `GET /answers` returns how often each answer was
+sent. The server does as little work as possible, since it shares the machine with the measured program.
 """
 
 from __future__ import annotations
@@ -104,9 +104,8 @@ class Endpoint(asyncio.BufferedProtocol):
 def answer_to(body: memoryview) -> str:
     """A note, or two sentences, as the default templates of configs/teacher/openai.yaml request."""
     user = json.loads(bytes(body))["messages"][1]["content"]
-    text = user[-1]["text"].partition("\n\nYour last reply")[
-        0
-    ]  # a repeated request after a bad reply gets the same answer
+    # A request that is repeated after an unusable answer gets the same answer.
+    text = user[-1]["text"].partition("\n\nYour last reply")[0]
     images = [part["image_url"]["url"] for part in user[:-1]]
     figure = hashlib.sha256("\n".join([text, *images]).encode()).hexdigest()[:12]
     if not images:

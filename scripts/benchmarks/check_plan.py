@@ -1,7 +1,7 @@
 """Compares the GPU memory that `mmr5_train.plan` predicts with the memory that real training steps use.
 
     python scripts/benchmarks/check_plan.py  # on a GPU: 3B and 7B, pages of 512 and 1,024 tokens
-    python scripts/benchmarks/check_plan.py --models tiny --tokens 12  # without a GPU: runs, measures nothing
+    python scripts/benchmarks/check_plan.py --models tiny --tokens 12  # without a GPU: measures nothing
 
 Runs two steps of SFT and of GRPO, each in a separate process with the settings of a recipe. The weights are
 random, since memory use depends only on shapes, so nothing is downloaded. Prints the predicted and the measured
@@ -40,24 +40,22 @@ def make_data(folder: Path, tokens: int) -> None:
     from data_construction.corpus.drawing import draw_page
     from data_construction.corpus.synthetic_documents import make_document
 
-    side = (
-        28 * round(tokens**0.5 * 0.84),
-        28 * round(tokens**0.5 / 0.84),
-    )  # portrait format; max_pixels limits the exact size
+    # Portrait format. max_pixels limits the exact size.
+    width, height = 28 * round(tokens**0.5 * 0.84), 28 * round(tokens**0.5 / 0.84)
     pages = [page for index in range(2) for page in make_document(index, 0).pages][:PAGES]
     for i, page in enumerate(pages):
-        draw_page(page).resize((side[0] * 2, side[1] * 2)).save(folder / f"{i}.png")
+        draw_page(page).resize((2 * width, 2 * height)).save(folder / f"{i}.png")
     shown = tuple(Candidate(doc_name="d", page=i, image=f"{i}.png", score=-i) for i in range(PAGES))
     notes = [format_note("a page with a chart and some words about it", i == 0) for i in range(PAGES)]
     tasks, traces = [], []
     for q in range(QUESTIONS * 8):
         query = f"Which page shows a red bar chart about water use in {1990 + q}?"
-        known: dict[str, Any] = {"query_id": f"d/{q}", "query": query, "domain": "x"}
-        tasks.append(RankingTask(**known, candidates=shown, positives=(PageId(doc_name="d", page=0),)))
+        common_fields: dict[str, Any] = {"query_id": f"d/{q}", "query": query, "domain": "x"}
+        tasks.append(RankingTask(**common_fields, candidates=shown, positives=(PageId(doc_name="d", page=0),)))
         order = tuple(LocalId(i) for i in range(1, PAGES + 1))
         traces.append(
             Trace(
-                **known,
+                **common_fields,
                 shown=shown,
                 notes=tuple(notes),
                 think=join_notes(notes),
@@ -108,8 +106,8 @@ def run_one(stage: str, model: str, tokens: int, experiment: str, folder: Path) 
 def stage_config(stage: str, model: str, tokens: int, recipe: plan.PlanStage, folder: Path) -> Any:
     """The settings of a stage in a recipe, with the data in `folder`, and two steps."""
     _, kind, entry = STAGES[stage]
-    own_settings = ("data=", "out=", "model.path=", "model=")
-    overrides = [o for o in stage_overrides(recipe)[stage] if not o.startswith(own_settings)]
+    replaced_settings = ("data=", "out=", "model.path=", "model=")
+    overrides = [o for o in stage_overrides(recipe)[stage] if not o.startswith(replaced_settings)]
     data = folder / ("traces.jsonl" if stage == "sft" else "questions.jsonl")
     model_option = "tiny" if model == "tiny" else f"qwen2_5_vl_{model.lower()}"
     return compose_stage(

@@ -1,12 +1,12 @@
-"""GRPO runs that collapse, and one that does not: which alarm each run raises, and when.
+"""GRPO runs that collapse, and one that does not: which alarms each run raises, and at which step.
 
     python scripts/benchmarks/collapses.py                        # about 20 minutes on two cores
     python scripts/benchmarks/collapses.py --runs released constant
 
 All runs train the shipped model on the synthetic corpus and start from the same SFT checkpoint, except for two
-that start from an SFT checkpoint of an early step. Each run fails in a known way, except `default`, which has the
-demo's settings. Stages that were already run with the same settings are not run again. Prints the table in
-docs/training.md, and writes outputs/collapses/collapses.json.
+that start from an early SFT checkpoint. Each run fails in a known way, except `default`, which has the demo's
+settings. Stages whose results exist for the same settings are skipped. Prints the table in docs/training.md, and
+writes outputs/collapses/collapses.json.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RUNS: dict[str, tuple[str, int | None, str]] = {
         None,
         "reward=mm_r5 lr=3e-4 questions=12 group=8 temperature=0.8 beta=0 steps=100",
     ),
-    "unheld": (
+    "answer_only": (
         "rewards only for the answer, no KL penalty",
         None,
         "reward=permutation lr=6e-4 questions=16 group=8 temperature=1 beta=0 steps=110",
@@ -141,25 +141,25 @@ def summary(out: Path) -> dict[str, Any]:
 
 
 def targets(rows: list[Row]) -> list[Row]:
-    found = []
+    results = []
     for row in rows:
         alarms = len(row["alarms"])
         if row["run"] == "default":
-            found.append(equal("alarms of the run default", alarms, 0))
+            results.append(equal("alarms of the run default", alarms, 0))
         else:
-            found.append(at_least(f"alarms of the run {row['run']}", alarms, 1))
-    return found
+            results.append(at_least(f"alarms of the run {row['run']}", alarms, 1))
+    return results
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    heads = {
+    headers = {
         "heldout": "greedy R@1", "answers/reranking": "sampled reward", "answers/complete": "complete orders",
         "answers/true_verdicts": "true verdicts", "answers/follow_verdicts": "answers follow",
         "entropy": "entropy",
     }  # fmt: skip
-    lines = ["| run | " + " | ".join(heads.values()) + " | alarms (step) |", "|" + "---|" * (len(heads) + 2)]
+    lines = ["| run | " + " | ".join(headers.values()) + " | alarms (step) |", "|" + "---|" * (len(headers) + 2)]
     for row in rows:
-        cells = [f"{row[key][0]:.3f} → {row[key][-1]:.3f}" if row[key] else "–" for key in heads]
+        cells = [f"{row[key][0]:.3f} → {row[key][-1]:.3f}" if row[key] else "–" for key in headers]
         alarms = ", ".join(f"{name} ({step})" for name, step in row["alarms"]) or "none"
         lines.append(f"| {row['run']} | " + " | ".join(cells) + f" | {alarms} |")
     return "\n".join(lines)

@@ -107,15 +107,15 @@ def read_run(recipe: Mapping[str, Any], seconds: Mapping[str, float]) -> Run:
     folder = Path(stages["evaluate"]["out"])
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     system = results["rows"][-1]["system"]
-    ranked = read_records(folder / "rankings" / f"{system}.jsonl", Ranking)
+    rankings = read_records(folder / "rankings" / f"{system}.jsonl", Ranking)
     pages = read_records(folder / "pages.jsonl", Page, unique="id")
     descriptions = {page.id: page.description for page in pages if page.description}
     return Run(
         name=recipe["name"],
         seed=recipe["seed"],
-        query_ids=[ranking.query_id for ranking in ranked],
-        domains=[ranking.domain for ranking in ranked],
-        values=question_values(ranked, question_table(ranked), descriptions),
+        query_ids=[ranking.query_id for ranking in rankings],
+        domains=[ranking.domain for ranking in rankings],
+        values=question_values(rankings, question_table(rankings), descriptions),
         data=read_manifest(folder)["config"]["data"],
         seconds=sum(seconds.get(stages[name]["out"], 0.0) for name in ("sft", "grpo") if name in stages),
     )

@@ -122,10 +122,10 @@ class EvaluateStage(StageConfig):
     @field_serializer("systems")
     def _without_defaults(self, systems: dict[str, System]) -> dict[str, Any]:
         """Only the fields that were set. The others have the stage's values, not the defaults of `System`."""
-        given = {name: system.model_dump(mode="json", exclude_unset=True) for name, system in systems.items()}
+        set_fields = {name: system.model_dump(mode="json", exclude_unset=True) for name, system in systems.items()}
         return {
             name: fields["checkpoint"] if fields.keys() == {"checkpoint"} else fields
-            for name, fields in given.items()
+            for name, fields in set_fields.items()
         }
 
     @field_validator("systems")

@@ -91,8 +91,8 @@ def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, list[Rankin
     systems = [row["system"] for row in results["rows"]]
     rankings = {system: read_records(folder / "rankings" / f"{system}.jsonl", Ranking) for system in systems}
     questions = {ranking.query_id for ranking in rankings[systems[0]]}
-    for system, ranked in rankings.items():
-        if {ranking.query_id for ranking in ranked} != questions:
+    for system, system_rankings in rankings.items():
+        if {ranking.query_id for ranking in system_rankings} != questions:
             raise InputError(
                 f"{folder}/rankings: {system} and {systems[0]} did not rank the same questions; evaluate again"
             )
@@ -108,7 +108,12 @@ def render(
     """The HTML, and the number of page pictures that could not be read."""
     pages_by_id = {page.id: page for page in pages}
     cases, outcome_counts = choose_cases(config, rankings, pages_by_id)
-    images = {c.id: c.image for ranked in rankings.values() for ranking in ranked for c in ranking.shown}
+    images = {
+        c.id: c.image
+        for system_rankings in rankings.values()
+        for ranking in system_rankings
+        for c in ranking.shown
+    }
     files = {page: config.evaluation / "rankings" / images[page] for case in cases for page in case.numbers}
     pictures = inline_pictures(files, PICTURE_BUDGET)
     folders = [*config.data, config.sft, config.grpo, config.evaluation]

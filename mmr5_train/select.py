@@ -141,9 +141,9 @@ def main(config: SelectStage) -> None:
 
     if config.balanced:
         groups = [group[task.query_id] for task in remaining]
-        drawn = balanced_sample(groups, config.balanced.count, config.seed)
-        dropped[NOT_DRAWN] = len(remaining) - len(drawn)
-        remaining = [remaining[i] for i in drawn]
+        selected_indices = balanced_sample(groups, config.balanced.count, config.seed)
+        dropped[NOT_DRAWN] = len(remaining) - len(selected_indices)
+        remaining = [remaining[i] for i in selected_indices]
 
     out = config.out
     write_records(out / "questions.jsonl", rebase_images(remaining, config.questions.parent, out))
@@ -165,8 +165,8 @@ def main(config: SelectStage) -> None:
 
 def seen_documents(path: Path) -> set[str]:
     """Names of the documents in traces.jsonl or in a `RankingTask` file, as `document_stem` gives them."""
-    _, first = next(read_json_lines(path), (0, {}))
-    if "shown" in first:
+    _, first_record = next(read_json_lines(path), (0, {}))
+    if "shown" in first_record:
         return {document_stem(page.doc_name) for trace in read_records(path, Trace) for page in trace.shown}
     return set().union(*(documents(task) for task in read_records(path, RankingTask)))
 

@@ -76,32 +76,35 @@ def score_rankings(
     """
     systems = align_rankings(rankings)
     descriptions = {page.id: page.description for page in pages if page.description}
-    sampled = max(len(ranking.samples) for ranked in systems.values() for ranking in ranked)
-    first = next(iter(systems.values()))
-    tables = {system: question_table(ranked) for system, ranked in systems.items()}
-    ceilings = {system: _ceiling(ranked) for system, ranked in systems.items()}
+    sampled = max(len(ranking.samples) for system_rankings in systems.values() for ranking in system_rankings)
+    baseline_rankings = next(iter(systems.values()))
+    tables = {system: question_table(system_rankings) for system, system_rankings in systems.items()}
+    ceilings = {system: _ceiling(system_rankings) for system, system_rankings in systems.items()}
     ceiling = next(iter(ceilings.values()))
     metrics = list(ceiling)
-    values = {system: question_values(ranked, tables[system], descriptions) for system, ranked in systems.items()}
+    values = {
+        system: question_values(system_rankings, tables[system], descriptions)
+        for system, system_rankings in systems.items()
+    }
     if sampled:
-        for system, ranked in systems.items():
-            if not writes_completions(ranked):  # its one answer counts as its sample
+        for system, system_rankings in systems.items():
+            if not writes_completions(system_rankings):  # its one answer counts as its sample
                 values[system] |= {f"{name}_sampled": values[system][name] for name in metrics}
     return {
-        "questions": len(first),
+        "questions": len(baseline_rankings),
         "samples": sampled,
-        "candidates": float(np.mean([len(ranking.shown) for ranking in first])),
+        "candidates": float(np.mean([len(ranking.shown) for ranking in baseline_rankings])),
         "metrics": metrics,
         "bootstrap": {"draws": draws, "seed": seed},
         "ceiling": ceiling,
         "rows": [
             {
                 "system": system,
-                **_row(ranked, values[system], metrics, seed, draws),
+                **_row(system_rankings, values[system], metrics, seed, draws),
                 "ceiling": ceilings[system],
                 **_breakdowns(tables[system], metrics, seed, draws),
             }
-            for system, ranked in systems.items()
+            for system, system_rankings in systems.items()
         ],
         "differences": _differences(values, seed, draws),
     }
@@ -114,13 +117,13 @@ def align_rankings(rankings: Rankings) -> dict[str, list[Ranking]]:
     """
     if not rankings or not all(rankings.values()):
         raise InputError("no rankings to score; give each system at least one")
-    baseline, first = next(iter(rankings.items()))
-    positives = {ranking.query_id: set(ranking.positives) for ranking in first}
+    baseline, baseline_rankings = next(iter(rankings.items()))
+    positives = {ranking.query_id: set(ranking.positives) for ranking in baseline_rankings}
     aligned = {}
-    for system, ranked in rankings.items():
-        by_id = {ranking.query_id: ranking for ranking in ranked}
+    for system, system_rankings in rankings.items():
+        by_id = {ranking.query_id: ranking for ranking in system_rankings}
         unmatched_ids = by_id.keys() ^ positives.keys()
-        if unmatched_ids or len(by_id) != len(ranked):
+        if unmatched_ids or len(by_id) != len(system_rankings):
             problem = (
                 f"only one of them ranked {min(unmatched_ids)}"
                 if unmatched_ids
@@ -141,25 +144,25 @@ def align_rankings(rankings: Rankings) -> dict[str, list[Ranking]]:
 
 
 def question_values(
-    ranked: Sequence[Ranking], table: QuestionTable, descriptions: Mapping[PageId, str]
+    rankings: Sequence[Ranking], table: QuestionTable, descriptions: Mapping[PageId, str]
 ) -> dict[str, Values]:
     """Figure → its values, one per question, (Q,), NaN where undefined. Omits figures that the system lacks."""
     values = dict(table.metrics)
-    if all(ranking.samples for ranking in ranked):
-        sampled = question_table(ranked, sampled=True)
+    if all(ranking.samples for ranking in rankings):
+        sampled = question_table(rankings, sampled=True)
         values |= {f"{name}_sampled": scores for name, scores in sampled.metrics.items()}
-    if writes_completions(ranked):
-        values["complete_permutations"] = np.array([float(is_complete(r.greedy)) for r in ranked])
-        values["without_defect"] = np.array([float(not r.greedy.defects) for r in ranked])
-        true_shares = np.array([true_description_share(ranking, descriptions) for ranking in ranked])
+    if writes_completions(rankings):
+        values["complete_permutations"] = np.array([float(is_complete(r.greedy)) for r in rankings])
+        values["without_defect"] = np.array([float(not r.greedy.defects) for r in rankings])
+        true_shares = np.array([true_description_share(ranking, descriptions) for ranking in rankings])
         if not np.isnan(true_shares).all():
             values["true_descriptions"] = true_shares
     return values
 
 
-def writes_completions(ranked: Iterable[Ranking]) -> bool:
+def writes_completions(rankings: Iterable[Ranking]) -> bool:
     """Whether the system writes completions. A first stage and the mode `logits` do not."""
-    return any(ranking.greedy.completion or ranking.greedy.defects for ranking in ranked)
+    return any(ranking.greedy.completion or ranking.greedy.defects for ranking in rankings)
 
 
 def true_description_share(ranking: Ranking, descriptions: Mapping[PageId, str]) -> float:
@@ -174,9 +177,9 @@ def true_description_share(ranking: Ranking, descriptions: Mapping[PageId, str])
     return sum(is_true) / len(is_true) if is_true else float("nan")
 
 
-def _ceiling(ranked: Iterable[Ranking]) -> dict[str, float]:
+def _ceiling(rankings: Iterable[Ranking]) -> dict[str, float]:
     """Each metric for a perfect order of the candidates, mean over questions."""
-    scores = [question_metrics(_perfect(ranking), ranking.positives) for ranking in ranked]
+    scores = [question_metrics(_perfect(ranking), ranking.positives) for ranking in rankings]
     return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
 
 
@@ -204,14 +207,14 @@ def share_of_ceiling(row: Mapping[str, Any], metric: str) -> float | None:
 
 
 def _row(
-    ranked: Sequence[Ranking], values: Mapping[str, Values], metrics: Sequence[str], seed: int, draws: int
+    rankings: Sequence[Ranking], values: Mapping[str, Values], metrics: Sequence[str], seed: int, draws: int
 ) -> dict[str, Any]:
     names = [*metrics, *(f"{name}_sampled" for name in metrics)]
     names += ["complete_permutations", "without_defect", "true_descriptions"]
-    row: dict[str, Any] = {"questions": len(ranked)}
+    row: dict[str, Any] = {"questions": len(rankings)}
     row |= {name: float(np.nanmean(values[name])) if name in values else None for name in names}
-    row["tokens"] = float(np.mean([r.greedy.tokens for r in ranked])) if writes_completions(ranked) else None
-    with_completions = ranked if writes_completions(ranked) else []
+    row["tokens"] = float(np.mean([r.greedy.tokens for r in rankings])) if writes_completions(rankings) else None
+    with_completions = rankings if writes_completions(rankings) else []
     for suffix, sampled in (("", False), ("_sampled", True)):
         counts = defect_counts(with_completions, sampled=sampled)
         row[f"defects{suffix}"] = {defect.value: counts[defect] for defect in Defect if counts[defect]}

@@ -116,21 +116,21 @@ def write_trec(folder: Path, rankings: Mapping[str, Sequence[Ranking]]) -> None:
     Raises `InputError` if the systems did not rank the same questions.
     """
     systems = align_rankings(rankings)
-    for system, ranked in systems.items():
-        _write_lines(folder / f"{system}.run", _run(system, ranked))
+    for system, system_rankings in systems.items():
+        _write_lines(folder / f"{system}.run", _run(system, system_rankings))
     _write_lines(folder / QRELS, _qrels(next(iter(systems.values()))))
 
 
-def _run(system: str, ranked: Iterable[Ranking]) -> Iterator[str]:
-    for ranking in ranked:
+def _run(system: str, rankings: Iterable[Ranking]) -> Iterator[str]:
+    for ranking in rankings:
         pages = ranking.ranked_pages(ranking.greedy)
         for rank, page in enumerate(pages, 1):
             score = len(pages) - rank + 1
             yield f"{escape(ranking.query_id)} Q0 {docid(page)} {rank} {score} {escape(system)}"
 
 
-def _qrels(ranked: Iterable[Ranking]) -> Iterator[str]:
-    for ranking in ranked:
+def _qrels(rankings: Iterable[Ranking]) -> Iterator[str]:
+    for ranking in rankings:
         for page in dict.fromkeys(ranking.positives):
             yield f"{escape(ranking.query_id)} 0 {docid(page)} 1"
 

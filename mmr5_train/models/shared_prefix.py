@@ -180,20 +180,20 @@ def pack(prompts: Sequence[SharedPrompt], completions: Sequence[Tensor], mask: T
     device = prompts[0].ids.device
     ids, labels, positions, groups = list[Tensor](), list[Tensor](), list[Tensor](), list[_Group]()
     lengths_N = mask.sum(1).tolist()
-    start = row = 0
+    start = first_row = 0
     for prompt, completions_GC in zip(prompts, completions, strict=True):
         ids.append(prompt.ids[:-1])
         labels.append(torch.full_like(prompt.ids[:-1], -100))
         positions.append(prompt.positions[:, :-1])
-        last_token, first = prompt.ids[-1:], prompt.next_position
-        lengths = [int(length) for length in lengths_N[row : row + len(completions_GC)]]
+        last_token, first_position = prompt.ids[-1:], prompt.next_position
+        lengths = [int(length) for length in lengths_N[first_row : first_row + len(completions_GC)]]
         for tokens_C, length in zip(completions_GC, lengths, strict=True):
             ids += [last_token, tokens_C[:length]]
             labels += [torch.full_like(last_token, -100), tokens_C[:length]]
-            new_positions = torch.arange(first, first + length, device=device).expand(len(prompt.positions), -1)
-            positions += [prompt.positions[:, -1:], new_positions]
+            next_positions = torch.arange(first_position, first_position + length, device=device)
+            positions += [prompt.positions[:, -1:], next_positions.expand(len(prompt.positions), -1)]
         groups.append(_layout(start, prompt.ids.numel() - 1, lengths, device))
-        start, row = groups[-1].stop, row + len(completions_GC)
+        start, first_row = groups[-1].stop, first_row + len(completions_GC)
     positions_A1L = torch.cat(positions, dim=1)[:, None]
     inputs: dict[str, Any] = {
         "input_ids": torch.cat(ids)[None],

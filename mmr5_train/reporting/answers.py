@@ -36,12 +36,12 @@ def answer_view(rankings: Rankings) -> dict[str, Any] | None:
     Every class and defect has a row, even if its count is 0. None if no system writes completions.
     """
     columns = []
-    for system, ranked in rankings.items():
-        if not writes_completions(ranked):
+    for system, system_rankings in rankings.items():
+        if not writes_completions(system_rankings):
             continue
         for kind, sampled in (("greedy", False), ("sampled", True)):
-            defects = defect_counts(ranked, sampled=sampled)
-            counts = {"classes": class_counts(ranked, sampled=sampled), "defects": defects}
+            defects = defect_counts(system_rankings, sampled=sampled)
+            counts = {"classes": class_counts(system_rankings, sampled=sampled), "defects": defects}
             if defects["answers"]:
                 columns.append({"system": system, "kind": kind, "answers": defects["answers"], "counts": counts})
     if not columns:
@@ -70,11 +70,11 @@ def cost_view(rankings: Rankings, timing: Mapping[str, Mapping[str, float]]) -> 
     `timing` is the content of timing.json. It may be empty, since the rankings contain the completion tokens.
     """
     costs = {}
-    for system, ranked in rankings.items():
+    for system, system_rankings in rankings.items():
         cost = dict(timing.get(system, {}))
-        if writes_completions(ranked):
-            cost["tokens"] = float(np.mean([ranking.greedy.tokens for ranking in ranked]))
-            if sampled := [answer.tokens for ranking in ranked for answer in ranking.samples]:
+        if writes_completions(system_rankings):
+            cost["tokens"] = float(np.mean([ranking.greedy.tokens for ranking in system_rankings]))
+            if sampled := [answer.tokens for ranking in system_rankings for answer in ranking.samples]:
                 cost["tokens_sampled"] = float(np.mean(sampled))
         if cost:
             costs[system] = cost

@@ -42,11 +42,11 @@ def open_training_output(
     """
     processes = PartialState()
     if processes.is_main_process:
-        last = last_checkpoint(out)
-        if overwrite or last is None or not is_unfinished(out, stage):
+        checkpoint = last_checkpoint(out)
+        if overwrite or checkpoint is None or not is_unfinished(out, stage):
             open_output(out, overwrite, inputs=inputs, stage=stage)
         else:
-            check_settings(out, json.loads((last / COMPLETE).read_text(encoding="utf-8")), settings)
+            check_settings(out, json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")), settings)
             for folder in out.glob("checkpoint-*"):
                 if not (folder / COMPLETE).is_file():
                     shutil.rmtree(folder)

@@ -72,15 +72,15 @@ def full_disk_as_input_error(out: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch and safetensors report a full disk with messages of their own, without an errno.
+        # torch and safetensors report a full disk only in the message, without an errno.
         is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        messages = r"file write failed|No space left|File too large|unexpected pos"
-        if not is_full and not re.search(messages, str(error)):
+        full_disk_messages = r"file write failed|No space left|File too large|unexpected pos"
+        if not is_full and not re.search(full_disk_messages, str(error)):
             raise
-        last = last_checkpoint(out)
-        state = (
-            f"{last} is complete, and the same command resumes from it" if last else "no checkpoint was written"
-        )
+        checkpoint = last_checkpoint(out)
+        state = "no checkpoint was written"
+        if checkpoint is not None:
+            state = f"{checkpoint} is complete, and the same command resumes from it"
         raise InputError(
             f"{out}: the disk is full, a checkpoint can't be written; free some space: {state}"
         ) from error

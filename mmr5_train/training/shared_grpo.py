@@ -88,9 +88,9 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # TRL would run the image processor on every copy of a prompt that has an "images" column.
-        rows = [_move_images_into_prompt(row) for row in inputs]
+        examples = [_move_images_into_prompt(example) for example in inputs]
         with self._bind_prompts([]) as prompts:  # `_generate_single_turn` fills the list
-            output: dict[str, Any] = super()._generate_and_score_completions(rows)
+            output: dict[str, Any] = super()._generate_and_score_completions(examples)
         output["shared_prompts"] = prompts
         return output
 
@@ -111,11 +111,11 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: list[dict[str, Any]], prompts: list[Any], *rest: Any) -> Any:
         """Restores the "images" column, which reward functions may read, and calls TRL's method."""
-        rows = [
-            row if (images := _images_of(messages)) is None else {**row, "images": images}
-            for row, messages in zip(inputs, prompts, strict=True)
+        examples = [
+            example if (images := _images_of(messages)) is None else {**example, "images": images}
+            for example, messages in zip(inputs, prompts, strict=True)
         ]
-        return super()._calculate_rewards(rows, prompts, *rest)
+        return super()._calculate_rewards(examples, prompts, *rest)
 
     def _group_size(self) -> int:
         return int(self.num_generations if self.model.training else self.num_generations_eval)
@@ -128,7 +128,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         """
         size = self._group_size()
         ids, images, fields = super()._tokenize_prompts(prompts[::size])
-        return [row for row in ids for _ in range(size)], None, {**fields, "images": images}
+        return _repeat(ids, size), None, {**fields, "images": images}
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: None, multimodal_fields: Any, num_generations: int, *rest: Any
@@ -235,11 +235,11 @@ def _runs(prompts: Sequence[SharedPrompt]) -> tuple[list[SharedPrompt], list[int
     return [group[0] for group in groups], [len(group) for group in groups]
 
 
-def _move_images_into_prompt(row: dict[str, Any]) -> dict[str, Any]:
-    if row.get("images") is None:
-        return row
-    prompt = prepare_multimodal_messages(row["prompt"], images=row["images"])
-    return {**{key: value for key, value in row.items() if key != "images"}, "prompt": prompt}
+def _move_images_into_prompt(example: dict[str, Any]) -> dict[str, Any]:
+    if example.get("images") is None:
+        return example
+    prompt = prepare_multimodal_messages(example["prompt"], images=example["images"])
+    return {**{key: value for key, value in example.items() if key != "images"}, "prompt": prompt}
 
 
 def _images_of(messages: Any) -> list[Any] | None:

@@ -185,20 +185,24 @@ class Collator:
     decay: float
     completion_share: float
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        pages = [[row["images"][position - 1] for position in row["positions"]] for row in rows]
-        inputs = encode(self.processor, self.prompt, [row["query"] for row in rows], pages)
-        inputs = append_hints(inputs, [hint for row in rows for hint in row["hints"]], self.processor.tokenizer)
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        pages = [[example["images"][position - 1] for position in example["positions"]] for example in examples]
+        inputs = encode(self.processor, self.prompt, [example["query"] for example in examples], pages)
+        inputs = append_hints(
+            inputs, [hint for example in examples for hint in example["hints"]], self.processor.tokenizer
+        )
         page_ends = inputs.pop("page_ends")
         inputs = append_list_open(inputs, self.processor.tokenizer)
-        max_pages = max(len(row["order"]) for row in rows)
+        max_pages = max(len(example["order"]) for example in examples)
         labels = {
-            "targets": torch.stack([rank_targets(row["order"], self.decay, max_pages) for row in rows]),
-            "verdicts": torch.tensor([verdict for row in rows for verdict in row["verdicts"]]),
+            "targets": torch.stack(
+                [rank_targets(example["order"], self.decay, max_pages) for example in examples]
+            ),
+            "verdicts": torch.tensor([verdict for example in examples for verdict in example["verdicts"]]),
             "page_ends": pad(page_ends, (0, inputs["input_ids"].shape[1] - page_ends.shape[1])),
         }
-        count = math.ceil(self.completion_share * len(rows))
-        batch = self.completions([dict(row) for row in rows[:count]])
+        count = math.ceil(self.completion_share * len(examples))
+        batch = self.completions([dict(example) for example in examples[:count]])
         return batch | {"scoring": {**inputs, **labels}}
 
 
@@ -211,17 +215,17 @@ def append_hints(inputs: Any, hints: Sequence[Sequence[int]], tokenizer: Any) ->
     page_end = tokenizer.convert_tokens_to_ids("<|vision_end|>")
     names = ("input_ids", "mm_token_type_ids", "attention_mask", "page_ends")
     remaining = iter(hints)
-    rows = []
+    sequences = []
     for ids, types, mask in zip(*(inputs[name] for name in names[:3]), strict=True):
-        row: list[tuple[int, ...]] = []
+        sequence: list[tuple[int, ...]] = []
         for token, kind in zip(ids[mask == 1].tolist(), types[mask == 1].tolist(), strict=True):
             is_end = token == page_end
             tokens = [(token, kind), *((hint_token, 0) for hint_token in (next(remaining) if is_end else ()))]
-            row += [(*pair, 1, False) for pair in tokens[:-1]] + [(*tokens[-1], 1, is_end)]
-        rows.append(row)
+            sequence += [(*pair, 1, False) for pair in tokens[:-1]] + [(*tokens[-1], 1, is_end)]
+        sequences.append(sequence)
     padding = (tokenizer.pad_token_id, 0, 0, False)
-    longest = max(map(len, rows))
-    columns = torch.tensor([[padding] * (longest - len(row)) + row for row in rows]).unbind(-1)
+    longest = max(map(len, sequences))
+    columns = torch.tensor([[padding] * (longest - len(sequence)) + sequence for sequence in sequences]).unbind(-1)
     return {**inputs, **dict(zip(names, columns, strict=True)), "page_ends": columns[-1].bool()}
 
 

@@ -145,8 +145,8 @@ def describe(
     fitting = [stage for stage, size in sums.items() if size <= gpu.gib]
     if len(fitting) < len(sums):
         too_large = ", ".join(stage for stage in sums if stage not in fitting)
-        smallest = parts[list(parts)[-1]]
-        largest = max(smallest, key=lambda part: smallest[part])
+        sizes = parts[list(parts)[-1]]  # the config that partitions most
+        largest = max(sizes, key=lambda part: sizes[part])
         yield f"WARNING: does not fit: {too_large}. " + (
             f"Use {fitting[0]}." if fitting else f"The largest part is {largest}. {ADVICE[largest]}"
         )

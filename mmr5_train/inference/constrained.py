@@ -115,22 +115,22 @@ class PermutationLogitsProcessor(LogitsProcessor):
             )
         self.vocabulary, self.prompt_length, self.max_new_tokens = vocabulary, prompt_length, max_new_tokens
         first_phase = Phase.opening if think else Phase.answering
-        self.rows = [CompletionState(n, first_phase, must_finish=not think) for n in page_counts]
+        self.states = [CompletionState(n, first_phase, must_finish=not think) for n in page_counts]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Sets the scores of forbidden tokens to −inf: (rows, tokens so far) and (rows, V) → (rows, V)."""
         generated = input_ids.shape[1] - self.prompt_length
         last_tokens = input_ids[:, -1].tolist() if generated else []
         masked = scores.clone()
-        for i, row in enumerate(self.rows):
+        for i, state in enumerate(self.states):
             if last_tokens:
-                row.append(self.vocabulary.texts[last_tokens[i]])
-            if self.max_new_tokens - generated <= self.vocabulary.max_answer_length(row.n):
-                row.force_finish()
-            if row.phase is Phase.thinking and not row.must_finish:
-                masked[i, self.vocabulary.forbidden(row)] = -torch.inf
+                state.append(self.vocabulary.texts[last_tokens[i]])
+            if self.max_new_tokens - generated <= self.vocabulary.max_answer_length(state.n):
+                state.force_finish()
+            if state.phase is Phase.thinking and not state.must_finish:
+                masked[i, self.vocabulary.forbidden(state)] = -torch.inf
             else:
-                allowed = self.vocabulary.allowed(row)
+                allowed = self.vocabulary.allowed(state)
                 masked[i] = -torch.inf
                 masked[i, allowed] = scores[i, allowed]
         return masked

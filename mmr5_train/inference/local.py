@@ -133,7 +133,7 @@ class LocalBackend:
         token_counts = self._prompt_token_counts(inputs)
         answers = []
         for row, ids in enumerate(completions.tolist()):
-            closed_early = constraint is not None and constraint.rows[row].cut_off
+            closed_early = constraint is not None and constraint.states[row].cut_off
             prompt_index = row // group_size
             answers.append(self._read(ids, page_counts[prompt_index], closed_early, token_counts[prompt_index]))
         return [answers[i : i + group_size] for i in range(0, len(answers), group_size)]

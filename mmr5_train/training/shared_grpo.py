@@ -159,7 +159,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             prompts = self._shared_prompts(base, prompt_ids[::size], group_images, fields)
             self._bound_prompts += _repeat(prompts, size)
             tokens = generate(base, prompts, size, self.generation_config)
-        return [_until_end(row, self.eos_token_ids) for row in tokens.tolist()], None
+        return [_until_end(ids, self.eos_token_ids) for ids in tokens.tolist()], None
 
     def _shared_prompts(
         self, base: Any, prompt_ids: list[list[int]], images: list[Any] | None, fields: dict[str, Any]
@@ -170,10 +170,10 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         types = fields.get("mm_token_type_ids")
         return shared_prompts(
             base,
-            [torch.tensor(row, device=device) for row in prompt_ids],
-            None if types is None else [torch.tensor(row, device=device) for row in types],
+            [torch.tensor(ids, device=device) for ids in prompt_ids],
+            None if types is None else [torch.tensor(prompt_types, device=device) for prompt_types in types],
             pixels or None,
-            [len(row or []) for row in images or []],
+            [len(prompt_images or []) for prompt_images in images or []],
             keep_features=self._tower_is_frozen,
         )
 

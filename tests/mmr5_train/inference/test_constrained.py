@@ -35,7 +35,7 @@ def sample(vocabulary, n_pages, think, max_new_tokens, scores_at):
         if ids[0, -1] == vocabulary.end_id:
             break
     text = vocabulary.tokenizer.decode(ids[0, 2:], skip_special_tokens=True)
-    return text, ids[0, -1] == vocabulary.end_id, constraint.rows[0]
+    return text, ids[0, -1] == vocabulary.end_id, constraint.states[0]
 
 
 @pytest.mark.parametrize("think", [True, False])

@@ -2,9 +2,9 @@
 
     python -m mmr5_train.report evaluation=outputs/evaluate sft=outputs/sft grpo=outputs/grpo out=outputs/report
 
-Reads the folder of the evaluate stage (results.json, rankings/, pages.jsonl) and, if given, those of the trainers
-(log_history.json) and of the data stages (manifest.json). Writes `report.html`, one file that contains its
-pictures and needs no network. The same inputs and seed give the same bytes.
+Reads the folder of the evaluate stage (results.json, rankings/, pages.jsonl) and, if given, the folders of the
+training stages (log_history.json) and data stages (manifest.json). Writes `report.html`, one file that contains
+its pictures and needs no network. The same inputs and seed give the same bytes.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class ReportStage(StageConfig):
     """Config of `python -m mmr5_train.report` (configs/report.yaml)."""
 
     evaluation: Path = Field(description="folder of the evaluate stage")
-    sft: Path | None = Field(default=None, description="folder of the SFT stage, for its curves")
-    grpo: Path | None = Field(default=None, description="folder of the GRPO stage, for its curves")
+    sft: Path | None = Field(default=None, description="folder of the SFT stage, for its training curves")
+    grpo: Path | None = Field(default=None, description="folder of the GRPO stage, for its training curves")
     modes: Path | None = Field(default=None, description="evaluate folder of one checkpoint in several modes")
     data: list[Path] = Field(default=[], description="folders of the data stages, for their counts")
     questions: int = Field(default=12, ge=0, description="held-out questions shown with their pages")

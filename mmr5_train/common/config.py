@@ -60,7 +60,7 @@ def run_stage(main: Callable[[StageT], None], model: type[StageT], config_name: 
         try:
             main(validate(model, _resolve(config)))
         except InputError as error:
-            _exit(f"error: {error}")  # exits here, because Hydra would print a line of its own first
+            _exit(f"error: {error}")  # exits here, because Hydra would print its own message first
 
     task.__module__ = f"mmr5.{config_name}"  # Hydra's --help shows this name
     try:

@@ -67,10 +67,10 @@ def score_rankings(
             intervals: of the figures above.
             macro: means over domains, with their own `intervals`.
             by_domain, by_question_type: each metric of a subset of questions, with `questions` and `intervals`.
-        differences: one per pair of systems, each system with the one before it and with the first: `system`,
-            `baseline`, and for each figure that both have {mean, low, high, p, p_holm}. low and high are the
-            interval of the paired difference; p is the p-value of a two-sided paired randomization test with
-            `draws` draws; p_holm is p after Holm's correction over all pairs for the same figure.
+        differences: each system compared with the previous system and with the first: `system`, `baseline`,
+            and for each figure that both have {mean, low, high, p, p_holm}. low and high are the interval of the
+            paired difference. p is the p-value of a two-sided paired randomization test with `draws` draws. p_holm
+            is p after Holm's correction over all pairs for the same figure.
 
     Raises `InputError` if the systems did not rank the same questions.
     """
@@ -258,7 +258,7 @@ def _groups(
 
 
 def _pairs(systems: Sequence[str]) -> list[tuple[str, str]]:
-    """(system, baseline): each system with the one before it, then with the first."""
+    """(system, baseline) pairs: each system with the previous system, then with the first."""
     pairs = []
     for i, system in enumerate(systems[1:], 1):
         pairs += [(system, baseline) for baseline in dict.fromkeys((systems[i - 1], systems[0]))]

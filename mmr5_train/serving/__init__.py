@@ -1,1 +1,1 @@
-"""The HTTP server behind `python -m mmr5_train.serve`. Needs the extra `serve`."""
+"""The HTTP server that `python -m mmr5_train.serve` starts. Needs the extra `serve`."""

@@ -88,7 +88,7 @@ def test_n_heldout_sets_the_number_of_heldout_candidates(orchard: Path) -> None:
     assert [len(task.candidates) for task in tasks] == [6] * 7 + [2] * 2
 
 
-def test_scores_from_a_file(orchard: Path) -> None:
+def test_candidates_follow_the_scores_of_a_file(orchard: Path) -> None:
     sizes = {"fruit.pdf": (7, 7), "small.pdf": (2, 2)}  # pages, questions
     with (orchard / "scores.jsonl").open("w") as stream:
         for name, (n_pages, n_questions) in sizes.items():
@@ -227,7 +227,7 @@ def test_reads_a_page_parquet(tmp_path: Path) -> None:
     assert str(tmp_path / "pages.parquet") in read_manifest(out)["inputs"]
 
 
-def test_pdf_folder_from_the_command_line(tmp_path: Path) -> None:
+def test_candidates_are_made_from_a_pdf_folder(tmp_path: Path) -> None:
     write_pdf(tmp_path / "pdfs/fruit.pdf", [f"A page about {word}" for word in WORDS])
     (tmp_path / "q.csv").write_text("question,document,pages\nWhere are the pears?,fruit.pdf,2\n")
     choices = ["corpus=pdf_folder", f"corpus.folder={tmp_path}/pdfs", f"corpus.questions={tmp_path}/q.csv"]

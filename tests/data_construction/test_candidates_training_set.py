@@ -34,7 +34,7 @@ def run_training(folder: Path, name: str = "data", **more: Any) -> Path:
     return run_candidates(folder, name, **({"corpus": corpus, "split": ALL_TRAIN, "candidates": 5} | more))
 
 
-def test_tasks_from_the_training_set(training_set: Path) -> None:
+def test_training_set_becomes_tasks(training_set: Path) -> None:
     out = run_training(training_set)
     tasks = read_records(out / "train.jsonl", RankingTask)
     assert [task.query_id for task in tasks] == [
@@ -49,7 +49,7 @@ def test_tasks_from_the_training_set(training_set: Path) -> None:
     assert not (out / ".ranked.jsonl").exists()
 
 
-def test_scores_from_mm_r5_json(training_set: Path) -> None:
+def test_candidates_follow_mm_r5_scores_and_the_policy(training_set: Path) -> None:
     """The relevant page has the lowest score; the policy decides whether it becomes a candidate."""
     for subset in ("DUDE", "Wiki-ss"):
         scores = {

@@ -143,7 +143,7 @@ def test_hostile_text_is_escaped(folders: Path, tmp_path: Path, capsys: pytest.C
     assert "page images could not be shown" in capsys.readouterr().out
 
 
-def test_histogram_bins() -> None:
+def test_histogram_uses_round_bin_widths() -> None:
     rows = histogram([1, 1, 3])
     assert [(row["label"], row["count"]) for row in rows] == [("1", 2), ("2", 0), ("3", 1)]
     spans = histogram([7, 19, 20, 95])

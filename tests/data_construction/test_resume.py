@@ -202,7 +202,7 @@ def test_dry_run_needs_no_key_and_writes_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
-def test_second_try_after_a_failed_check(scripted_server: ScriptedServer, tmp_path: Path):
+def test_note_that_fails_a_check_is_requested_again(scripted_server: ScriptedServer, tmp_path: Path):
     def fail_first_check(number: int, body: dict[str, Any]) -> Reply:
         text = body["messages"][1]["content"][-1]["text"]
         if "document 0?" in text and "Your last reply" not in text:

@@ -90,8 +90,8 @@ def test_report_shows_defects_and_classes_including_zeros(page: Reader, folders:
         kind = "classes" if name in CLASSES and name != "out_of_range" else "defects"
         counts = [(row[f"{kind}{end}"].get(name, 0), n) for row in (sft, grpo) for end, n in SUFFIXES]
         cells = " ".join(f"{count} {100 * count / answers:.1f} %" for count, answers in counts)
-        shown = "OK" if name == "ok" else name.replace("_", " ")
-        assert f"{shown} {meaning} {cells}" in page.text
+        label = "OK" if name == "ok" else name.replace("_", " ")
+        assert f"{label} {meaning} {cells}" in page.text
     n_without_defect = round(sft["without_defect"] * QUESTIONS)
     assert (
         f"without defect None of the defects below. {n_without_defect} {100 * n_without_defect / QUESTIONS:.1f} %"

@@ -207,8 +207,8 @@ def write_rollouts(folder: Path, answers: Sequence[Sequence[str]]) -> Path:
 
 def test_too_hard_and_too_easy_questions_are_removed(tmp_path: Path) -> None:
     """Mean rewards 0 and 1 (all answers equal), ¼, ½ and ¾."""
-    right, wrong = "[1]", "[]"
-    answers = [[wrong] * 4, [right] * 4, *([right] * k + [wrong] * (4 - k) for k in (1, 2, 3))]
+    correct, incorrect = "[1]", "[]"
+    answers = [[incorrect] * 4, [correct] * 4, *([correct] * k + [incorrect] * (4 - k) for k in (1, 2, 3))]
     write_data(tmp_path / "data", [100] * 5)
     rollouts = write_rollouts(tmp_path, answers)
     out = select(tmp_path, "any", difficulty={"rollouts": rollouts})
@@ -256,7 +256,7 @@ def test_rollouts_for_other_questions_or_candidates_are_rejected(tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
-def test_config_defaults_and_errors() -> None:
+def test_config_has_defaults_and_rejects_invalid_fields() -> None:
     assert compose_stage(SelectStage, "select", []).balanced == Balanced(count=3000, groups=10)
     assert compose_stage(SelectStage, "select", ["balanced=null"]).balanced is None
     config = compose_stage(SelectStage, "select", ["difficulty={checkpoint:outputs/sft/model}", "reward=gated"])

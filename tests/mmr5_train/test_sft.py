@@ -140,7 +140,7 @@ def test_a_missing_page_image_is_named_before_training(traces, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_adapters_on_a_4bit_base(traces, tmp_path):
+def test_adapters_train_on_a_4bit_base_and_full_training_is_rejected(traces, tmp_path):
     quantized = "model.load_in_4bit=true"
     run(traces, tmp_path / "out", "trainer.max_steps=2", "model.lora={r: 4, alpha: 8}", quantized)
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "out/model")

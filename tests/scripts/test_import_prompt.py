@@ -86,7 +86,7 @@ def test_code_variants_are_read(repo):
     assert "{braces} {query}" in prompt.question
 
 
-def test_images_before_the_question_and_no_label(repo):
+def test_images_before_the_question_and_a_missing_label_are_detected(repo):
     head, _, rest = RERANKER.partition("        messages = [")
     source = f'{head}        first = [{{"type": "image"}} for _ in image_list]\n        messages = [{rest}'
     source = source.replace('{"type": "text", "text": f"\\nPage {i+1}: "},', "")

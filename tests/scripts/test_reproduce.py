@@ -13,7 +13,7 @@ from mmr5_train.ranking.records import Ranking, RankingTask
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_reproduces_three_checkpoints_and_compares_them_to_the_published_figures(tmp_path):
+def test_script_reproduces_three_checkpoints_and_compares_them_with_the_paper(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -39,7 +39,7 @@ def test_reproduces_three_checkpoints_and_compares_them_to_the_published_figures
     assert (tmp_path / "out/compare/compare.html").is_file()
 
 
-def test_fills_the_published_tables(tmp_path):
+def test_script_fills_the_published_tables(tmp_path):
     command = ["scripts/reproduce_tables.sh", "--tiny", str(tmp_path / "out")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)

@@ -91,7 +91,7 @@ def test_unneeded_row_groups_are_not_read(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("ids", [["0", "1", "2"], ["1", "2", "3"], ["p-a", "p-b", "p-c"]])
-def test_page_numbers_from_passage_ids(tmp_path: Path, ids: list[str]) -> None:
+def test_page_numbers_are_read_from_passage_ids(tmp_path: Path, ids: list[str]) -> None:
     """Ids count from 0 or from 1. If they are not numbers, the row number relative to page_indices is used."""
     write_lines(tmp_path, line("a", 3, question("Q?", [0]), first_row=1))
     rows = [page_row("x", 0)] + [page_row("a", name, text) for name, text in zip(ids, "rst", strict=True)]

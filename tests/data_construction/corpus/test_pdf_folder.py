@@ -36,7 +36,7 @@ def test_page_numbers_are_converted_to_zero_based(tmp_path: Path) -> None:
     assert not skipped
 
 
-def test_json_lines_questions(tmp_path: Path) -> None:
+def test_questions_are_read_from_json_lines(tmp_path: Path) -> None:
     rows = [
         {"question": "A?", "document": "a.pdf", "pages": [5, 6], "domain": "Law"},
         {"question": "B?", "document": "a.pdf", "pages": 1},
@@ -51,7 +51,7 @@ def test_json_lines_questions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
-def test_csv_variants_of_spreadsheets(tmp_path: Path, separator: str) -> None:
+def test_csv_variants_of_spreadsheets_are_read(tmp_path: Path, separator: str) -> None:
     """A byte order mark, other separators, Windows line ends, other columns in any order, empty cells."""
     header = separator.join(["pages", "note", " document ", "question", "domain"])
     row = separator.join(["3", "mine", "a.pdf", "Ärger?", ""])
@@ -88,7 +88,7 @@ def test_invalid_rows_are_skipped(tmp_path: Path, row: str, message: str) -> Non
     assert re.search(message, skip.detail)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_raise(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"q.xlsx: the name of a questions file must end in .csv or .jsonl"):
         read_questions(tmp_path, "q.xlsx", "")
     with pytest.raises(InputError, match=r"q.csv: not UTF-8 text .*save it as UTF-8"):

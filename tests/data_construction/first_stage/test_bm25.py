@@ -57,7 +57,7 @@ def test_question_without_match_keeps_page_order(query: str) -> None:
     assert bm25_order(["one page", "", "another page"], query) == [0, 2, 1]
 
 
-def test_document_without_pages_or_questions() -> None:
+def test_document_without_pages_or_questions_has_no_ranked_pages() -> None:
     assert rank_by_bm25(document([], "solar")) == [[]]
     assert rank_by_bm25(document(["solar"])) == []
 

@@ -35,7 +35,7 @@ def write_scores(path: Path, *rows: tuple[str, str, int, float]) -> Path:
     return path
 
 
-def test_scores_from_json_lines(tmp_path: Path) -> None:
+def test_scores_are_read_from_json_lines(tmp_path: Path) -> None:
     path = write_scores(
         tmp_path / "s.jsonl",
         ("q", "a.pdf", 3, 0.5),
@@ -46,13 +46,13 @@ def test_scores_from_json_lines(tmp_path: Path) -> None:
     assert rank_with_scores(path, make_question("q")) == [[(1, 2.5), (0, 0.5), (3, 0.5)]]  # page 2 is unreadable
 
 
-def test_scores_from_a_trec_run(tmp_path: Path) -> None:
+def test_scores_are_read_from_a_trec_run(tmp_path: Path) -> None:
     path = tmp_path / "colqwen.trec"
     path.write_text("a.pdf/0 Q0 a.pdf#3 2 11.5 colqwen\n\na.pdf/0 Q0 a.pdf#0 1 12.25 colqwen\n")
     assert rank_with_scores(path, make_question("a.pdf/0")) == [[(0, 12.25), (3, 11.5)]]
 
 
-def test_trec_run_with_spaces_in_names(tmp_path: Path) -> None:
+def test_trec_run_with_escaped_spaces_is_read(tmp_path: Path) -> None:
     path = tmp_path / "colqwen.run"
     path.write_text("my%20q Q0 a.p%64f#3 1 11.5 colqwen\n")
     assert rank_with_scores(path, make_question("my q")) == [[(3, 11.5)]]

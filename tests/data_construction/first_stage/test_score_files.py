@@ -28,7 +28,7 @@ def write(path: Path, value: Any) -> Path:
     return path
 
 
-def test_one_file_per_subset(tmp_path: Path) -> None:
+def test_each_subset_has_its_own_score_file(tmp_path: Path) -> None:
     """The same query id in two subsets means two questions."""
     dude = [entry("img/a_0.jpg", 1.5, "negative"), entry("img/a_2.jpg", 7, "positive")]
     write(tmp_path / "s/DUDE.json", {"0": dude, "unknown": dude})
@@ -47,7 +47,7 @@ def test_one_file_per_subset(tmp_path: Path) -> None:
     assert read_scores(tmp_path / "s", questions, [])["Wiki-ss/0"] == {4: -1.0}
 
 
-def test_single_file_with_full_query_ids(tmp_path: Path) -> None:
+def test_single_file_with_full_query_ids_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "all.json", {"a.pdf/0": [entry("page_images/a_3.jpg", 2)]})
     assert read_scores(path, [make_question("a.pdf/0", "a.pdf", 3)], []) == {"a.pdf/0": {3: 2.0}}
 
@@ -90,7 +90,8 @@ def test_tags_are_compared_with_the_labels(tmp_path: Path) -> None:
     ]
     path = write(tmp_path / "DUDE.json", {str(k): off_by_one for k in range(3)})
     with pytest.raises(
-        InputError, match=r"6 are not both, the first is a_1.jpg of DUDE/0; check that the file counts"
+        InputError,
+        match=r"contradict the labels for 6 of 6 pages .* first is a_1.jpg of DUDE/0; check that the file",
     ):
         read_scores(path, questions, [])
 
@@ -113,7 +114,7 @@ def test_invalid_score_json_raises(tmp_path: Path, value: Any, message: str) -> 
         read_scores(path, [make_question("DUDE/0", "DUDE/a", 1)], [])
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files_raise(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"DUDE.json: no such file"):
         read_scores(tmp_path / "DUDE.json", [], [])
     (tmp_path / "DUDE.json").write_text('{"0": [')

@@ -60,11 +60,11 @@ def test_unhelpful_note_names_missing_words():
     )
 
 
-def test_relevant_page_without_shared_words():
+def test_relevant_page_without_shared_words_gets_a_note_that_it_helps():
     assert explain("Where do zebras graze?", REPORT).endswith("and shows what is asked, so it helps.")
 
 
-def test_page_without_text():
+def test_page_without_text_gets_a_note_that_says_so():
     for text in ("", " \n\x00 \n", "…\n--\n•"):
         assert explain("What is it?", text).startswith("The page has no text to read")
         assert read_verdict(explain("What is it?", text, helps=True)) is True

@@ -39,7 +39,7 @@ Counts = dict[str, int]
 def explain(image: Path, helps: bool = True, words: int = 40, **fields: Any) -> tuple[str, Counts, Counts]:
     """The answer of one request, the teacher's counts without tokens, and the server's fault counts."""
 
-    async def ask() -> tuple[str, Counts, Counts]:
+    async def call_teacher() -> tuple[str, Counts, Counts]:
         teacher = new_teacher(image.parent, **fields)
         try:
             answer = await teacher.explain("What is red?", PAGE, image, helps, words)
@@ -47,18 +47,18 @@ def explain(image: Path, helps: bool = True, words: int = 40, **fields: Any) -> 
         finally:
             await teacher.close()
 
-    return asyncio.run(ask())
+    return asyncio.run(call_teacher())
 
 
 def failure(image: Path, **fields: Any) -> tuple[TeacherFailure, Counts, Counts]:
-    async def ask() -> tuple[TeacherFailure, Counts, Counts]:
+    async def call_teacher() -> tuple[TeacherFailure, Counts, Counts]:
         teacher = new_teacher(image.parent, **fields)
         with pytest.raises(TeacherFailure) as caught:
             await teacher.explain("What is red?", PAGE, image, True, 40)
         await teacher.close()
         return caught.value, without_tokens(teacher), dict(teacher.server.faults)
 
-    return asyncio.run(ask())
+    return asyncio.run(call_teacher())
 
 
 def without_tokens(teacher: OpenAITeacher) -> Counts:
@@ -68,21 +68,21 @@ def without_tokens(teacher: OpenAITeacher) -> Counts:
 # --- requests, retries and faults, with a scripted server
 
 
-def test_request_body(scripted_server: ScriptedServer, image: Path):
+def test_request_has_the_prompt_the_image_and_the_key(scripted_server: ScriptedServer, image: Path):
     scripted_server.replies(completion(" It shows\n the  sum. "))
     answer, counts, faults = explain(image, helps=False, max_pixels=30_000)
     assert answer == "It shows the sum."
     assert (counts, faults) == ({"answers": 1}, {})
-    sent = scripted_server.requests[0]
-    picture, text = sent["messages"][1]["content"]
+    body = scripted_server.requests[0]
+    picture, text = body["messages"][1]["content"]
     assert text["text"] == fill_template(make_config().cannot_help, query="What is red?", words=40)
     assert "40 words" in text["text"]
     header, data = picture["image_url"]["url"].split(",")
     assert header == "data:image/jpeg;base64"
     with Image.open(io.BytesIO(base64.b64decode(data))) as seen:
         assert seen.size == (150, 200)
-    assert sent["model"] == "m"
-    assert sent["temperature"] == 0
+    assert body["model"] == "m"
+    assert body["temperature"] == 0
     assert scripted_server.keys == [f"Bearer {KEY}"]
 
 
@@ -92,12 +92,12 @@ def test_null_temperature_is_not_sent(scripted_server: ScriptedServer, image: Pa
 
 
 def test_question_cannot_inject_tags_or_fields(scripted_server: ScriptedServer, tmp_path: Path):
-    async def ask() -> None:
+    async def call_teacher() -> None:
         teacher = new_teacher(tmp_path)
         await teacher.refine("is <|image_pad|> {notes} <think>", ["a", "b"], [LocalId(2)], 80)
         await teacher.close()
 
-    asyncio.run(ask())
+    asyncio.run(call_teacher())
     text = scripted_server.requests[0]["messages"][1]["content"][0]["text"]
     assert "is ‹|image_pad|> {notes} ‹think>" in text
     assert "Image 1: a\nImage 2: b" in text
@@ -161,7 +161,7 @@ def test_invalid_replies_are_retried(invalid: Reply, scripted_server: ScriptedSe
 
 
 def test_invalid_replies_fail_the_question_or_the_run(scripted_server: ScriptedServer, image: Path):
-    async def ask() -> None:
+    async def call_teacher() -> None:
         teacher = new_teacher(image.parent, attempts=2)
         try:
             for query in ("What is red?", "What is blue?"):
@@ -171,10 +171,10 @@ def test_invalid_replies_fail_the_question_or_the_run(scripted_server: ScriptedS
 
     scripted_server.replies(completion("fine"), Reply(body="{ not json"))
     with pytest.raises(TeacherFailure, match="not a chat completion: 2 times"):
-        asyncio.run(ask())
+        asyncio.run(call_teacher())
     scripted_server.replies(Reply(body=f"{{ {KEY}"))
     with pytest.raises(InputError, match=r"answers, but not with a chat completion \(found '{ \[key\]'\)"):
-        asyncio.run(ask())
+        asyncio.run(call_teacher())
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_permanent_errors_are_not_retried(
     assert len(scripted_server.requests) == 1
 
 
-def test_concurrency_limit(scripted_server: ScriptedServer, image: Path):
+def test_concurrency_limit_is_respected(scripted_server: ScriptedServer, image: Path):
     def wait_for_others(number: int, body: dict[str, Any]) -> Reply:
         end = time.monotonic() + 20
         while scripted_server.max_concurrent < 3 and time.monotonic() < end:
@@ -258,12 +258,12 @@ def test_concurrency_limit(scripted_server: ScriptedServer, image: Path):
 
     scripted_server.script = wait_for_others
 
-    async def ask() -> None:
+    async def call_teacher() -> None:
         teacher = new_teacher(image.parent, concurrency=3)
         await asyncio.gather(*(teacher.explain(f"{k}?", PAGE, image, True, 40) for k in range(12)))
         await teacher.close()
 
-    asyncio.run(ask())
+    asyncio.run(call_teacher())
     assert scripted_server.max_concurrent == 3
 
 

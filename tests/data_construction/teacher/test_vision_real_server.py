@@ -24,15 +24,15 @@ from mmr5_train.ranking.records import LocalId
 NO_LENGTH_REASON = Version(transformers.__version__) < Version("5.23")
 
 
-def ask_server(folder: Path, model: str, request: Callable[[OpenAITeacher], Any], **fields: Any) -> Any:
-    async def ask() -> Any:
+def call_teacher(folder: Path, model: str, request: Callable[[OpenAITeacher], Any], **fields: Any) -> Any:
+    async def send_request() -> Any:
         teacher = new_teacher(folder, model=model, temperature=0, **fields)
         try:
             return await request(teacher)
         finally:
             await teacher.close()
 
-    return asyncio.run(ask())
+    return asyncio.run(send_request())
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def served(openai_server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> Open
 
 @pytest.mark.parametrize("helps", [True, False])
 def test_real_server_explains_a_page(helps: bool, served: OpenAIServer, reciting_model: Path, image: Path):
-    ask = lambda teacher: teacher.explain("What is red?", PAGE, image, helps, 40)  # noqa: E731
-    assert ask_server(image.parent, str(reciting_model), ask) == RECITED
+    call = lambda teacher: teacher.explain("What is red?", PAGE, image, helps, 40)  # noqa: E731
+    assert call_teacher(image.parent, str(reciting_model), call) == RECITED
 
 
 def test_reasoning_content_is_not_part_of_the_answer(served: OpenAIServer, reciting_model: Path, image: Path):
@@ -68,17 +68,17 @@ def test_reasoning_content_is_not_part_of_the_answer(served: OpenAIServer, recit
     assert message.reasoning_content == THOUGHT
 
 
-def test_refinement_by_a_real_server(served: OpenAIServer, reciting_model: Path, tmp_path: Path):
+def test_real_server_refines_notes(served: OpenAIServer, reciting_model: Path, tmp_path: Path):
     notes = ["a red bar chart, so it helps.", "text, so it does not help."]
     for positives in ([LocalId(1)], [LocalId(1), LocalId(2)], []):
-        ask = lambda teacher, ids=positives: teacher.refine("What is red?", notes, ids, 80)  # noqa: E731
-        assert ask_server(tmp_path, str(reciting_model), ask) == RECITED
+        call = lambda teacher, ids=positives: teacher.refine("What is red?", notes, ids, 80)  # noqa: E731
+        assert call_teacher(tmp_path, str(reciting_model), call) == RECITED
 
 
 @pytest.mark.skipif(NO_LENGTH_REASON, reason="this version of transformers serve never reports the token limit")
 def test_answer_at_the_token_limit_fails(served: OpenAIServer, reciting_model: Path, image: Path):
     with pytest.raises(TeacherFailure, match="was cut off"):
-        ask_server(
+        call_teacher(
             image.parent,
             str(reciting_model),
             lambda teacher: teacher.explain("?", PAGE, image, True, 40),

@@ -256,7 +256,7 @@ def run_synthetic(*arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_real_stage_from_the_command_line(tmp_path):
+def test_real_stage_prints_its_help_and_errors(tmp_path):
     help_run = run_synthetic("--help")
     assert help_run.returncode == 0
     assert "seed: " in help_run.stdout

@@ -28,7 +28,7 @@ THINK = "<think>t</think>"
         (f"{THINK}<answer>[]</answer>", "missing_documents"),
     ],
 )
-def test_class_of_answer(text, name):
+def test_each_answer_has_one_class(text, name):
     assert answer_class(to_model_answer(text, 3)) == name
 
 

@@ -108,7 +108,7 @@ FIRST = "<think>t</think><answer>[3, 1, 2, 4, 5]</answer>"
 THIRD = "<think>t</think><answer>[1, 2, 3, 4, 5]</answer>"
 
 
-def test_question_table_of_greedy_and_sampled_answers():
+def test_question_table_has_metrics_of_greedy_or_sampled_answers():
     rankings = [
         ranking("a", THIRD, [FIRST, FIRST, THIRD, THIRD]),
         ranking("b", FIRST, [FIRST], domain="law", types=("Table", "Chart")),

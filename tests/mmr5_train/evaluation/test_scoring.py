@@ -139,7 +139,9 @@ def test_samples_are_averaged_within_their_question(results: dict) -> None:
     assert model["defects_sampled"] == {"cut_off": 1}
 
 
-def test_defects_classes_and_true_descriptions(results: dict, rankings: dict[str, list[Ranking]]) -> None:
+def test_defects_classes_and_true_descriptions_are_counted(
+    results: dict, rankings: dict[str, list[Ranking]]
+) -> None:
     baseline, model = results["rows"]
     assert model["defects"] == {"no_think": 1, "duplicates": 1}
     assert {name: count for name, count in model["classes"].items() if count} == {"ok": 2, "repetition": 1}

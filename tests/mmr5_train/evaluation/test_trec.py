@@ -105,13 +105,15 @@ def test_escaped_id_is_one_field_and_decodes(name: str) -> None:
 
 
 @given(names, st.integers(0, 10**6), names)
-def test_page_round_trip(tmp_path_factory: pytest.TempPathFactory, name: str, number: int, query: str) -> None:
+def test_pages_round_trip_through_a_run(
+    tmp_path_factory: pytest.TempPathFactory, name: str, number: int, query: str
+) -> None:
     path = tmp_path_factory.mktemp("run") / "s.run"
     path.write_text(f"{escape(query)} Q0 {docid(page(name, number))} 1 1 s\n")
     assert read_run(path) == {query: (page(name, number),)}
 
 
-def test_order_round_trip(tmp_path: Path) -> None:
+def test_orders_round_trip_through_a_run(tmp_path: Path) -> None:
     rankings = [ranking("a b/0", [2, 3, 1], [page("a b", 0)], "a b"), ranking("c/0", [1, 2], [page("c", 1)], "c")]
     write_trec(tmp_path, {"sft": rankings})
     assert read_run(tmp_path / "sft.run") == {r.query_id: r.ranked_pages(r.greedy) for r in rankings}

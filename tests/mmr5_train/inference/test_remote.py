@@ -44,7 +44,7 @@ def test_a_real_server_gives_the_same_answers_as_the_local_backend(openai_server
         assert from_server.order == from_local.order
 
 
-def test_reasoning_that_a_real_server_returns_separately(openai_server, reciting_model, paths):
+def test_separate_reasoning_of_a_real_server_is_used(openai_server, reciting_model, paths):
     server = {"url": openai_server.base_url, "model": str(reciting_model)}
     results = Reranker("tiny", server=server, max_new_tokens=24).rank("Which?", paths)
     assert results.reasoning == THOUGHT

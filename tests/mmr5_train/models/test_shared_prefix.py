@@ -247,7 +247,7 @@ def test_ordinary_forward_and_saving_are_not_affected(models, prompts, tmp_path)
     assert "shared_prefix" not in (tmp_path / "config.json").read_text()
 
 
-def test_kept_features_and_pixels_give_the_same_values(models, prompts):
+def test_image_features_and_pixels_give_the_same_values(models, prompts):
     _, shared = models
     completions, mask = random_completions([6, 6], 300, 2)
     with_features = shared_prompt(shared, prompts[0])

@@ -32,7 +32,7 @@ def test_question_comes_before_labelled_pages():
     assert text_of(messages) == "Rank {n}.Q of 2: how many?\nPage 1/2: <IMAGE>Page 2/2: <IMAGE>"
 
 
-def test_pages_first_and_without_labels():
+def test_pages_can_come_first_and_without_labels():
     messages = build_messages(prompt(images_first=True, image_label=""), "how many?", 2)
     assert text_of(messages[1:]) == "<IMAGE><IMAGE>Q of 2: how many?\n"
 

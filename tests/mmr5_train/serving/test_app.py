@@ -26,8 +26,8 @@ def error_of(response: httpx.Response) -> dict[str, str]:
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_results_are_ordered_by_score(server, route):
-    sent = [{"image": BLUE}, RED, {"image_url": {"url": GREEN, "detail": "low"}}]
-    body = {"model": "fake", "query": "Which page is red?", "documents": sent, "return_documents": True}
+    pages = [{"image": BLUE}, RED, {"image_url": {"url": GREEN, "detail": "low"}}]
+    body = {"model": "fake", "query": "Which page is red?", "documents": pages, "return_documents": True}
     response = server.client.post(route, json=body | {"return_reasoning": True}).json()
     assert [result["index"] for result in response["results"]] == [1, 2, 0]
     scores = [result["relevance_score"] for result in response["results"]]
@@ -62,12 +62,12 @@ def test_malformed_request_is_rejected(server, malformed):
 
 
 def test_body_without_content_length_is_limited(server):
-    sent = 0
+    sent_bytes = 0
 
     def endless():
-        nonlocal sent
-        while sent < 200_000_000:
-            sent += 1_000_000
+        nonlocal sent_bytes
+        while sent_bytes < 200_000_000:
+            sent_bytes += 1_000_000
             yield b" " * 1_000_000
 
     with run_server(limits={"body_mb": 2}) as small:
@@ -77,7 +77,7 @@ def test_body_without_content_length_is_limited(server):
             )
             assert (response.status_code, error_of(response)["code"]) == (413, "body_too_large")
         except httpx.WriteError:  # the server closed the connection while the client was still sending
-            assert sent < 200_000_000
+            assert sent_bytes < 200_000_000
         assert small.rerank("red?", [RED]).status_code == 200
 
 
@@ -97,7 +97,7 @@ def test_limits_come_from_the_config():
         assert small.rerank("red?", [RED, BLUE]).status_code == 200
 
 
-def test_images_from_the_folder(tmp_path):
+def test_images_may_be_paths_inside_the_folder_only(tmp_path):
     folder, outside = tmp_path / "pages", tmp_path / "outside.png"
     (folder / "doc").mkdir(parents=True)
     (folder / "doc/page 1.png").write_bytes(encode_image("PNG"))
@@ -157,8 +157,8 @@ def post_ascii(server, query, documents):
 
 def test_key_is_required():
     with run_server(key="sk-right") as locked:
-        wrong = ("Bearer sk-wrong", "sk-right", "Basic sk-right", "Bearer sk-r\xefght".encode("latin-1"))
-        for headers in ({}, *({"Authorization": value} for value in wrong)):
+        invalid = ("Bearer sk-wrong", "sk-right", "Basic sk-right", "Bearer sk-r\xefght".encode("latin-1"))
+        for headers in ({}, *({"Authorization": value} for value in invalid)):
             for path in (*ROUTES, "/pages"):
                 response = locked.client.post(path, json={}, headers=headers)
                 assert response.status_code == 401
@@ -166,10 +166,10 @@ def test_key_is_required():
                 assert response.headers["WWW-Authenticate"] == "Bearer"
                 assert "sk-" not in response.text
             assert locked.client.get("/v1/models", headers=headers).status_code == 401
-        right = {"Authorization": "Bearer sk-right"}
-        assert locked.client.get("/v1/models", headers=right).json()["data"][0]["id"] == "fake"
+        valid = {"Authorization": "Bearer sk-right"}
+        assert locked.client.get("/v1/models", headers=valid).json()["data"][0]["id"] == "fake"
         assert (
-            locked.client.post("/rerank", json={"query": "?", "documents": [RED]}, headers=right).status_code
+            locked.client.post("/rerank", json={"query": "?", "documents": [RED]}, headers=valid).status_code
             == 200
         )
         assert locked.client.get("/").status_code == locked.client.get("/health").status_code == 200

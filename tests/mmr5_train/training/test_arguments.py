@@ -20,7 +20,7 @@ def test_complete_groups_are_valid(monkeypatch, processes, batch, steps, group):
     check_group_sizes(settings(batch, steps, group))
 
 
-def test_the_settings_of_the_paper_on_one_gpu():
+def test_the_settings_of_the_paper_are_rejected_on_one_gpu():
     with pytest.raises(InputError) as raised:
         check_group_sizes(settings(1, 2, 4))
     assert str(raised.value) == (

@@ -67,7 +67,7 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launch", LAUNCHERS)
-def test_the_same_losses_under_a_launcher(launch, tasks, page_folder, tmp_path):
+def test_losses_are_the_same_under_a_launcher(launch, tasks, page_folder, tmp_path):
     """Two processes with DDP, and one process with DeepSpeed ZeRO-3."""
     write_records(page_folder / "questions.jsonl", tasks)
     launcher, environment = LAUNCHERS[launch]
@@ -114,7 +114,7 @@ def test_each_page_passes_the_vision_tower_once_per_rollout(tiny, prompt, proces
     assert images[GRPOTrainer] == [24] * 10
 
 
-def test_evaluation_shares_prompts(tiny, prompt, processor, tasks, page_folder, tmp_path):
+def test_evaluation_gives_the_same_reward_and_loss(tiny, prompt, processor, tasks, page_folder, tmp_path):
     results = []
     for trainer_class in (GRPOTrainer, SharedPrefixGRPOTrainer):
         settings = {"max_steps": 1, "per_device_eval_batch_size": 8, "num_generations_eval": 2}

@@ -31,7 +31,7 @@ def test_measures_both_trainers(shape, monkeypatch):
     assert stock["operations"] > 2 * shared["operations"]  # it processes 3.7 times the tokens
 
 
-def test_table_figure_and_targets(tmp_path):
+def test_table_figure_and_targets_show_the_rows(tmp_path):
     row = {"P": 1200, "G": 8, "C": 100, "stock_s": 3.2, "shared_s": 0.8, "speedup": 4.0, "bound": 5.2}
     memory = {"stock_mib": 1500.0, "shared_mib": 250.0, "stock_roofline_s": 1.0, "shared_roofline_s": 0.25}
     rows = [{"what": "update", **row, **memory}, {"what": "step", **row}]

@@ -8,7 +8,7 @@ from malformed_requests import Malformed, malformed_requests
 from rerank_server import run_server
 
 
-def test_load_and_malformed_requests():
+def test_load_has_no_failures_and_malformed_requests_are_rejected():
     malformed = malformed_requests()
     assert len({request.name for request in malformed}) == len(malformed) == 54
     with run_server(wait_ms=5) as server:
@@ -35,5 +35,5 @@ def test_wrong_responses_are_reported():
         Malformed("another message", 422, "elephants", b'{"query": 3}'),
     ]
     with run_server() as server:
-        wrong = bench_serve.send_malformed(server.url, 3, malformed)["wrong"]
-    assert [problem.partition(":")[0] for problem in wrong] == ["another status", "another message"]
+        problems = bench_serve.send_malformed(server.url, 3, malformed)["wrong"]
+    assert [problem.partition(":")[0] for problem in problems] == ["another status", "another message"]

@@ -27,7 +27,7 @@ def test_default_run_has_the_settings_of_the_demo():
     assert theirs["reward.name"] == run_config.reward.name
 
 
-def test_table_and_targets(tmp_path):
+def test_table_and_targets_show_recall_and_alarms(tmp_path):
     history = [
         {"step": step, "answers/reranking": 0.5 + step / 100, "answers/complete": 1.0, "entropy": 0.02}
         for step in range(1, 21)

@@ -180,16 +180,16 @@ def is_explained(task: PromptedTask, config: TracesStage) -> bool:
 def check_pages(task: RankingTask, pages: dict[PageId, Page], tasks_file: Path, pages_file: Path) -> None:
     """Raises `InputError` if a candidate is not in pages.jsonl, or its image does not exist."""
     for candidate in task.candidates:
-        where = f"question {task.query_id}: page {candidate.id}"
+        location = f"question {task.query_id}: page {candidate.id}"
         if candidate.id not in pages:
             raise InputError(
-                f"{tasks_file}, {where} is not in {pages_file}; both files must come from the same run: set "
+                f"{tasks_file}, {location} is not in {pages_file}; both files must come from the same run: set "
                 "pages=… or run the stage that writes the candidates again"
             )
         image = tasks_file.parent / candidate.image
         if not image.is_file():
             raise InputError(
-                f"{tasks_file}, {where}: no image {image}; run the stage that writes the candidates again"
+                f"{tasks_file}, {location}: no image {image}; run the stage that writes the candidates again"
             )
 
 
@@ -253,8 +253,8 @@ async def make_trace(
         think = await refine(notes) if config.refine else join_notes(notes)
     except TeacherFailure as failure:
         return Skipped(query_id=task.query_id, reason=failure.reason, detail=failure.detail)
-    rest = [LocalId(i) for i in range(1, len(shown_pages) + 1) if i not in positives]
-    answer = (*positives, *rest)
+    others = [LocalId(i) for i in range(1, len(shown_pages) + 1) if i not in positives]
+    answer = (*positives, *others)
     for name, detail in failed_checks(task.query, shown_pages, notes, think, answer, positives, rules):
         return Skipped(query_id=task.query_id, reason=f"check {name}", detail=detail)
     trace = Trace(

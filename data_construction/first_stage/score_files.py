@@ -168,14 +168,15 @@ def page_number(image_path: str, doc_name: str) -> int | None:
 
 def _check_tags(path: Path, tagged: list[tuple[bool, bool, str]], skipped: list[Skipped]) -> None:
     """Compares tags with labels. Records some contradictions in `skipped`; raises `InputError` for a majority."""
-    wrong = [page for positive, relevant, page in tagged if positive != relevant]
-    if len(wrong) * 2 > len(tagged):
+    contradictions = [page for positive, relevant, page in tagged if positive != relevant]
+    if len(contradictions) * 2 > len(tagged):
         raise InputError(
-            f"{path}: of {len(tagged)} pages tagged positive or labeled relevant, {len(wrong)} are not both, the "
-            f"first is {wrong[0]}; check that the file counts pages as the corpus does"
+            f"{path}: the tags contradict the labels for {len(contradictions)} of {len(tagged)} pages that are "
+            f"tagged positive or labeled relevant, the first is {contradictions[0]}; check that the file counts pages "
+            "as the corpus does"
         )
-    if wrong:
-        detail = f"{len(wrong)} of {len(tagged)}, the first is {wrong[0]}; the labels are used"
+    if contradictions:
+        detail = f"{len(contradictions)} of {len(tagged)}, the first is {contradictions[0]}; the labels are used"
         skipped.append(Skipped(file=str(path), reason="tags that contradict the labels", detail=detail))
 
 

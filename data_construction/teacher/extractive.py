@@ -105,8 +105,8 @@ class ExtractiveTeacher:
         self, query: str, notes: Sequence[str], positives: Sequence[LocalId], words: int, problem: str = ""
     ) -> str:
         """One sentence on the relevant pages and one on the others; none for an empty group."""
-        rest = [i for i in range(1, len(notes) + 1) if i not in positives]
-        groups = ((positives, True), (rest, False))
+        others = [i for i in range(1, len(notes) + 1) if i not in positives]
+        groups = ((positives, True), (others, False))
         return " ".join(_summary(notes, ids, helps, words // 2) for ids, helps in groups if ids)
 
     def status(self) -> str:

@@ -255,8 +255,8 @@ class ExampleSampler:
             rng.choice(self.by_content[target]) if rng.random() < 0.4 else self._negative(target, random_share)
             for _ in range(pages)
         ]
-        what = self.by_content[target][0].description
-        query = rng.choice(QUERIES).format(what=what, topic=rng.choice(TOPICS))
+        description = self.by_content[target][0].description
+        query = rng.choice(QUERIES).format(what=description, topic=rng.choice(TOPICS))
         verdicts = [(page.color, page.kind) == target for page in shown]
         notes = [format_note(page.description, helps) for page, helps in zip(shown, verdicts, strict=True)]
         if pages > phase.max_verdict_pages:

@@ -43,18 +43,18 @@ MEMORY_GROWTH = 0.1  # "memory stays flat": maximal growth in the second half of
 def send_malformed(base_url: str, count: int, malformed: list[Malformed]) -> dict[str, Any]:
     """Sends `count` malformed requests. `wrong` lists the responses that were not the expected rejection."""
     statuses: Counter[int] = Counter()
-    wrong = []
+    problems = []
     with httpx.Client(base_url=base_url, timeout=60, trust_env=False) as client:
         for request in itertools.islice(itertools.cycle(malformed), count):
             response = client.request(request.method, request.path, content=request.body, headers=request.headers)
             statuses[response.status_code] += 1
             if (problem := rejection_problem(request, response)) is not None:
-                wrong.append(f"{request.name}: {problem}")
+                problems.append(f"{request.name}: {problem}")
     return {
         "requests": count,
         "kinds": len(malformed),
         "statuses": {str(status): n for status, n in sorted(statuses.items())},
-        "wrong": wrong,
+        "wrong": problems,
     }
 
 
@@ -80,10 +80,10 @@ async def run_load(base_url: str, pid: int, clients: int, seconds: float) -> dic
 
     async def send_requests(client: httpx.AsyncClient) -> None:
         while time.perf_counter() - start < seconds:
-            sent = time.perf_counter()
+            started = time.perf_counter()
             response = await client.post("/v1/rerank", content=next(bodies), headers=JSON)
             if response.status_code == 200:
-                latencies.append(time.perf_counter() - sent)
+                latencies.append(time.perf_counter() - started)
             else:
                 failures[response.status_code] += 1
 
@@ -170,8 +170,8 @@ def targets(result: dict[str, Any]) -> list[Row]:
 
 
 def has_wrong_response(result: dict[str, Any]) -> bool:
-    wrong = result["malformed"]["wrong"] or result["load"]["failed"]
-    return bool(wrong) or result["good_request_afterwards"] != 200
+    problems = result["malformed"]["wrong"] or result["load"]["failed"]
+    return bool(problems) or result["good_request_afterwards"] != 200
 
 
 def main() -> None:

@@ -172,8 +172,8 @@ def _check_tags(path: Path, tagged: list[tuple[bool, bool, str]], skipped: list[
     if len(contradictions) * 2 > len(tagged):
         raise InputError(
             f"{path}: the tags contradict the labels for {len(contradictions)} of {len(tagged)} pages that are "
-            f"tagged positive or labeled relevant, the first is {contradictions[0]}; check that the file counts pages "
-            "as the corpus does"
+            f"tagged positive or labeled relevant, the first is {contradictions[0]}; check that the file counts "
+            "pages as the corpus does"
         )
     if contradictions:
         detail = f"{len(contradictions)} of {len(tagged)}, the first is {contradictions[0]}; the labels are used"

@@ -36,7 +36,7 @@ class Measured:
 
     @property
     def differences(self) -> dict[str, Difference]:
-        """Measured − published with the shifted measured; empty for a row without a published counterpart."""
+        """Measured − published, with the shifted interval; empty for a row without a published counterpart."""
         if self.published is None:
             return {}
         differences = {}

@@ -63,9 +63,8 @@ class Vocabulary:
     def _answer_tokens(self, n: int) -> tuple[list[int], list[int]]:
         """The tokens of tokenized answers on `n` pages, and the tokens of their single characters."""
         ids = [LocalId(i) for i in range(1, n + 1)]
-        answers = [
-            render_completion(None, ids[i:] + ids[:i]) for i in range(n)
-        ]  # each id occurs after "[" and after ", "
+        # Rotations of the list: each id occurs after "[" and after ", ".
+        answers = [render_completion(None, ids[i:] + ids[:i]) for i in range(n)]
         completion = render_completion("", ids)
         texts = [*answers, completion, f"{THINK_CLOSE}{answers[0]}", f"{THINK_CLOSE}\n{answers[0]}"]
         answer_token_ids, character_ids = (

@@ -106,7 +106,7 @@ class LocalBackend:
                 raise InputError("mode logits: generates no text to sample; set samples=0")
             return [[answer] for answer in self._score_page_ids(queries, images)]
         device = self.model.device
-        # Training also calls this method, and its random state must not change.
+        # Training calls this method between its steps, so the global random state must not change.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             return self._generate_text(queries, images, samples, temperature)

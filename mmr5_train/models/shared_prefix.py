@@ -6,9 +6,9 @@ one packed row,
     prompt without its last token · last token, completion 1 · last token, completion 2 · …
 
 in which each completion attends to the prompt and to itself, and its positions continue from the prompt's end. So
-every token has the same keys, positions and logits as in a separate row. The copy of the
-prompt's last token predicts the first token of its completion. With these copies, labels are next tokens along
-the whole row, and the model's own loss head needs no change.
+every token has the same keys, positions and logits as in a separate row. The copy of the prompt's last token
+predicts the first token of its completion. With these copies, labels are next tokens along the whole row, and the
+model's own loss head needs no change.
 
 This module uses transformers' attention interface. It imports nothing of this project:
 

@@ -26,7 +26,10 @@ if [[ ${1:-} == --tiny ]]; then
     export TOKENIZERS_PARALLELISM=false
     "$PYTHON" scripts/hub_server.py "${HF_ENDPOINT##*:}" & # replaces the hub, with files of a few bytes
     trap 'kill %1' EXIT
-    until (exec 3<> "/dev/tcp/127.0.0.1/${HF_ENDPOINT##*:}") 2> /dev/null; do kill -0 %1 && sleep 0.1; done
+    until (exec 3<> "/dev/tcp/127.0.0.1/${HF_ENDPOINT##*:}") 2> /dev/null; do
+        kill -0 %1 || { echo "error: scripts/hub_server.py did not start" >&2; exit 1; }
+        sleep 0.1
+    done
     DATA=$OUT/download
 else
     OUT=${1:-outputs/reproduce}

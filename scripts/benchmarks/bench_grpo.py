@@ -214,11 +214,17 @@ def count_flops(work: Any) -> int:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations per second of a product of large square matrices, the median of ten."""
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, dtype=dtype, device=device)
-    a @ a  # the first product also initializes the library
-    return 2 * n**3 / median_s(lambda: a @ a, 10)
+    """Floating-point operations per second of a product of large square matrices, the median of ten.
+
+    A CPU without bfloat16 instructions takes minutes for a large product, so the size grows until one takes 0.1 s.
+    """
+    n = 8192 if device.type == "cuda" else 256
+    while True:
+        a = torch.randn(n, n, dtype=dtype, device=device)
+        a @ a  # the first product also initializes the library
+        if device.type == "cuda" or n == 2048 or _seconds(lambda a=a: a @ a) > 0.1:
+            return 2 * n**3 / median_s(lambda a=a: a @ a, 10)
+        n *= 2
 
 
 def run_pair(P: int, G: int, C: int, args: argparse.Namespace) -> list[dict[str, Any]]:

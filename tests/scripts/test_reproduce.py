@@ -23,7 +23,7 @@ def test_script_reproduces_three_checkpoints_and_compares_them_with_the_paper(tm
     process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
     assert process.returncode == 0, f"{process.stdout[-3000:]}\n{process.stderr[-3000:]}"
     output = process.stdout
-    assert output.count("files, checked, in") == 2
+    assert output.count("files, verified, in") == 2
     assert output.count("memory per GPU at the longest prompt") == 2
     assert "sft: already in" in output  # SFT runs once for both recipes
     for stage in ("shared/sft", "mm_r5/grpo", "rl_only/grpo"):

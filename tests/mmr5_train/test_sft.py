@@ -113,7 +113,7 @@ def test_lora_saves_an_adapter_and_a_merged_model(traces, tmp_path):
         (["trainer.per_device_train_batch_size=1.5"], "expected a whole number, found 1.5"),
         (["model.min_pixels=9501"], r"min_pixels must be at most max_pixels \(9500\)"),
         (["model.path=./nowhere"], "no such checkpoint folder"),
-        (["model.path=no/where"], "no/where: is no folder, and as a hub id its config can't be loaded"),
+        (["model.path=no/where"], "no/where: is not a folder, and as a hub id its config can't be loaded"),
     ],
 )
 def test_wrong_settings_are_named_and_keep_an_earlier_result(traces, tmp_path, overrides, message):

@@ -24,8 +24,8 @@ def test_the_settings_of_the_paper_are_rejected_on_one_gpu():
     with pytest.raises(InputError) as raised:
         check_group_sizes(settings(1, 2, 4))
     assert str(raised.value) == (
-        "trainer: 1 process × per_device_train_batch_size 1 × gradient_accumulation_steps 2 = 2 completions a "
-        "rollout, which is not a multiple of num_generations 4; nearest valid settings: "
+        "trainer: 1 process × per_device_train_batch_size 1 × gradient_accumulation_steps 2 = 2 completions "
+        "per rollout, which is not a multiple of num_generations 4; nearest valid settings: "
         "trainer.per_device_train_batch_size=2; trainer.gradient_accumulation_steps=4; trainer.num_generations=2"
     )
 

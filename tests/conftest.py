@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -55,6 +55,39 @@ def prompt() -> Prompt:
 @pytest.fixture(scope="session")
 def processor(tiny: ModelConfig) -> Any:
     return load_processor(tiny)
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer() -> Any:
+    """The real tokenizer of Qwen2.5. Skips the test if its files are missing."""
+    from standin import tokenizer_folder
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(tokenizer_folder())
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Qwen2.5-VL with the real tokenizer. Skips the test if the tokenizer files are missing."""
+    return _standin(tmp_path_factory.mktemp("standin"), "qwen2_5_vl")
+
+
+@pytest.fixture(scope="session")
+def qwen3_standin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Qwen3-VL with the real tokenizer, in which `<think>` and `</think>` are single tokens."""
+    return _standin(tmp_path_factory.mktemp("qwen3-standin"), "qwen3_vl")
+
+
+def _standin(folder: Path, family: Literal["qwen2_5_vl", "qwen3_vl"]) -> Path:
+    from standin import write_standin
+
+    try:
+        return write_standin(folder, family)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

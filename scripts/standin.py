@@ -3,9 +3,9 @@
     python scripts/standin.py OUT [--family qwen3_vl] [--seed 1]
 
 The checkpoint has the architecture, tokenizer, chat template, image processor limits and generation config of
-Qwen2.5-VL or Qwen3-VL, so that code meets what it would meet with a published checkpoint: page ids and tags of several
-tokens, token ids without text, large pages, sampling settings in the generation config. Only the network is small: 20
-million parameters, nearly all of them embeddings.
+Qwen2.5-VL or Qwen3-VL. So code meets what a published checkpoint has: page ids and tags of several tokens, token
+ids without text, large pages, sampling settings in the generation config. Only the network is small: 20 million
+parameters, nearly all of them embeddings.
 
 The tokenizer (tokenizer.json and tokenizer_config.json of Qwen2.5) is read from the folder that the environment
 variable QWEN_TOKENIZER names.
@@ -51,8 +51,8 @@ def tokenizer_folder() -> Path:
     folder = Path(os.environ.get("QWEN_TOKENIZER") or DEFAULT_TOKENIZER)
     if not (folder / "tokenizer.json").is_file():
         raise FileNotFoundError(
-            f"{folder}: no tokenizer.json of Qwen2.5; set QWEN_TOKENIZER to a folder with the tokenizer files of a "
-            "Qwen2.5 checkpoint"
+            f"{folder}: no tokenizer.json of Qwen2.5; set QWEN_TOKENIZER to a folder with the tokenizer files of "
+            "a Qwen2.5 checkpoint"
         )
     return folder
 

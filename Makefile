@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo demo-modes test bench-grpo bench-data bench-train bench-serve bench-rerank test-wheel lint format lock clean
+.PHONY: help setup demo demo-modes test bench-grpo bench-data bench-amounts bench-train bench-serve bench-rerank test-wheel lint format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test-wheel     install the wheel into a fresh environment and run the demo there"
 	@echo "make bench-grpo     compare GRPO with shared prompts to TRL's trainer; writes outputs/bench/grpo.json"
 	@echo "make bench-data     measure the data stages, also with faults and kills; writes outputs/bench/data.json"
+	@echo "make bench-amounts  count the examples of recipe mm_r5 on full-size files; writes outputs/bench/amounts.json"
 	@echo "make bench-train    compare SFT to a plain TRL script, and two processes to one; writes outputs/bench/train.json"
 	@echo "make bench-serve    measure the server under load and malformed requests; writes outputs/bench/serve.json"
 	@echo "make bench-rerank   compare the reranker's modes to a plain loop, on three seeds; writes outputs/bench/rerank.json"
@@ -61,6 +62,9 @@ bench-grpo: setup
 
 bench-data: setup
 	$(BIN)/python scripts/benchmarks/bench_data.py
+
+bench-amounts: setup
+	$(BIN)/python scripts/benchmarks/bench_amounts.py
 
 bench-train: setup
 	$(BIN)/python scripts/benchmarks/bench_train.py

@@ -11,7 +11,8 @@ and writes into `out`:
 - train.jsonl, select.jsonl, heldout.jsonl: `RankingTask` records for SFT, GRPO and evaluation. train and select
   contain only questions that have the full number of candidates and at least one relevant candidate; with
   `missed: keep` also those without a relevant candidate. heldout contains every question, since recall divides by
-  all gold pages;
+  all gold pages. With `train_per_domain`, train has at most that many questions per domain, in random order, so
+  that its first questions are a sample of all;
 - documents.jsonl: `SplitDocument`. The split is by document; documents with equal content get the same split;
 - skipped.jsonl: `Skipped`, each document, page and question that can't be used, with the reason;
 - first_stage.json: recall of the first stage over all questions; manifest.json.
@@ -23,16 +24,15 @@ since the splits depend on which documents are equal.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 from tqdm import tqdm
 
 from data_construction.corpus.documents import Document
@@ -40,6 +40,7 @@ from data_construction.corpus.reading import CorpusConfig, read_annotations, rea
 from data_construction.first_stage.exclusion import REASONS, exclude_contents, exclude_names, read_excluded
 from data_construction.first_stage.policy import Policy, choose_candidates
 from data_construction.first_stage.retriever import RankDocument, RetrieverConfig, open_retriever
+from data_construction.splits import Draw, Split, SplitName, split_documents
 from mmr5_train.common.config import StageConfig, run_stage
 from mmr5_train.common.files import (
     InputError,
@@ -64,25 +65,6 @@ from mmr5_train.ranking.records import (
 
 FIRST_STAGE_KS = (1, 3, 5, 10, 20)
 
-SplitName = Literal["train", "select", "heldout"]
-
-
-class Split(BaseModel):
-    """Shares of the documents."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    train: float = Field(ge=0, le=1)
-    select: float = Field(ge=0, le=1)
-    heldout: float = Field(ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _sums_to_one(self) -> Self:
-        total = self.train + self.select + self.heldout
-        if abs(total - 1) > 1e-6:
-            raise ValueError(f"train + select + heldout must be 1, found {total:g}")
-        return self
-
 
 class CandidatesStage(StageConfig):
     """`python -m data_construction.candidates` (configs/candidates.yaml)."""
@@ -99,6 +81,12 @@ class CandidatesStage(StageConfig):
         default=None, gt=0, description="pages per heldout question; None: the same as `candidates`"
     )
     split: Split
+    train_per_domain: int | None = Field(
+        default=None,
+        gt=0,
+        description="at most this many train questions per domain, drawn with the seed after all filters (MM-R5: "
+        "1200 per subset of MMDocIR's training set); null: all",
+    )
     missed: Literal["drop", "keep"] = Field(
         default="drop",
         description="train and select questions without a relevant candidate: drop them (as in MM-R5), or keep "
@@ -126,26 +114,6 @@ class CorpusSummary:
     domains: list[str] = field(default_factory=list)
     eligible: int = 0
     pages_without_text: int = 0
-
-
-def split_documents(hashes: dict[str, str], split: Split, seed: int) -> dict[str, SplitName]:
-    """doc_name → "train", "select" or "heldout". `hashes` has the content hash of each document name.
-
-    Documents are shuffled by a hash of the seed and their names, then cut by the shares. Equal documents get the
-    split of the first of them.
-    """
-    shuffled = sorted(hashes, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-    same_content: dict[str, list[str]] = {}
-    for name in shuffled:
-        same_content.setdefault(hashes[name], []).append(name)
-    train_end = round(split.train * len(hashes))
-    select_end = round((split.train + split.select) * len(hashes))
-    split_of: dict[str, SplitName] = {}
-    for names in same_content.values():
-        i = len(split_of)
-        name_of_split: SplitName = "train" if i < train_end else "select" if i < select_end else "heldout"
-        split_of |= dict.fromkeys(names, name_of_split)
-    return split_of
 
 
 def rank_questions(
@@ -251,11 +219,20 @@ def rank_documents(
     return summary
 
 
+@dataclass
+class SplitSummary:
+    """Number of questions per split and domain, and of the train questions per domain that were not drawn."""
+
+    questions: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
+    not_drawn: Counter[str] = field(default_factory=Counter)
+
+
 def write_splits(
     config: CandidatesStage, spool: Path, split_of: dict[str, SplitName], skipped: list[Skipped]
-) -> dict[str, int]:
-    """Writes the ranked questions to the files of their splits. Returns the number of tasks per split."""
-    n_tasks = dict.fromkeys(SPLITS, 0)
+) -> SplitSummary:
+    """Writes the ranked questions to the files of their splits. Adds the questions of no use to `skipped`."""
+    summary = SplitSummary()
+    draw = Draw(config.train_per_domain, config.seed) if config.train_per_domain else None
     with ExitStack() as stack:
         files = {split: stack.enter_context(atomic_write(config.out / f"{split}.jsonl")) for split in SPLITS}
         for line in stack.enter_context(spool.open(encoding="utf-8")):
@@ -265,9 +242,16 @@ def write_splits(
             if isinstance(task, Skipped):
                 skipped.append(task)
                 continue
-            files[split].write(task.model_dump_json() + "\n")
-            n_tasks[split] += 1
-    return n_tasks
+            summary.questions[split][task.domain] += 1
+            if split == "train" and draw:
+                draw.add(task)
+            else:
+                files[split].write(task.model_dump_json() + "\n")
+        if draw:
+            files["train"].writelines(line + "\n" for line in draw.lines())
+            summary.not_drawn = draw.not_drawn
+            summary.questions["train"] -= draw.not_drawn
+    return summary
 
 
 def _no_usable_question(source: Path, skipped: Sequence[Skipped]) -> InputError:
@@ -296,7 +280,7 @@ def main(config: CandidatesStage) -> None:
             raise _no_usable_question(config.corpus.folder, skipped)
         hashes = {document.doc_name: document.sha256 for document in summary.documents}
         split_of = split_documents(hashes, config.split, config.seed)
-        n_tasks = write_splits(config, spool, split_of, skipped)
+        splits = write_splits(config, spool, split_of, skipped)
     finally:
         spool.unlink(missing_ok=True)
     write_records(out / "documents.jsonl", [_split_document(d, split_of[d.doc_name]) for d in summary.documents])
@@ -313,16 +297,19 @@ def main(config: CandidatesStage) -> None:
         },
         "pages": pages,
         "pages_without_text": summary.pages_without_text,
-        "questions": n_tasks,
+        "questions": {split: count.total() for split, count in splits.questions.items()},
+        "questions_by_domain": splits.questions,
+        "train_not_drawn": splits.not_drawn,
         "skipped": dict(Counter(skip.reason for skip in skipped)),
     }
     inputs = [path for path in sources if path.is_file()]
     write_manifest(out, stage="candidates", config=config.model_dump(mode="json"), inputs=inputs, counts=counts)
-    sizes = ", ".join(f"{split} {n}" for split, n in n_tasks.items())
+    sizes = ", ".join(f"{split} {n.total()}" for split, n in splits.questions.items())
+    drawn = f"; train drawn from {splits.not_drawn.total() + splits.questions['train'].total()}"
     print(
         f"candidates: {sizes} questions of {len(summary.documents)} documents, {pages} pages "
         f"({summary.pages_without_text} without text); {len(skipped)} skipped (skipped.jsonl); first stage "
-        f"recall@1 {results['micro']['recall@1']:.3f}; in {out}"
+        f"recall@1 {results['micro']['recall@1']:.3f}{drawn if splits.not_drawn else ''}; in {out}"
     )
 
 

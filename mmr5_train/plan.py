@@ -2,9 +2,10 @@
 
     python -m mmr5_train.plan experiment=mm_r5 gpu=a100_80gb gpus=4
 
-Page sizes come from the recipe's candidates if that stage has run. Otherwise they are those of A4 pages at the
-resolution of the corpus readers. The output says which. Model sizes are exact. Memory and hours are estimates from
-the formulas in this file. They have not been checked against a GPU.
+Page sizes come from the recipe's candidates if that stage has run. Otherwise they are those of A4 pages at 150
+dpi. The numbers of examples come from the data, from the annotation files of the corpus, or from the recipe's rule
+(mmr5_train/forecast.py). The output says which. Model sizes are exact. Memory and hours are estimates from the
+formulas in this file. They have not been checked against a GPU.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from typing import Any
 
 from pydantic import Field
 
-from mmr5_train.common.config import compose_stage, run_stage
-from mmr5_train.common.files import InputError, read_records
+from data_construction.corpus.training_set import TrainingSet
+from mmr5_train.common.config import run_stage
+from mmr5_train.common.files import InputError, read_json_lines, read_records
+from mmr5_train.forecast import forecasts
 from mmr5_train.models.loading import ModelConfig
-from mmr5_train.models.pages import PageLimits, page_size
+from mmr5_train.models.pages import PageLimits, page_size, shrink_factor
 from mmr5_train.models.shapes import empty_model
-from mmr5_train.ranking.records import Page, RankingTask
-from mmr5_train.recipe import STAGES, RecipeStage, stage_overrides
+from mmr5_train.ranking.records import RankingTask
+from mmr5_train.recipe import RecipeStage, compose_stages, stage_overrides
 
 GIB = 2**30
 TEXT_TOKENS = 200  # tokens of a prompt without its pages: system prompt, question, chat template
-A4 = (724, 1024)  # pixels of a portrait page with the corpus readers' default longest side
+A4 = (1240, 1754)  # pixels of a portrait page at 150 dpi
+TRAINING_SET_GB = 49  # MMDocIR's training set as published
 KERNELS = 1.5 * GIB  # CUDA context, cuBLAS workspaces, fragmentation
 
 
@@ -104,17 +108,12 @@ def main(config: PlanStage) -> None:
 
 def plan(config: PlanStage) -> dict[str, list[str]]:
     """Training stage → the lines of its estimate."""
-    overrides = stage_overrides(config)
-    stages: dict[str, Any] = {
-        name: compose_stage(STAGES[name].model, STAGES[name].entry, overrides[name])
-        for name in ("candidates", "sft", "select", "grpo")
-        if name in overrides
-    }
+    stages: dict[str, Any] = compose_stages(stage_overrides(config))
     gpu = GPUS[config.gpu]
     report: dict[str, list[str]] = {}
-    for name in ("sft", "grpo"):
-        if name not in stages:
-            continue
+    if "candidates" in stages:
+        report["data"] = [page_cache(stages["candidates"].corpus)]
+    for name, forecast in forecasts(stages).items():
         stage = stages[name]
         # GRPO's checkpoint does not exist before SFT has run. It has the shape of SFT's base model.
         path = stages["sft"].model.path if name == "grpo" and "sft" in stages else stage.model.path
@@ -122,8 +121,12 @@ def plan(config: PlanStage) -> dict[str, list[str]]:
         prompts, source = prompt_tokens(
             stages.get("candidates"), stage.model, "train" if name == "sft" else "select", network.token_side
         )
-        work = sft_work(stage, prompts, config) if name == "sft" else grpo_work(stage, stages, prompts, config)
-        report[name] = list(describe(path, network, work, source, gpu, config))
+        examples = forecast.used or len(prompts)
+        make_work = sft_work if name == "sft" else grpo_work
+        work = make_work(stage, prompts, examples, config)
+        report[name] = [f"examples: {forecast}", *describe(path, network, work, source, gpu, config)]
+        if forecast.is_short:
+            report[name].insert(1, f"WARNING: fewer examples than {forecast.setting}={forecast.wanted}")
     return report
 
 
@@ -198,12 +201,21 @@ def prompt_tokens(candidates: Any, model: ModelConfig, split: str, side: int) ->
     folder = candidates.out if candidates is not None else Path()
     if not (folder / f"{split}.jsonl").is_file():
         count = candidates.candidates if candidates is not None else 5
-        tokens = TEXT_TOKENS + count * page_tokens(*A4, model, side)
-        return [tokens], f"no {folder / split}.jsonl yet: {count} pages of {A4[0]} × {A4[1]} pixels"
-    pages = {page.id: page for page in read_records(folder / "pages.jsonl", Page, unique="id")}
-    sizes = {key: page_tokens(page.width, page.height, model, side) for key, page in pages.items()}
+        factor = shrink_factor(*A4, candidates.corpus.max_side if candidates is not None else None)
+        width, height = (round(length * factor) for length in A4)
+        tokens = page_tokens(width, height, model, side)
+        source = (
+            f"no {folder / split}.jsonl yet: {count} pages of {width} × {height} pixels, {tokens:,} tokens each"
+        )
+        return [TEXT_TOKENS + count * tokens], source
+    sizes = {
+        (page["doc_name"], page["page"]): page_tokens(page["width"], page["height"], model, side)
+        for _, page in read_json_lines(folder / "pages.jsonl")  # as records, 200,000 pages would fill a gigabyte
+    }
     tasks = read_records(folder / f"{split}.jsonl", RankingTask)
-    tokens_by_task = [TEXT_TOKENS + sum(sizes[page.id] for page in task.candidates) for task in tasks]
+    tokens_by_task = [
+        TEXT_TOKENS + sum(sizes[page.doc_name, page.page] for page in task.candidates) for task in tasks
+    ]
     return tokens_by_task, f"{len(tasks):,} questions of {folder / split}.jsonl"
 
 
@@ -213,9 +225,19 @@ def page_tokens(width: int, height: int, model: ModelConfig, side: int) -> int:
     return resized[0] * resized[1] // side**2
 
 
-def sft_work(stage: Any, prompts: list[int], config: PlanStage) -> Workload:
+def page_cache(corpus: Any) -> str:
+    """What the page cache holds, and how large it gets."""
+    if not isinstance(corpus, TrainingSet):
+        return f"page cache: {corpus.page_cache}: the pages of the corpus as JPEG or PNG"
+    files = [corpus.pages_path(subset) for subset in corpus.subsets]
+    size = sum(file.stat().st_size for file in files if file.is_file()) / 1e9 or TRAINING_SET_GB
+    limit = "at their original size" if corpus.max_side is None else f"shrunk to {corpus.max_side} pixels a side"
+    return f"page cache: {corpus.page_cache}: at most {size:,.0f} GB, the page images of the training set {limit}"
+
+
+def sft_work(stage: Any, prompts: list[int], examples: int, config: PlanStage) -> Workload:
+    """The work of SFT on `examples` traces."""
     trainer = stage.trainer
-    examples = min(len(prompts), stage.limit or len(prompts)) if len(prompts) > 1 else stage.limit or 1
     batch = trainer["per_device_train_batch_size"]
     sequences_per_step = batch * trainer["gradient_accumulation_steps"] * config.gpus
     steps = trainer["max_steps"]
@@ -235,12 +257,9 @@ def sft_work(stage: Any, prompts: list[int], config: PlanStage) -> Workload:
     )
 
 
-def grpo_work(stage: Any, stages: dict[str, Any], prompts: list[int], config: PlanStage) -> Workload:
+def grpo_work(stage: Any, prompts: list[int], questions: int, config: PlanStage) -> Workload:
+    """The work of GRPO on `questions` questions."""
     trainer = stage.trainer
-    balanced = stages["select"].balanced if "select" in stages else None
-    questions = len(prompts)
-    if balanced and (len(prompts) == 1 or balanced.count < len(prompts)):
-        questions = balanced.count
     group, batch = trainer["num_generations"], trainer["per_device_train_batch_size"]
     sequences_per_step = batch * trainer["gradient_accumulation_steps"] * config.gpus
     iterations = trainer["num_iterations"]

@@ -7,7 +7,9 @@
 A recipe (configs/recipe.yaml with options of `experiment` and `size`) lists, for each stage, the values that
 differ from the stage's own config. This command turns them into Hydra overrides, composes each stage's config from
 configs/<stage>.yaml and those overrides, and runs the stages in order. It first prints each setting that differs
-from MM-R5 as published. Before each stage, it prints the command that would run the stage.
+from MM-R5 as published (mmr5_train/departures.py). Before each stage, it prints the command that would run the
+stage. Before the first stage that costs money or trains, it prints how many examples the trainings get
+(mmr5_train/forecast.py), and stops if they are fewer than the recipe wants and a teacher would be paid for them.
 
 It skips a stage whose folder already holds the result of the same config and unchanged input files. After the
 first stage that runs, it runs all later stages, because they read new inputs. An interrupted stage resumes. So the
@@ -34,6 +36,9 @@ from data_construction import candidates, synthetic, traces
 from mmr5_train import distill, evaluate, grpo, report, select, sft
 from mmr5_train.common.config import CONFIGS, StageConfig, compose_stage, config_path, group_choices, run_stage
 from mmr5_train.common.files import RECIPE, InputError, file_hash, is_unfinished, read_manifest, write_json
+from mmr5_train.departures import Settings, launch_settings, resolved_settings
+from mmr5_train.departures import departures as find_departures
+from mmr5_train.forecast import forecasts
 
 
 class Stage(NamedTuple):
@@ -59,10 +64,10 @@ STAGES: dict[str, Stage] = {
     "modes": Stage(evaluate, evaluate.EvaluateStage, "evaluate"),
     "report": Stage(report, report.ReportStage, "report"),
 }
+# Stages before the first one that costs money or trains.
+CANDIDATE_STAGES = ("corpus", "heldout", "candidates")
 # Stages that run under `accelerate launch` if `launch` is set.
 LAUNCHED = ("sft", "grpo")
-# Settings that don't count as departures from MM-R5: paths and seeds.
-NOT_COMPARED = ("out", "data", "overwrite", "seed", "model.path", "seen", "questions", "systems", "exclude")
 
 
 class RecipeStage(StageConfig):
@@ -80,6 +85,7 @@ class RecipeStage(StageConfig):
 
 def main(config: RecipeStage) -> None:
     overrides = stage_overrides(config)
+    print("settings that differ from MM-R5 as published:")
     for line in departures(config):
         print(f"  {line}")
     run_stages(overrides, config)
@@ -156,10 +162,14 @@ def run_stages(overrides_by_stage: Mapping[str, list[str]], config: RecipeStage)
     launch = launch_file(config.launch) if config.launch else None
     recorded_seconds = _recorded_seconds(config.out / RECIPE)
     inputs_changed = config.overwrite
+    stages = compose_stages(overrides_by_stage)
     records = {}
+    forecast_shown = False
     for name, overrides in overrides_by_stage.items():
-        _, model, entry = STAGES[name]
-        stage = compose_stage(model, entry, overrides)
+        stage, entry = stages[name], STAGES[name].entry
+        if not forecast_shown and name not in CANDIDATE_STAGES:
+            show_forecast(stages, paid=name == "traces" and (inputs_changed or not is_up_to_date(stage)))
+            forecast_shown = True
         seconds = recorded_seconds.get(str(stage.out))
         if not inputs_changed and is_up_to_date(stage):
             print(f"\n{name}: already in {stage.out}", flush=True)
@@ -171,6 +181,24 @@ def run_stages(overrides_by_stage: Mapping[str, list[str]], config: RecipeStage)
         records[name] = {"out": str(stage.out), "seconds": seconds}
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(config.out / RECIPE, {"name": config.name, "seed": config.seed, "stages": records})
+
+
+def show_forecast(stages: Mapping[str, Any], paid: bool) -> None:
+    """Prints how many examples SFT and GRPO get.
+
+    `paid`: the traces stage runs next. Raises `InputError` if it would pay a teacher although SFT or GRPO gets
+    fewer examples than the recipe wants.
+    """
+    found = forecasts(stages)
+    for name, forecast in found.items():
+        print(f"\n{name}: {forecast}", flush=True)
+    short = [forecast for forecast in found.values() if forecast.is_short]
+    if short and paid and stages["traces"].teacher.name == "openai":
+        accepted = " ".join(f"{forecast.setting}={forecast.available.number}" for forecast in short)
+        problems = "; ".join(map(str, short))
+        raise InputError(
+            f"before the teacher is paid: {problems}. Change stages.candidates, or accept it with {accepted}"
+        )
 
 
 def run_one_stage(name: str, stage: StageConfig, overrides: list[str], launch: Path | None) -> float:
@@ -212,42 +240,30 @@ def is_up_to_date(stage: StageConfig) -> bool:
         manifest = read_manifest(stage.out)
     except InputError:
         return False
-    settings = stage.model_dump(mode="json", exclude={"overwrite"})
-    recorded_settings = {key: value for key, value in manifest["config"].items() if key != "overwrite"}
-    return recorded_settings == settings and all(
+    return stage.wrote(manifest) and all(
         Path(path).is_file() and file_hash(Path(path)) == digest for path, digest in manifest["inputs"].items()
     )
 
 
 def departures(config: RecipeStage) -> Iterator[str]:
-    """Yields a line for each setting that differs from MM-R5's: `stage.field: value (MM-R5: value)`."""
+    """Yields a line for each setting of the recipe that differs from MM-R5's."""
     mm_r5 = compose_stage(RecipeStage, "recipe", [to_override("out", str(config.out))])
-    published, settings = stage_settings(mm_r5), stage_settings(config)
-    for name in STAGES:
-        if name in settings and name in published:
-            for key in sorted(settings[name].keys() | published[name].keys()):
-                value, published_value = settings[name].get(key), published[name].get(key)
-                if value != published_value and not key.startswith(NOT_COMPARED):
-                    yield f"{name}.{key}: {value} (MM-R5: {published_value})"
-        elif name in settings or name in published:
-            yield f"{name}: {'added' if name in settings else 'left out'}"
+    return find_departures(stage_settings(config), stage_settings(mm_r5))
 
 
-def stage_settings(config: RecipeStage) -> dict[str, dict[str, Any]]:
-    """All settings of each stage that runs, keyed by dotted name."""
-    settings = {}
-    for name, overrides in stage_overrides(config).items():
-        stage = compose_stage(STAGES[name].model, STAGES[name].entry, overrides)
-        settings[name] = dict(flatten(stage.model_dump(mode="json")))
-    return settings
+def stage_settings(config: RecipeStage) -> Settings:
+    """All settings of each stage that runs, with TRL's defaults, and those of the launch."""
+    settings = {"launch": launch_settings(launch_file(config.launch) if config.launch else None)}
+    stages = compose_stages(stage_overrides(config))
+    return settings | {name: resolved_settings(name, stage) for name, stage in stages.items()}
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def compose_stages(overrides_by_stage: Mapping[str, list[str]]) -> dict[str, StageConfig]:
+    """The config of each stage that runs."""
+    return {
+        name: compose_stage(STAGES[name].model, STAGES[name].entry, overrides)
+        for name, overrides in overrides_by_stage.items()
+    }
 
 
 if __name__ == "__main__":

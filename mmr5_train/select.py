@@ -11,9 +11,9 @@ Three steps in this order. A step is skipped if its setting is null:
   from equal rewards, and if the mean reward is between `min_reward` and `max_reward`.
 - balanced: MM-R5 (arXiv 2506.12364, section 3.3.1) splits the questions into 10 groups by image resolution and
   samples evenly from them. Its code and details are not public. Here, the resolution of a question is the mean
-  pixel count of its candidate pages. The groups have equal widths on a logarithmic scale from the smallest to the
-  largest resolution, because groups of equal size would change nothing. If a group has too few questions, more
-  questions are taken from the other groups.
+  pixel count of its candidate pages at their original size, before `corpus.max_side` shrank them. The groups have
+  equal widths on a logarithmic scale from the smallest to the largest resolution, because groups of equal size
+  would change nothing. If a group has too few questions, more questions are taken from the other groups.
 
 Reads a `RankingTask` file and the pages.jsonl next to it. Writes
 
@@ -245,8 +245,11 @@ def why_unsuitable(rewards: Sequence[float], lowest: float, highest: float) -> s
 
 
 def resolutions(tasks: Sequence[RankingTask], pages: Sequence[Page], pages_path: Path) -> list[float]:
-    """Mean pixel count of each task's candidates. Raises `InputError` for a candidate that is not in `pages`."""
-    pixels: dict[PageId, int] = {page.id: page.width * page.height for page in pages}
+    """Mean pixel count of each task's candidates, at the original sizes of the pages.
+
+    Raises `InputError` for a candidate that is not in `pages`.
+    """
+    pixels: dict[PageId, int] = {page.id: page.source_pixels for page in pages}
     means = []
     for task in tasks:
         for candidate in task.candidates:

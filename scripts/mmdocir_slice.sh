@@ -21,7 +21,7 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} WANDB_MODE=${WANDB_MODE:-disabled}
 run() { echo; echo "> $*"; "$PYTHON" -m "$@"; }
 
 run data_construction.candidates corpus=mmdocir_pdf corpus.folder="$FOLDER" corpus.page_cache="$OUT/pages" \
-    out="$OUT/data" 'split={train:0.5,select:0.2,heldout:0.3}' overwrite=true
+    corpus.max_side=1024 out="$OUT/data" 'split={train:0.5,select:0.2,heldout:0.3}' overwrite=true
 run data_construction.traces data="$OUT/data/train.jsonl" out="$OUT/traces" overwrite=true
 run mmr5_train.sft data="$OUT/traces/traces.jsonl" out="$OUT/sft" overwrite=true \
     trainer.max_steps=10 trainer.per_device_train_batch_size=4 trainer.warmup_steps=2

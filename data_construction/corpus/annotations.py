@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_construction.corpus.documents import Annotation
+from data_construction.corpus.page_cache import MaxSide
 from mmr5_train.common.files import InputError, read_json_lines, validation_message
 from mmr5_train.ranking.records import PageId, Question, Skipped
 
@@ -29,7 +30,7 @@ class EvaluationSet(BaseModel):
     descriptions: bool = Field(description="whether the parquet's vlm_text describes each page exactly")
     page_cache: Path = Field(description="folder where page images are cached")
     dpi: int = Field(default=150, gt=0, le=1200)
-    max_side: int = Field(default=1024, ge=16, le=16384, description="pixels")
+    max_side: MaxSide = None
 
     @property
     def annotations_path(self) -> Path:

@@ -74,6 +74,8 @@ def make_page(annotation: Annotation, number: int, image: PageImage, text: str, 
         image=image.path.as_posix(),
         width=image.width,
         height=image.height,
+        source_width=image.source_width,
+        source_height=image.source_height,
         text=text,
         description=description,
     )

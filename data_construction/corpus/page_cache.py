@@ -5,24 +5,30 @@ and the versions of the renderer and encoder. A second run finds the file; a run
 does not. Files are written atomically.
 
 Images are JPEG at quality 90: it encodes ten times as fast as PNG, files are two thirds as large, and pages stay
-readable. As with PNG, the same pixels give the same bytes. Image bytes within the size limit are not re-encoded.
+readable. As with PNG, the same pixels give the same bytes. Image bytes within the size limits are not re-encoded.
+
+Without `max_side`, pages keep their size, and `model.max_pixels` decides what a model sees. Then the cache is as
+large as the images of the corpus: 49 GB for MMDocIR's training set.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import PIL
 import pypdfium2
 from PIL import Image
+from pydantic import Field
 
 from mmr5_train.common.files import InputError, atomic_write
-from mmr5_train.models.pages import IMAGE_ERRORS, one_line, render_pdf_page, rgb_on_white
+from mmr5_train.models.pages import IMAGE_ERRORS, one_line, render_pdf_page, rgb_on_white, shrink_factor
 
 JPEG_QUALITY = 90
 UNCHANGED_SUFFIX = {"JPEG": ".jpg", "PNG": ".png"}  # formats that are not re-encoded
@@ -33,32 +39,57 @@ _CONTROL_CHARACTERS = re.compile("[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f\
 _LINE_END = re.compile("\r\n?")
 
 
+MaxSide = Annotated[
+    int | None,
+    Field(
+        ge=16,
+        le=16384,
+        description="longest side of a page image in pixels; null: pages keep their size, and only the model's "
+        "max_pixels limits what it sees",
+    ),
+]
+"""The field `max_side` of the corpora."""
+
+
 class UnreadablePageError(Exception):
     """A page whose image can't be read. The message gives the reason."""
 
 
 @dataclass(frozen=True)
 class PageImage:
-    """A page image in the cache; width and height in pixels."""
+    """A page image in the cache: its size in pixels, and the size that the page had before a limit shrank it."""
 
     path: Path
     width: int
     height: int
+    source_width: int
+    source_height: int
 
 
 @dataclass(frozen=True)
 class PageCache:
-    """The folder of cached page images, and the limits of their size (`max_side` in pixels)."""
+    """The folder of cached page images, and the limits of their size.
+
+    `max_side` is in pixels; None: pages keep their size, up to `MAX_PAGE_PIXELS`.
+    """
 
     folder: Path
     dpi: int
-    max_side: int
+    max_side: int | None
 
-    def image(self, doc_name: str, page: int, source: str, suffix: str, make: Callable[[], bytes]) -> PageImage:
+    def image(
+        self,
+        doc_name: str,
+        page: int,
+        source: str,
+        source_size: tuple[int, int],
+        suffix: str,
+        make: Callable[[], bytes],
+    ) -> PageImage:
         """The cached image of a page. If it is not cached, `make` returns its bytes.
 
-        `source` identifies what the image is made from. Raises the errors of `make`, and `InputError` if the
-        folder can't be written.
+        `source` identifies what the image is made from, and `source_size` is its width and height. Raises the
+        errors of `make`, and `InputError` if the folder can't be written.
         """
         versions = f"pypdfium2 {pypdfium2.version.PYPDFIUM_INFO} pillow {PIL.__version__} quality {JPEG_QUALITY}"
         key = _short_hash(f"{source} dpi {self.dpi} max_side {self.max_side} {versions}")
@@ -75,16 +106,17 @@ class PageCache:
                     "corpus.page_cache=…"
                 ) from None
             size = Image.open(io.BytesIO(data)).size
-        return PageImage(path.absolute(), *size)
+        return PageImage(path.absolute(), *size, *source_size)
 
     def from_bytes(self, doc_name: str, page: int, data: bytes) -> PageImage:
-        """Caches an image given as bytes: unchanged if it is a JPEG or PNG within `max_side`, else as a new JPEG.
+        """Caches an image given as bytes: unchanged if it is a JPEG or PNG within the limits, else as a new JPEG.
 
         Raises `UnreadablePageError` if the bytes are not a complete image.
         """
         try:
             with Image.open(io.BytesIO(data)) as image:  # reads the header only
-                fits = max(image.size) <= self.max_side and image.mode in ("RGB", "L")
+                size = image.size
+                fits = shrink_factor(*size, self.max_side) == 1 and image.mode in ("RGB", "L")
                 suffix = UNCHANGED_SUFFIX.get(image.format or "") if fits else None
         except IMAGE_ERRORS as error:
             raise UnreadablePageError(f"its bytes are not an image ({one_line(error)})") from None
@@ -98,15 +130,16 @@ class PageCache:
             except IMAGE_ERRORS as error:
                 raise UnreadablePageError(f"its image can't be decoded ({one_line(error)})") from None
 
-        return self.image(doc_name, page, source, suffix or ".jpg", make)
+        return self.image(doc_name, page, source, size, suffix or ".jpg", make)
 
     def from_pdf(self, doc_name: str, number: int, page: pypdfium2.PdfPage, pdf_hash: str) -> PageImage:
-        """The image of an open PDF page, rendered at `dpi`, or at a lower resolution if `max_side` requires it."""
+        """The image of an open PDF page, rendered at `dpi`, or at a lower resolution if the limits require it."""
 
         def make() -> bytes:
             return _jpeg(render_pdf_page(page, self.dpi, self.max_side))
 
-        return self.image(doc_name, number, f"pdf {pdf_hash} page {number}", ".jpg", make)
+        width, height = (math.ceil(points * self.dpi / 72 * (1 - 1e-9)) for points in page.get_size())
+        return self.image(doc_name, number, f"pdf {pdf_hash} page {number}", (width, height), ".jpg", make)
 
 
 def page_text(page: pypdfium2.PdfPage) -> str:
@@ -137,10 +170,13 @@ def _image_size(path: Path) -> tuple[int, int] | None:
         return None
 
 
-def _shrink(image: Image.Image, max_side: int) -> Image.Image:
-    """The image in RGB, on a white background, at most `max_side` pixels wide and high."""
+def _shrink(image: Image.Image, max_side: int | None) -> Image.Image:
+    """The image in RGB, on a white background, within the limits."""
     image = rgb_on_white(image)
-    image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    factor = shrink_factor(*image.size, max_side)
+    if factor < 1:
+        longest = int(max(image.size) * factor + 1e-6)  # `max_side`, or less for a page of too many pixels
+        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     return image
 
 

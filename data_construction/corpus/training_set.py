@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_construction.corpus.documents import Annotation, Document, skip_document
-from data_construction.corpus.page_cache import PageCache
+from data_construction.corpus.page_cache import MaxSide, PageCache
 from data_construction.corpus.page_table import (
     ReadPage,
     assemble_document,
@@ -50,10 +50,13 @@ class TrainingSet(BaseModel):
     folder: Path
     subsets: tuple[Subset, ...] = Field(min_length=1)
     questions: int | None = Field(
-        default=None, gt=0, description="at most this many per subset, sampled with the seed"
+        default=None,
+        gt=0,
+        description="for a trial: read at most this many per subset, sampled with the seed, before any filter; "
+        "candidates.train_per_domain draws after the filters",
     )
     page_cache: Path = Field(description="folder where page images are cached")
-    max_side: int = Field(default=1024, ge=16, le=16384, description="pixels")
+    max_side: MaxSide = None
 
     def questions_path(self, subset: str) -> Path:
         return self.folder / "annotations_top1_negative" / f"{subset}_train.jsonl"

@@ -43,6 +43,11 @@ class StageConfig(BaseModel):
     overwrite: bool = Field(default=False, description="empty the output folder first, if a stage wrote it")
     seed: int = Field(default=42, ge=0, description="seed of all random draws")
 
+    def wrote(self, manifest: dict[str, Any]) -> bool:
+        """Whether a stage with these settings wrote the manifest (`overwrite` does not count)."""
+        recorded = {key: value for key, value in manifest["config"].items() if key != "overwrite"}
+        return recorded == self.model_dump(mode="json", exclude={"overwrite"})
+
 
 StageT = TypeVar("StageT", bound=BaseModel)
 

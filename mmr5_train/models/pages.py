@@ -35,8 +35,11 @@ MAX_DECODED_PIXELS = 120_000_000
 MAX_ASPECT_RATIO = 200
 """Longer side ÷ shorter side. Qwen's image processors reject images above it."""
 
-PDF_DPI, PDF_MAX_SIDE = 150, 1024
-"""Resolution of rendered PDF pages, and their longest side in pixels, as in configs/corpus/pdf_folder.yaml."""
+PDF_DPI = 150
+"""Resolution of rendered PDF pages, as in configs/corpus/pdf_folder.yaml."""
+
+MAX_PAGE_PIXELS = 16_777_216
+"""Larger pages are rendered, or stored in the page cache, at this size. No model of configs/model sees more."""
 
 SMALL_PAGE_PIXELS = 64_000
 """Prepared pages of at most this many pixels are cached in memory; larger ones are read from disk each time."""
@@ -243,7 +246,7 @@ def render_pdf_pages(path: Path, only: int | None = None) -> Iterator[Image.Imag
             with _PDFIUM:
                 try:
                     page = pdf[index]
-                    image = render_pdf_page(page, PDF_DPI, PDF_MAX_SIDE)
+                    image = render_pdf_page(page, PDF_DPI)
                     page.close()
                 except pypdfium2.PdfiumError as error:
                     raise InputError(f"{path}: page {index + 1} can't be rendered ({one_line(error)})") from None
@@ -253,11 +256,22 @@ def render_pdf_pages(path: Path, only: int | None = None) -> Iterator[Image.Imag
             pdf.close()
 
 
-def render_pdf_page(page: pypdfium2.PdfPage, dpi: int, max_side: int) -> Image.Image:
-    """An open PDF page, rendered at `dpi`, or at a lower resolution if a side would exceed `max_side` pixels."""
-    scale = min(dpi / 72, max_side / max(page.get_size()))
+def render_pdf_page(page: pypdfium2.PdfPage, dpi: int, max_side: int | None = None) -> Image.Image:
+    """An open PDF page, rendered at `dpi`.
+
+    The resolution is lower if a side would exceed `max_side` pixels or the page `MAX_PAGE_PIXELS`.
+    """
+    points = page.get_size()
+    scale = dpi / 72
+    scale *= shrink_factor(points[0] * scale, points[1] * scale, max_side)
     # pdfium rounds sizes up; without this factor 1024.0000001 pixels would become 1025.
     return page.render(scale=scale * (1 - 1e-9)).to_pil()
+
+
+def shrink_factor(width: float, height: float, max_side: int | None) -> float:
+    """What a page's sides are multiplied by to have at most `max_side` and in all `MAX_PAGE_PIXELS` pixels."""
+    longest = math.inf if max_side is None else max_side
+    return min(1.0, longest / max(width, height), math.sqrt(MAX_PAGE_PIXELS / (width * height)))
 
 
 def one_line(error: BaseException) -> str:

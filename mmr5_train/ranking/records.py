@@ -55,6 +55,13 @@ class Page(PageId):
     image: str = Field(description="path of the page image, relative to the folder of this file")
     width: int = Field(gt=0, description="width of the page image in pixels")
     height: int = Field(gt=0, description="height of the page image in pixels")
+    source_width: int | None = Field(
+        default=None,
+        gt=0,
+        description="width of the page in pixels before `corpus.max_side` shrank it; a PDF page at `corpus.dpi`; "
+        "null in files of earlier versions, which did not record it",
+    )
+    source_height: int | None = Field(default=None, gt=0, description="its height in pixels")
     text: str = Field(
         default="", description="text layer or OCR of the page, which BM25 searches; empty for a scan without OCR"
     )
@@ -66,6 +73,11 @@ class Page(PageId):
     @property
     def id(self) -> PageId:
         return PageId(doc_name=self.doc_name, page=self.page)
+
+    @property
+    def source_pixels(self) -> int:
+        """Pixels of the page before `corpus.max_side` shrank it; without that size, of the page image."""
+        return (self.source_width or self.width) * (self.source_height or self.height)
 
 
 class Question(Record):

@@ -3,7 +3,7 @@
     python -m mmr5_train.serving.pdf PAGES < document.pdf     # the command that the server runs; prints JSON
 
 pdfium is not thread-safe and can't be interrupted, and the server gives it untrusted input. A separate process can
-be killed, and its crash or memory use does not affect the server.
+be killed, and its crash or memory use does not affect the server. It gets none of the server's keys and tokens.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import io
 import json
 import logging
 import math
-import os
 import resource
 import sys
 from typing import Any
 
 import pypdfium2
 
-from mmr5_train.models.pages import MAX_ASPECT_RATIO, PDF_DPI, PDF_MAX_SIDE, render_pdf_page
-from mmr5_train.serving.settings import API_KEY
+from mmr5_train.common.environment import without_secrets
+from mmr5_train.models.pages import MAX_ASPECT_RATIO, PDF_DPI, render_pdf_page
 
 JPEG_QUALITY = 90
 MEMORY = 3_000_000_000  # limit on the process's address space in bytes, including libraries
@@ -54,7 +53,7 @@ async def render_pdf(data: bytes, pages: int) -> dict[str, Any]:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={name: value for name, value in os.environ.items() if name != API_KEY},
+        env=without_secrets(),
     )
     try:
         stdout, stderr = await process.communicate(data)
@@ -95,7 +94,7 @@ def _render_page(pdf: pypdfium2.PdfDocument, index: int) -> dict[str, Any]:
         ):
             size = f"{width:g} × {height:g} points"
             raise PdfError("pdf_unreadable", f"page {index + 1} has an unsupported size ({size})")
-        image = render_pdf_page(page, PDF_DPI, PDF_MAX_SIDE)
+        image = render_pdf_page(page, PDF_DPI)
         page.close()
     except pypdfium2.PdfiumError as error:
         raise PdfError("pdf_unreadable", f"page {index + 1} can't be rendered ({error})") from None

@@ -41,7 +41,12 @@ def use_lora_plus(trainer: Trainer, model: ModelConfig) -> None:
     optimizer_class, settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, network)
     learning_rate = settings.pop("lr")
     optimizer = create_loraplus_optimizer(
-        network, optimizer_class, lr=learning_rate, loraplus_lr_ratio=model.lora.plus_ratio, **settings
+        network,
+        optimizer_class,
+        lr=learning_rate,
+        loraplus_lr_ratio=model.lora.plus_ratio,
+        loraplus_weight_decay=trainer.args.weight_decay,
+        **settings,
     )
     # PEFT adds a parameter group for embeddings that is usually empty. DeepSpeed rejects empty groups.
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]

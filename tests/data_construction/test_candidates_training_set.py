@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,24 @@ def test_excluded_documents_are_skipped(training_set: Path, orchard: Path) -> No
     assert counts["skipped"] == {"kept for evaluation: the same content": 8}  # the document and its questions
     with pytest.raises(InputError, match=r"no question can be used: kept for evaluation: the same name \(16\)"):
         run_training(training_set, "none", exclude=[orchard / "MMDocIR_annotations.jsonl"])
+
+
+def test_questions_are_drawn_after_the_filter(training_set: Path) -> None:
+    """In each subset, three questions have no relevant candidate. The other four are drawn."""
+    for subset in ("DUDE", "Wiki-ss"):
+        path = training_set / f"annotations_top1_negative/{subset}_train.jsonl"
+        lines = path.read_text().splitlines()
+        missed = [json.loads(line) | {"query": "Where are the nuts?"} for line in lines[:3]]
+        path.write_text("\n".join([*map(json.dumps, missed), *lines[3:]]) + "\n")
+    settings = {"candidates": 1, "train_per_domain": 4}
+    out = run_training(training_set, "drawn", **settings)
+    tasks = read_records(out / "train.jsonl", RankingTask)
+    assert Counter(task.domain for task in tasks) == {"DUDE": 4, "Wiki-ss": 4}
+    assert read_manifest(out)["counts"]["train_not_drawn"] == {}
+    fewer = run_training(training_set, "fewer", **settings | {"train_per_domain": 3})
+    counts = read_manifest(fewer)["counts"]
+    assert counts["questions"] == {"train": 6, "select": 0, "heldout": 0}
+    assert counts["train_not_drawn"] == {"DUDE": 1, "Wiki-ss": 1}
+    assert counts["questions_by_domain"]["train"] == {"DUDE": 3, "Wiki-ss": 3}
+    drawn = read_records(fewer / "train.jsonl", RankingTask)
+    assert [task.query_id for task in drawn] == [task.query_id for task in tasks if task in drawn]

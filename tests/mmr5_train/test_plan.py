@@ -36,9 +36,11 @@ def test_plan_of_mm_r5_reports_size_and_memory_without_warnings(capsys):
     output = capsys.readouterr().out
     assert "Qwen/Qwen2.5-VL-7B-Instruct: 8.29 billion parameters" in output
     assert output.count("memory per GPU at the longest prompt") == 2
-    assert "5 pages of 724 × 1024 pixels" in output  # assumed when there is no data
+    assert "5 pages of 1240 × 1754 pixels, 2,772 tokens each" in output  # assumed when there is no data
+    assert "examples: 7,200 of at most 8,400 traces (7 subsets × 1,200; no corpus yet;" in output
+    assert "examples: at most 3,000 questions (no corpus yet)" in output
+    assert "at most 49 GB, the page images of the training set at their original size" in output
     assert "WARNING" not in output
-    assert "1,800 updates" not in output
 
 
 def test_number_of_updates_is_reported():

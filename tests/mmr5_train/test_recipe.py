@@ -1,12 +1,17 @@
 """Recipes: composing the stages, reporting departures from the paper, skipping stages that are up to date."""
 
+import re
 from pathlib import Path
 
 import pytest
+from trl import GRPOConfig
 
+from mmr5_train import departures as departures_module
 from mmr5_train import sft
 from mmr5_train.common.config import CONFIGS, USER_CONFIGS, compose_stage
 from mmr5_train.common.files import InputError, write_json
+from mmr5_train.departures import trainer_defaults
+from mmr5_train.evaluation.published_settings import FACTS
 from mmr5_train.ranking.prompt import read_prompt
 from mmr5_train.recipe import (
     STAGES,
@@ -41,33 +46,79 @@ def test_every_experiment_composes(experiment, size):
     config = compose(f"experiment={experiment}", *(["size=tiny"] if size == "tiny" else []))
     assert config.name == experiment
     settings = stage_settings(config)
-    assert list(settings) == [name for name in STAGES if name in settings]
+    assert list(settings) == ["launch", *(name for name in STAGES if name in settings)]
     trained = {f"{settings[stage]['out']}/model" for stage in ("sft", "grpo") if stage in settings}
     assert {value for key, value in settings["evaluate"].items() if key.startswith("systems.")} == trained
 
 
-def test_mm_r5_has_no_departures():
-    assert list(departures(compose("experiment=mm_r5", "out=elsewhere", "seed=7"))) == []
+def test_departures_of_mm_r5_are_listed_with_their_reasons():
+    """`experiment=mm_r5` is not the paper to the letter. Each difference has a reason."""
+    lines = list(departures(compose("experiment=mm_r5", "out=elsewhere", "seed=42")))
+    assert [line.partition(":")[0] for line in lines] == [
+        "launch.processes",
+        "launch.zero_stage",
+        "heldout.n_heldout",
+        "candidates.retriever.model",
+        "candidates.split.train",
+        "sft.model.attention",
+        "sft.prompt.name",
+        "grpo.model.attention",
+        "grpo.model.lora.dropout",
+        "grpo.prompt.images_first",
+        "grpo.prompt.name",
+        "evaluate.decoding",
+        "evaluate.max_new_tokens",
+    ]
+    assert all(re.search(r"\(MM-R5: .+\): \w.+", line) for line in lines)
+    assert any(line.startswith("evaluate.decoding: greedy (MM-R5: temperature 0.3, paper): ") for line in lines)
+    launched = list(departures(compose("experiment=mm_r5", "launch=zero2")))
+    assert not [line for line in launched if line.startswith("launch")]
 
 
-def test_mm_r5_has_the_settings_of_the_paper():
-    """Section "Implementation details" of MM-R5 (arXiv 2506.12364v2)."""
+def test_mm_r5_resolves_to_every_published_setting():
+    """Section "Implementation details" of MM-R5 (arXiv 2506.12364v2), and its frameworks' defaults."""
     settings = stage_settings(compose("experiment=mm_r5"))
-    sft, grpo = settings["sft"], settings["grpo"]
-    assert (sft["model.lora.r"], sft["model.lora.alpha"], sft["model.lora.plus_ratio"]) == (8, 32, 16)
-    assert (grpo["model.lora.r"], grpo["model.lora.alpha"]) == (64, 128)
-    assert (sft["trainer.learning_rate"], sft["trainer.warmup_steps"]) == (1e-4, 0.05)
-    assert (grpo["trainer.learning_rate"], grpo["trainer.beta"], grpo["trainer.epsilon"]) == (1e-5, 0.04, 0.2)
-    assert (grpo["trainer.num_generations"], grpo["trainer.num_iterations"]) == (4, 2)
-    assert (settings["select"]["balanced.count"], settings["select"]["balanced.groups"]) == (3000, 10)
-    assert grpo["reward.weights.reranking"] == grpo["reward.weights.template"] == 1
-    assert (sft["limit"], sft["model.freeze_vision"], grpo["model.freeze_vision"]) == (7200, True, True)
+    for fact in FACTS:
+        if not fact.reason:
+            value = settings[fact.stage][fact.field]
+            assert (len(value) if isinstance(value, list) else value) == fact.value, fact
+    values = {(fact.stage, fact.field): fact.value for fact in FACTS}
+    assert values["sft", "trainer.adam_beta2"] == 0.95
+    assert values["sft", "trainer.weight_decay"] == 0.1
+    assert values["grpo", "trainer.adam_beta2"] == 0.999
+    assert values["select", "balanced.count"] == 3000
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("+stages.grpo.trainer.weight_decay=0.2", "grpo.trainer.weight_decay: 0.2 (MM-R5: 0.0, not stated by the"),
+        ("+stages.sft.trainer.adam_beta1=0.8", "sft.trainer.adam_beta1: 0.8 (MM-R5: 0.9, not stated by the paper"),
+        ("+stages.grpo.trainer.disable_dropout=true", "grpo.trainer.disable_dropout: True (recipe mm_r5: False)"),
+        ("stages.candidates.train_per_domain=50", "candidates.train_per_domain: 50 (MM-R5: 1200, released code)"),
+        ("+stages.traces.order=score", "traces.order: score (MM-R5: shuffled, released code)"),
+        ("+stages.evaluate.samples=4", "evaluate.samples: 4 (recipe mm_r5: 0)"),
+        ("stages.grpo.seed=3", ""),
+    ],
+)
+def test_departures_see_defaults_of_stages_and_of_trl(override, line):
+    before = set(departures(compose("experiment=mm_r5")))
+    added = set(departures(compose("experiment=mm_r5", override))) - before
+    assert [found[: len(line)] for found in added] == ([line] if line else [])
+
+
+def test_a_value_of_trl_that_changes_is_a_departure(monkeypatch):
+    """A new version of TRL with another default for a field that no config lists."""
+    defaults = trainer_defaults(GRPOConfig)
+    monkeypatch.setattr(departures_module, "trainer_defaults", lambda _: defaults | {"max_grad_norm": 0.2})
+    assert "grpo.trainer.max_grad_norm: 0.2 (MM-R5: 1.0" in "\n".join(departures(compose("experiment=mm_r5")))
 
 
 def test_departures_list_changed_settings_and_stages():
     lines = list(departures(compose("experiment=[recommended,no_think]")))
-    assert "sft.think: False (MM-R5: True)" in lines
-    assert "grpo.reward.name: gated (MM-R5: mm_r5)" in lines
+    assert "sft.think: False (MM-R5: True, paper)" in lines
+    assert "grpo.reward.name: gated (recipe mm_r5: mm_r5)" in lines
+    assert "grpo.trainer.num_generations: 8 (MM-R5: 4, paper)" in lines
     assert "grpo: left out" in list(departures(compose("experiment=sft_only")))
 
 

@@ -66,6 +66,16 @@ def test_without_selection_settings_all_questions_are_kept_and_image_paths_rebas
     assert (out / tasks[0].candidates[0].image).resolve() == (tmp_path / "i/0.jpg").resolve()
 
 
+def test_groups_are_by_the_size_before_pages_were_shrunk(tmp_path: Path) -> None:
+    """All pages are 100 pixels wide in the cache; half of them were 1,000 pixels wide in the corpus."""
+    write_data(tmp_path / "data", [100] * 12)
+    pages = read_records(tmp_path / "data/pages.jsonl", Page, unique="id")
+    original = [page.model_copy(update={"source_width": 1000, "source_height": 1000}) for page in pages[:3]]
+    write_records(tmp_path / "data/pages.jsonl", original + pages[3:])
+    numbers = selected_numbers(select_balanced(tmp_path, count=4, groups=10))
+    assert sum(number < 3 for number in numbers) == 2
+
+
 def test_balanced_selection_takes_evenly_from_groups(tmp_path: Path) -> None:
     """12 of 100 questions: 5 of the 90 with small pages, 5 of the 8 with medium ones and both with large ones."""
     sides = [100] * 90 + [1000] * 8 + [10000] * 2

@@ -34,6 +34,32 @@ def test_small_images_are_stored_unchanged(tmp_path: Path) -> None:
         assert (image.width, image.height) == (60, 80)
 
 
+def test_without_max_side_pages_keep_their_size(tmp_path: Path) -> None:
+    """An A4 page at 150 dpi, as bytes and as a PDF: 2,772 visual tokens instead of 962 at 1,024 pixels."""
+    cache = PageCache(tmp_path / "c", dpi=150, max_side=None)
+    data = image_bytes("red", size=(1240, 1754))
+    image = cache.from_bytes("a", 0, data)
+    assert image.path.read_bytes() == data
+    assert (image.width, image.height, image.source_width, image.source_height) == (1240, 1754, 1240, 1754)
+    write_pdf(tmp_path / "a.pdf", ["one"], size=(595, 842))
+    with pypdfium2.PdfDocument(tmp_path / "a.pdf") as pdf:
+        rendered = cache.from_pdf("a", 0, pdf[0], "h")
+    assert (rendered.width, rendered.height) == (1240, 1755)
+    assert (rendered.source_width, rendered.source_height) == (1240, 1755)
+
+
+def test_pages_record_the_size_before_a_limit_shrank_them(tmp_path: Path) -> None:
+    small = cache_in(tmp_path, max_side=40).from_bytes("a", 0, image_bytes("red", size=(600, 800)))
+    assert (small.width, small.height, small.source_width, small.source_height) == (30, 40, 600, 800)
+    write_pdf(tmp_path / "a.pdf", ["one"], size=(300, 400))
+    with pypdfium2.PdfDocument(tmp_path / "a.pdf") as pdf:
+        page = cache_in(tmp_path, dpi=144, max_side=100).from_pdf("a", 0, pdf[0], "h")
+    assert (page.width, page.height, page.source_width, page.source_height) == (75, 100, 600, 800)
+    huge = image_bytes("white", size=(4100, 4100))
+    limited = PageCache(tmp_path, 150, None).from_bytes("a", 1, huge)
+    assert (limited.width, limited.height, limited.source_width) == (4096, 4096, 4100)
+
+
 def test_large_and_transparent_images_become_jpeg(tmp_path: Path) -> None:
     large = cache_in(tmp_path, max_side=40).from_bytes("a", 0, image_bytes("red"))
     assert (large.width, large.height, large.path.suffix) == (30, 40, ".jpg")

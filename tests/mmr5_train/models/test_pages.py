@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from mmr5_train.common.files import InputError
 from mmr5_train.models.pages import (
-    PDF_MAX_SIDE,
+    MAX_PAGE_PIXELS,
     PageLimits,
     load_page,
     open_pages,
@@ -140,9 +140,23 @@ def test_pdf_path_becomes_all_of_its_pages(report):
     assert from_url.image.tobytes() == second.image.tobytes()
 
 
-def test_pdf_pages_are_rendered_at_150_dpi_up_to_the_largest_side(report):
-    widths = [round(300 * 150 / 72), round(400 * 150 / 72), PDF_MAX_SIDE]
+def test_pdf_pages_are_rendered_at_150_dpi(report):
+    widths = [width * 150 / 72 for width in (300, 400, 5000)]
     assert [image.width for image in render_pdf_pages(report)] == pytest.approx(widths, abs=1)
+
+
+def test_a4_page_at_150_dpi_has_the_tokens_of_the_release(tmp_path):
+    """With the published limits of 3,136 and 12,845,056 pixels and tokens of 28 × 28 pixels."""
+    [page] = render_pdf_pages(write_pdf(tmp_path / "a4.pdf", [(595, 842)]))
+    width, height = page_size(*page.size, PageLimits(28, 3136, 12_845_056))
+    assert width * height // 28**2 == 2772
+
+
+def test_huge_pdf_pages_are_rendered_at_a_lower_resolution(tmp_path):
+    """A poster of five metres would have 900 million pixels at 150 dpi."""
+    [page] = render_pdf_pages(write_pdf(tmp_path / "poster.pdf", [(14_400, 14_400)]))
+    assert page.size == (4096, 4096)
+    assert page.width * page.height == MAX_PAGE_PIXELS
 
 
 def test_a_page_in_several_lists_is_opened_once(red, report):

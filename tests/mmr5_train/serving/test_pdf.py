@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import sys
 import time
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 from rerank_server import blank_pdf, run_server
 
+from mmr5_train.common.environment import ALLOWED
 from mmr5_train.serving import pdf
 
 REAL_PYTHON = sys.executable
@@ -24,9 +26,9 @@ def test_rendered_pages_can_be_ranked(server):
     assert response["n_pages"] == 3
     assert [page["number"] for page in response["pages"]] == [1, 2, 3]
     assert [(page["width"], page["height"]) for page in response["pages"]] == [
-        (724, 1024),
-        (1024, 724),
-        (1024, 512),
+        (1240, 1755),
+        (1755, 1240),
+        (5793, 2897),  # the largest page: 16.8 million pixels
     ]
     for page in response["pages"]:
         picture = Image.open(io.BytesIO(base64.b64decode(page["image"].partition(",")[2])))
@@ -74,6 +76,25 @@ def test_unreadable_pdf_is_rejected(server, data, code, message_part):
 def test_other_content_types_are_rejected(server):
     for kind in ("text/plain", "multipart/form-data; boundary=x"):
         assert post(server, blank_pdf((9, 9)), **{"Content-Type": kind}).status_code == 415
+
+
+def test_renderer_gets_no_secret(monkeypatch, tmp_path):
+    """A fake renderer process shows its environment."""
+    secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY", "MMR5_API_KEY", "NEW_PASS")
+    fake_renderer = tmp_path / "renderer"
+    seen = tmp_path / "environment"
+    code = f"import json, os; open({str(seen)!r}, 'w').write(json.dumps(dict(os.environ)))"
+    fake_renderer.write_text(f"#!{REAL_PYTHON}\n{code}")
+    fake_renderer.chmod(0o755)
+    with run_server() as small:
+        for name in secrets:
+            monkeypatch.setenv(name, "hf_secret")
+        monkeypatch.setattr(pdf.sys, "executable", str(fake_renderer))
+        post(small, blank_pdf((100, 100)))
+    environment = json.loads(seen.read_text())
+    assert "PATH" in environment
+    assert "hf_secret" not in environment.values()
+    assert environment.keys() <= ALLOWED
 
 
 def test_renderer_that_crashes_or_hangs_does_not_affect_the_server(monkeypatch, tmp_path):

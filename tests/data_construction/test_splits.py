@@ -1,0 +1,45 @@
+"""Drawing train questions. The split of documents is tested in test_candidates.py."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_construction.splits import Draw
+from mmr5_train.ranking.records import Candidate, PageId, RankingTask
+
+
+def task(domain: str, number: int) -> RankingTask:
+    return RankingTask(
+        query_id=f"{domain}/{number}",
+        query="Q?",
+        domain=domain,
+        candidates=(Candidate(doc_name="d", page=0, image="i", score=0.0),),
+        positives=(PageId(doc_name="d", page=0),),
+    )
+
+
+def draw(tasks: list[RankingTask], per_domain: int, seed: int = 0) -> tuple[list[str], Counter[str]]:
+    drawn = Draw(per_domain, seed)
+    for one in tasks:
+        drawn.add(one)
+    return [json.loads(line)["query_id"] for line in drawn.lines()], drawn.not_drawn
+
+
+@given(st.permutations(range(12)), st.integers(1, 8), st.integers(0, 3))
+def test_the_sample_does_not_depend_on_the_order(numbers: list[int], per_domain: int, seed: int) -> None:
+    tasks = [task("ab"[i % 2], i) for i in range(12)]
+    sample, not_drawn = draw(tasks, per_domain, seed)
+    assert draw([tasks[i] for i in numbers], per_domain, seed) == (sample, not_drawn)
+    assert Counter(query_id[0] for query_id in sample) == dict.fromkeys("ab", min(per_domain, 6))
+    assert not_drawn.total() == 12 - len(sample)
+
+
+def test_another_seed_draws_others_and_the_first_ones_are_of_all_domains() -> None:
+    tasks = [task("abc"[i // 40], i) for i in range(120)]
+    sample, _ = draw(tasks, 20)
+    assert sample != draw(tasks, 20, seed=1)[0]
+    assert set(Counter(query_id[0] for query_id in sample[:20])) == set("abc")

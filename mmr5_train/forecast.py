@@ -139,8 +139,8 @@ def annotated_questions(
             annotations = [a for a in annotations if normalize_name(a.doc_name) not in names]
     except InputError:
         return None
-    names = {annotation.doc_name: annotation.doc_name for annotation in annotations}
-    split_of = split_documents(names, candidates.split, candidates.seed)
+    contents = {annotation.doc_name: annotation.doc_name for annotation in annotations}
+    split_of = split_documents(contents, candidates.split, candidates.seed)
     counts: dict[str, Counter[str]] = {"train": Counter(), "select": Counter(), "heldout": Counter()}
     for annotation in annotations:
         counts[split_of[annotation.doc_name]][annotation.domain] += len(annotation.questions)

@@ -13,9 +13,9 @@ Writes outputs/bench/amounts.json. Its targets: 7,200 traces for SFT and 3,000 q
 
 from __future__ import annotations
 
-import argparse
 import json
-import resource
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +25,7 @@ from typing import Any
 
 from bench_common import (
     OUTPUT,
+    ROOT,
     Row,
     argument_parser,
     at_least,
@@ -32,11 +33,9 @@ from bench_common import (
     equal,
     machine,
     print_targets,
-    run_for_json,
     write_results,
 )
 from mmdocir_standin import SUBSETS, write_standin
-from tqdm import tqdm
 
 from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import read_json_lines, read_manifest
@@ -47,8 +46,11 @@ MEASURED = ("heldout", "candidates", "traces", "select")
 MAX_PEAK_MIB = 2048
 
 
-def recipe_stages(folder: Path, scale: float = 1.0) -> dict[str, Any]:
-    """The stages of `mm_r5` on the files in `folder`, with BM25 and the offline teacher; amounts are scaled."""
+def recipe_overrides(folder: Path, scale: float = 1.0) -> dict[str, list[str]]:
+    """The overrides of the stages of `mm_r5` on the files in `folder`, with BM25 and the offline teacher.
+
+    `scale` shrinks the numbers of examples.
+    """
     overrides = [f"out={folder}/mm_r5", "experiment=mm_r5"]
     overrides += ["stages.heldout.retriever=bm25", "stages.candidates.retriever=bm25"]
     overrides += ["stages.traces.teacher=extractive", "stages.traces.refine=false"]
@@ -61,39 +63,44 @@ def recipe_stages(folder: Path, scale: float = 1.0) -> dict[str, Any]:
     for stage, corpus in (("heldout", "mmdocir"), ("candidates", "mmdocir_train")):
         settings = {"corpus.folder": f"{folder}/{corpus}", "corpus.page_cache": f"{folder}/cache"}
         values[stage] = (values[stage] or {}) | settings
-    return compose_stages(stage_overrides(config.model_copy(update={"stages": values})))
+    return stage_overrides(config.model_copy(update={"stages": values}))
 
 
-def run_stage(name: str, stages: dict[str, Any]) -> Row:
-    """Runs a stage in this process. Returns its seconds and the peak memory of the process."""
+def recipe_stages(folder: Path, scale: float = 1.0) -> dict[str, Any]:
+    """The configs of these stages."""
+    return compose_stages(recipe_overrides(folder, scale))
+
+
+def run_stage(name: str, overrides: list[str]) -> Row:
+    """Runs a stage's command. Returns its seconds and the peak memory of its process."""
     start = time.perf_counter()
-    STAGES[name].module.main(stages[name])
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return {"stage": name, "seconds": round(seconds, 1), "peak_mib": round(peak)}
+    process = subprocess.Popen([sys.executable, "-m", STAGES[name].module.__name__, *overrides], cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"bench-amounts: {name} failed")
+    peak = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return {"stage": name, "seconds": round(time.perf_counter() - start, 1), "peak_mib": round(peak)}
 
 
 def run_all(folder: Path, scale: float) -> dict[str, Any]:
-    """Writes the files and runs the stages, each in its own process, with a progress bar."""
+    """Writes the files and runs the stages, each in its own process."""
+    overrides, stages = recipe_overrides(folder, scale), recipe_stages(folder, scale)
     results: dict[str, Any] = {"scale": scale, "forecast": {}, "stages": []}
-    with tqdm(total=len(MEASURED) + 1, desc="amounts") as bar:
-        results["forecast"]["no files"] = show_forecast(recipe_stages(folder, scale))
-        results["files"] = write_standin(folder, scale)
-        bar.update()
-        results["forecast"]["annotations"] = show_forecast(recipe_stages(folder, scale))
-        for name in MEASURED:
-            command = [sys.executable, __file__, "--stage", name, "--folder", str(folder), "--scale", str(scale)]
-            results["stages"].append(run_for_json(command, f"bench-amounts: {name}"))
-            bar.update()
-            results["forecast"][name] = show_forecast(recipe_stages(folder, scale))
-    return results | count_examples(recipe_stages(folder, scale))
+    results["forecast"]["no files"] = show_forecast(stages)
+    start = time.perf_counter()
+    results["files"] = write_standin(folder, scale) | {"seconds": round(time.perf_counter() - start)}
+    results["forecast"]["annotations"] = show_forecast(stages)
+    for name in MEASURED:
+        results["stages"].append(run_stage(name, overrides[name]))
+        results["forecast"][name] = show_forecast(stages)
+    return results | count_examples(stages)
 
 
 def show_forecast(stages: dict[str, Any]) -> dict[str, int | None]:
     """Prints the forecast, and returns the number of examples that each training would use."""
     found = forecasts(stages)
     for name, forecast in found.items():
-        tqdm.write(f"{name}: {forecast}")
+        print(f"{name}: {forecast}", flush=True)
     return {name: forecast.used for name, forecast in found.items()}
 
 
@@ -154,12 +161,8 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the published numbers")
     parser.add_argument("--folder", type=Path, help="where the files are written; default: a temporary folder")
-    parser.add_argument("--stage", choices=MEASURED, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=OUTPUT / "amounts.json")
     args = parser.parse_args()
-    if args.stage:
-        print(json.dumps(run_stage(args.stage, recipe_stages(args.folder, args.scale))))
-        return
     with tempfile.TemporaryDirectory() as temporary:
         results = run_all(args.folder or Path(temporary), args.scale)
     write_results(args.out, {**results, "machine": machine()}, targets(results))

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +118,12 @@ def test_the_same_seed_gives_the_same_bytes(orchard: Path) -> None:
         assert (first / f"{name}.jsonl").read_bytes() == (second / f"{name}.jsonl").read_bytes()
 
 
-def test_pages_are_rendered_once(orchard: Path, no_render: Callable[[], None]) -> None:
+def test_pages_are_rendered_once(orchard: Path) -> None:
     run_candidates(orchard)
-    assert len(list((orchard / "cache").rglob("*.jpg"))) == 9
-    no_render()
+    files = {path: path.stat().st_ino for path in (orchard / "cache").rglob("*.jpg")}
+    assert len(files) == 9
     again = run_candidates(orchard, "again", candidates=2)
+    assert {path: path.stat().st_ino for path in (orchard / "cache").rglob("*.jpg")} == files
     assert len(read_records(again / "pages.jsonl", Page, unique="id")) == 9
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +193,7 @@ def test_corrupt_row_group_raises(tmp_path: Path) -> None:
 # PDFs.
 
 
-def test_reads_pages_from_pdfs(tmp_path: Path, no_render: Callable[[], None]) -> None:
+def test_reads_pages_from_pdfs(tmp_path: Path) -> None:
     write_lines(
         tmp_path,
         line("a.pdf", 2, question("Q?", [1])),
@@ -207,8 +207,38 @@ def test_reads_pages_from_pdfs(tmp_path: Path, no_render: Callable[[], None]) ->
     assert not skipped
     assert [texts(document) for document in documents] == [["alpha", ""], ["beta"], ["gamma"]]
     assert all((page.width, page.height) == (75, 100) for document in documents for page in document.pages)
-    no_render()
+    files = {path: path.stat().st_ino for path in (tmp_path / "cache").rglob("*.jpg")}
+    assert len(files) == 4
     assert read(tmp_path, "documents") == (documents, [])
+    assert {path: path.stat().st_ino for path in (tmp_path / "cache").rglob("*.jpg")} == files  # not written again
+
+
+def test_pdfs_are_opened_in_a_process_without_secrets_that_may_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fake renderer records its environment, and crashes at its first document only."""
+    lines = [line(name, None, question("Q?", [0])) for name in ("bad.pdf", "good.pdf")]
+    write_lines(tmp_path, *lines)
+    for name in ("bad", "good"):
+        write_pdf(tmp_path / f"documents/{name}.pdf", ["alpha"])
+    for name in ("HF_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY", "NEW_PASS"):
+        monkeypatch.setenv(name, "hunter2")
+    renderer, seen = tmp_path / "renderer", tmp_path / "environment"
+    renderer.write_text(
+        f"""#!/bin/sh
+env >> {seen}
+if [ -e {tmp_path}/crashed ]; then exec {sys.executable} "$@"; fi
+touch {tmp_path}/crashed
+kill -SEGV $$
+"""
+    )
+    renderer.chmod(0o755)
+    monkeypatch.setattr("data_construction.corpus.pdf_process.sys.executable", str(renderer))
+    documents, skipped = read(tmp_path, "documents")
+    assert [document.doc_name for document in documents] == ["good.pdf"]
+    assert skipped[0].detail == "its renderer crashed (exit code -11); print it to a new PDF"
+    assert "PATH=" in seen.read_text()
+    assert "hunter2" not in seen.read_text()
 
 
 def test_equal_documents_have_equal_hashes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ ALLOWED = frozenset(
         # temporary files, language and time zone
         "TMPDIR", "TEMP", "TMP", "LANG", "LC_ALL", "LC_CTYPE", "PYTHONUTF8", "TZ",
         # threads
-        "OMP_NUM_THREADS",
+        "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM",
     )
 )  # fmt: skip
 """The environment variables that such a process gets. All others may hold secrets."""

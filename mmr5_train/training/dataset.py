@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from torch.utils.data import get_worker_info
 
+from mmr5_train.common.environment import drop_secrets
 from mmr5_train.models.inputs import cache_small_pages, load_pages
 from mmr5_train.ranking.prompt import Prompt, build_messages
 from mmr5_train.ranking.records import Candidate
@@ -29,6 +31,8 @@ def prompt_dataset(
     """
 
     def read_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        if get_worker_info() is not None:  # a data-loading process: it opens images and needs no keys
+            drop_secrets()
         indices = batch.pop("index")
         batch["prompt"] = [build_messages(prompt, queries[i], len(shown[i])) for i in indices]
         batch["images"] = [load_pages(shown[i], folder, processor) for i in indices]

@@ -113,15 +113,22 @@ def steps(data: DataFolder, traces: StageFolder, select: StageFolder) -> list[di
     """Questions before and after each stage, and the reasons for the dropped ones, each with an example."""
     n_tasks = sum(map(len, data.tasks.values()))
     dropped = len({skip.query_id for skip in data.stage.skipped if skip.query_id})
-    reasons = dict(data.stage.counts.get("skipped") or {})
+    reasons: dict[str, int] = dict(data.stage.counts.get("skipped") or {})
     if not_drawn := sum((data.stage.counts.get("train_not_drawn") or {}).values()):
         reasons["train question, not drawn"] = not_drawn
     stages = [(data.stage, n_tasks + dropped + not_drawn, n_tasks, reasons)]
     if traces.manifest:
-        stages.append((traces, traces.counts["questions"], traces.counts["traces"], traces.counts.get("skipped")))
+        stages.append(
+            (traces, traces.counts["questions"], traces.counts["traces"], traces.counts.get("skipped") or {})
+        )
     if select.manifest:
         stages.append(
-            (select, select.counts["questions_before"], select.counts["questions"], select.counts.get("dropped"))
+            (
+                select,
+                select.counts["questions_before"],
+                select.counts["questions"],
+                select.counts.get("dropped") or {},
+            )
         )
     return [
         {
@@ -129,7 +136,7 @@ def steps(data: DataFolder, traces: StageFolder, select: StageFolder) -> list[di
             "before": before,
             "after": after,
             "share": after / before if before else 0,
-            "reasons": _reasons(stage, reasons or {}),
+            "reasons": _reasons(stage, reasons),
         }
         for stage, before, after, reasons in stages
     ]

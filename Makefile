@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo demo-modes test bench-grpo bench-data bench-amounts bench-train bench-serve bench-rerank test-wheel lint format lock clean
+.PHONY: help setup demo demo-modes test bench-grpo bench-data bench-amounts bench-train bench-serve bench-rerank rehearsal test-wheel lint format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make bench-train    compare SFT to a plain TRL script, and two processes to one; writes outputs/bench/train.json"
 	@echo "make bench-serve    measure the server under load and malformed requests; writes outputs/bench/serve.json"
 	@echo "make bench-rerank   compare the reranker's modes to a plain loop, on three seeds; writes outputs/bench/rerank.json"
+	@echo "make rehearsal      run the published recipes with a small checkpoint; writes outputs/bench/rehearsal.json"
 	@echo "make lint           run ruff (lint and format), mypy, import-linter, and the check of generated documents"
 	@echo "make format         format the code and apply ruff's automatic fixes"
 	@echo "make setup          create .venv and install the project (other targets do this, too)"
@@ -74,6 +75,10 @@ bench-serve: setup
 
 bench-rerank: setup
 	$(BIN)/python scripts/benchmarks/bench_rerank.py
+
+rehearsal: setup
+	rm -rf outputs/rehearsal
+	$(BIN)/python scripts/benchmarks/rehearse.py
 
 lint: setup
 	$(BIN)/ruff check .

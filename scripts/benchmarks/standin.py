@@ -1,6 +1,6 @@
 """Writes a small random checkpoint with the real Qwen tokenizer, which stands in for a published checkpoint.
 
-    python scripts/standin.py OUT [--family qwen3_vl] [--seed 1]
+    python scripts/benchmarks/standin.py OUT [--family qwen3_vl] [--seed 1]
 
 The checkpoint has the architecture, tokenizer, chat template, image processor limits and generation config of
 Qwen2.5-VL or Qwen3-VL. So code meets what a published checkpoint has: page ids and tags of several tokens, token
@@ -39,7 +39,7 @@ from mmr5_train.models.loading import TINY
 
 Family = Literal["qwen2_5_vl", "qwen3_vl"]
 
-DEFAULT_TOKENIZER = Path(__file__).resolve().parents[1] / "../shared/qwen2_5_tokenizer"
+DEFAULT_TOKENIZER = Path(__file__).resolve().parents[2] / "../shared/qwen2_5_tokenizer"
 VOCABULARY = {"qwen2_5_vl": 152_064, "qwen3_vl": 151_936}  # rows of the embeddings of the 7B and 8B models
 SYSTEM_TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # of Qwen2.5-VL's template by default
 # Tokens that Qwen3's tokenizer has in addition to Qwen2.5's, in the order of their ids.

@@ -1,0 +1,224 @@
+"""Runs the published recipes on a machine without a GPU, with nothing small but the checkpoint and the amounts.
+
+    python scripts/benchmarks/rehearse.py        # make rehearsal: writes outputs/bench/rehearsal.json
+    python scripts/benchmarks/rehearse.py --short --out FOLDER
+    python scripts/benchmarks/rehearse.py --family qwen3_vl --out FOLDER
+
+Prepares a small checkpoint with the real tokenizer (standin.py, standin_form.py), small data sets in the published
+formats (rehearsal_data.py), and a server that replaces the teacher. Then it runs the recipes `mm_r5` and
+`recommended` with `size=rehearsal` (configs/size/rehearsal.yaml), from the data sets to the table beside the
+published figures: two processes under DeepSpeed ZeRO-2, and SFT and GRPO of `recommended` again under ZeRO-3.
+First it prints each setting that differs from the same recipe without `size=rehearsal`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from bench_common import (
+    OUTPUT,
+    argument_parser,
+    at_most,
+    equal,
+    machine,
+    print_targets,
+    write_results,
+)
+from rehearsal_data import write_rehearsal_data
+from standin import Family, write_standin
+from standin_form import share_in_form, train_form
+
+from mmr5_train.common.config import CONFIGS, compose_stage
+from mmr5_train.common.files import read_manifest
+from mmr5_train.recipe import RecipeStage, stage_settings
+
+ROOT = Path(__file__).resolve().parents[2]
+PROCESSES = 2
+MAX_MINUTES = 20
+# What `size=rehearsal` may change: the checkpoints (the retriever is one, too), the data folders, the numbers of
+# questions and optimizer steps, and what CPUs require.
+CHANGED = {
+    "launch": ("processes",),
+    "heldout": ("corpus.folder", "corpus.page_cache", "retriever."),
+    "candidates": ("corpus.folder", "corpus.page_cache", "retriever."),
+    "sft": ("model.path", "model.dtype", "limit", "trainer.max_steps"),
+    "select": ("balanced.count",),
+    "grpo": ("model.dtype", "trainer.max_steps"),
+    "evaluate": ("model.dtype",),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe under a launch file of configs/accelerate, with overrides of the rehearsal's amounts."""
+
+    recipe: str
+    launch: str
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe}_{self.launch}"
+
+
+ONE_GRPO_STEP = "stages.grpo.trainer.max_steps=1"
+RUNS = (
+    Run("mm_r5", "zero2"),
+    Run("recommended", "zero2", (ONE_GRPO_STEP,)),
+    Run("recommended", "zero3", (ONE_GRPO_STEP, "leave_out=[evaluate,report,teach,distill,modes]")),
+)
+SHORT_RUNS = (Run("mm_r5", "zero2", ("stages.sft.trainer.max_steps=1", "stages.grpo.trainer.max_steps=2")),)
+
+
+def changed_settings(recipe: str, overrides: Sequence[str] = ()) -> Iterator[tuple[str, str, Any, Any]]:
+    """Yields (stage, setting, value, published value) for each setting of a recipe that the rehearsal changes.
+
+    Folders of outputs are equal, because both use the same `out`.
+    """
+    common = [f"experiment={recipe}", "out=outputs/rehearsal"]
+    published = stage_settings(compose_stage(RecipeStage, "recipe", common))
+    rehearsed = stage_settings(compose_stage(RecipeStage, "recipe", [*common, "size=rehearsal", *overrides]))
+    for stage in sorted(published.keys() | rehearsed.keys()):
+        before, after = published.get(stage, {}), rehearsed.get(stage, {})
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
+                yield stage, key, after.get(key), before.get(key)
+
+
+def is_allowed(stage: str, key: str) -> bool:
+    """Whether `size=rehearsal` may change this setting."""
+    return key.startswith(CHANGED.get(stage, ()))
+
+
+def prepare(shared: Path, family: Family, steps: int, documents: int) -> float:
+    """Writes the checkpoint and the data sets into `shared`. Returns the share of answers in the valid form."""
+    checkpoint = write_standin(shared / "checkpoint", family)
+    train_form(checkpoint, steps)
+    write_rehearsal_data(shared / "corpus", documents=documents)
+    return share_in_form(checkpoint)
+
+
+@contextmanager
+def teacher_server() -> Iterator[dict[str, str]]:
+    """Runs a server with the teacher's API. Yields the environment variables of the processes that call it."""
+    command = [sys.executable, str(ROOT / "scripts/benchmarks/chat_server.py"), "--delay", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            yield {"OPENAI_BASE_URL": server.stdout.readline().strip(), "OPENAI_API_KEY": "unused"}
+        finally:
+            server.terminate()
+
+
+def launch_file(name: str, folder: Path) -> Path:
+    """A copy of configs/accelerate/<name>.yaml with two processes."""
+    values = yaml.safe_load((CONFIGS / f"accelerate/{name}.yaml").read_text(encoding="utf-8"))
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values | {"num_processes": PROCESSES}), encoding="utf-8")
+    return path
+
+
+def run_recipe(run: Run, out: Path, teacher: dict[str, str]) -> dict[str, Any]:
+    """Runs a recipe. Returns its seconds, in total and by stage."""
+    shared = out / "shared"
+    overrides = [f"experiment={run.recipe}", "size=rehearsal", f"out={out / run.name}", f"shared={shared}"]
+    overrides += [
+        f"folders.sft={out / run.name / 'sft'}",
+        f"launch={launch_file(run.launch, out)}",
+        *run.overrides,
+    ]
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "disabled",
+    }
+    started = time.monotonic()
+    command = [sys.executable, "-m", "mmr5_train.recipe", *overrides]
+    process = subprocess.run(command, cwd=ROOT, env=os.environ | environment | teacher)
+    if process.returncode:
+        raise SystemExit(f"{run.name}: failed with exit code {process.returncode}; see its message above")
+    stages = json.loads((out / run.name / "recipe.json").read_text(encoding="utf-8"))["stages"]
+    return {
+        "seconds": round(time.monotonic() - started, 1),
+        "stages": {name: stage["seconds"] for name, stage in stages.items()},
+    }
+
+
+def losses(folder: Path) -> list[float]:
+    """The logged losses of a training stage."""
+    history = json.loads((folder / "log_history.json").read_text(encoding="utf-8"))
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def heldout_steps(folder: Path) -> list[int]:
+    """The steps at which a training stage ranked held-out questions."""
+    history = json.loads((folder / "log_history.json").read_text(encoding="utf-8"))
+    return [entry["step"] for entry in history if "heldout/recall@1" in entry]
+
+
+def targets(out: Path, runs: Sequence[Run], minutes: float) -> Iterator[dict[str, Any]]:
+    """The targets of the rehearsal, read from the files that the recipes wrote."""
+    yield at_most("minutes", minutes, MAX_MINUTES)
+    for recipe in dict.fromkeys(run.recipe for run in runs):
+        others = [f"{stage}.{key}" for stage, key, *_ in changed_settings(recipe) if not is_allowed(stage, key)]
+        yield equal(f"{recipe}: settings changed besides checkpoint, amounts and device", ", ".join(others), "")
+    for run in runs:
+        folder = out / run.name
+        for stage in ("sft", "grpo"):
+            counts = read_manifest(folder / stage)["counts"]
+            yield equal(f"{run.name}: processes of {stage}", counts["processes"], PROCESSES)
+            if run.recipe == "recommended":
+                steps = heldout_steps(folder / stage)
+                yield equal(f"{run.name}: {stage} ranked held-out questions at", steps, [0, counts["steps"]])
+        if (folder / "evaluation").is_dir():
+            published = "published" in (folder / "report/report.html").read_text(encoding="utf-8")
+            yield equal(f"{run.name}: the report has the published figures", published, True)
+    by_launch = {run.launch: out / run.name for run in runs if run.recipe == "recommended"}
+    if len(by_launch) == 2:
+        zero2, zero3 = (losses(folder / "sft") for folder in by_launch.values())
+        difference = max(abs(a - b) for a, b in zip(zero2, zero3, strict=True))
+        yield at_most("largest difference of SFT's losses under ZeRO-2 and ZeRO-3", difference, 1e-3)
+
+
+def main() -> None:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs/rehearsal", help="folder that is overwritten")
+    parser.add_argument("--json", type=Path, default=OUTPUT / "rehearsal.json", help="file with the results")
+    parser.add_argument("--family", choices=get_args(Family), default="qwen2_5_vl")
+    parser.add_argument("--short", action="store_true", help="one recipe with fewer steps")
+    args = parser.parse_args()
+    runs = SHORT_RUNS if args.short else RUNS
+    started = time.monotonic()
+    args.out.mkdir(parents=True)
+    for recipe in dict.fromkeys(run.recipe for run in runs):
+        print(f"settings of {recipe} that the rehearsal changes:")
+        for stage, key, value, published in changed_settings(recipe):
+            print(f"  {stage}.{key}: {value} (published: {published})", flush=True)
+    steps, documents = (150, 2) if args.short else (400, 4)
+    in_form = prepare(args.out / "shared", args.family, steps, documents)
+    print(f"the checkpoint writes {in_form:.0%} of its answers in the valid form", flush=True)
+    seconds = {}
+    with teacher_server() as teacher:
+        for run in runs:
+            seconds[run.name] = run_recipe(run, args.out, teacher)
+    minutes = (time.monotonic() - started) / 60
+    rows = list(targets(args.out, runs, minutes))
+    results = {"machine": machine(), "family": args.family, "minutes": round(minutes, 1), "in_form": in_form}
+    write_results(args.json, results | {"runs": seconds}, rows)
+    print_targets(rows)
+    print(f"rehearsal: {len(runs)} runs in {minutes:.1f} minutes; {args.json}")
+
+
+if __name__ == "__main__":
+    main()

@@ -35,7 +35,13 @@ def start_stage(data: Path, out: Path, *overrides: str) -> subprocess.Popen[str]
     """Starts the stage in a new process."""
     command = [sys.executable, "-m", "data_construction.traces", f"data='{data}'", f"out='{out}'", *OPENAI]
     return subprocess.Popen(
-        [*command, *overrides], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, *overrides],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs, and so the tests, with SIGINT ignored, which child processes inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 

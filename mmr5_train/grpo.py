@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from accelerate import PartialState
 from pydantic import Field
 from trl import GRPOConfig, GRPOTrainer
 
@@ -36,6 +37,7 @@ from mmr5_train.training.callbacks import AlarmCallback, FiniteGRPOTrainer, Fini
 from mmr5_train.training.dataset import prompt_dataset
 from mmr5_train.training.run import TrainingStage, finish_run, start_run, train
 from mmr5_train.training.shared_grpo import unsupported
+from mmr5_train.training.sharing import sharing_of
 
 VERDICT_METRICS = ("answers/true_verdicts", "answers/follow_verdicts")
 
@@ -78,6 +80,7 @@ def main(config: GrpoStage) -> None:
         config.data.parent,
         config.prompt,
         processor,
+        open_pages=False,
     )
     end_ids = {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id}
     rewards = [reward_function(name, config.think) for name in config.reward.weights]
@@ -100,8 +103,16 @@ def main(config: GrpoStage) -> None:
 
 
 def grpo_arguments(config: GrpoStage, processor: Any) -> GRPOConfig:
-    """TRL's config: the user's fields, the reward weights, and the tokens that must not be sampled."""
+    """TRL's config: the user's fields, the reward weights, and the tokens that must not be sampled.
+
+    Raises `InputError` for settings that can't work.
+    """
     check_group_sizes(config.trainer)
+    if config.trainer.get("dataloader_num_workers"):
+        raise InputError(
+            f"trainer.dataloader_num_workers: expected 0, found {config.trainer['dataloader_num_workers']}: in "
+            "grpo, threads of the training process open the pages"
+        )
     values = {
         **config.trainer,
         "reward_weights": [*config.reward.weights.values(), 0.0],  # the last one is `answer_logger`
@@ -117,17 +128,16 @@ def grpo_arguments(config: GrpoStage, processor: Any) -> GRPOConfig:
 def trainer_class(choice: str, model: Any, arguments: GRPOConfig) -> type[GRPOTrainer]:
     """The trainer that shares prompts within a group, if the settings allow it, otherwise TRL's own trainer.
 
-    Raises `InputError` if `choice` is "always" and the settings do not allow it.
+    Prints which one, with its arrangement or the reason. Raises `InputError` if `choice` is "always" and the
+    settings do not allow it.
     """
-    if choice == "never":
-        return FiniteGRPOTrainer
-    reason = unsupported(model, arguments)
-    if reason is None:
-        return FiniteSharedGRPOTrainer
-    if choice == "always":
+    reason = "shared_prefix=never" if choice == "never" else unsupported(model, arguments)
+    if reason and choice == "always":
         raise InputError(f"shared_prefix=always: {reason}")
-    print(f"grpo: prompts are not shared within a group: {reason}")
-    return FiniteGRPOTrainer
+    if PartialState().is_main_process:
+        arrangement = f"not shared within a group: {reason}" if reason else f"shared: {sharing_of(arguments)}"
+        print(f"grpo: prompts are {arrangement}", flush=True)
+    return FiniteGRPOTrainer if reason else FiniteSharedGRPOTrainer
 
 
 def reward_function(name: str, think: bool) -> RewardFunction:

@@ -28,6 +28,7 @@ from mmr5_train.models.pages import PageLimits, page_size, shrink_factor
 from mmr5_train.models.shapes import empty_model
 from mmr5_train.ranking.records import RankingTask
 from mmr5_train.recipe import RecipeStage, compose_stages, stage_overrides
+from mmr5_train.training.sharing import share
 
 GIB = 2**30
 TEXT_TOKENS = 200  # tokens of a prompt without its pages: system prompt, question, chat template
@@ -71,6 +72,7 @@ class Network:
     language: int
     vision: int
     trained: int
+    adapters: int  # those of the trained parameters that adapters add to the model
     layers: int
     hidden: int
     intermediate: int
@@ -95,6 +97,8 @@ class Workload:
     passes: float  # forward passes in addition to the update's own: old policy, reference policy
     rollouts: int  # completions sampled by all GPUs
     checkpointing: bool
+    sampled_rows: int = 0  # completions that a GPU samples at once: those of a rollout batch
+    sampled_prompts: int = 0  # different prompts among them; equals `sampled_rows` without a shared prefix
 
 
 def main(config: PlanStage) -> None:
@@ -173,18 +177,20 @@ def measure(model: ModelConfig) -> Network:
     sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     vision_size = sum(size for name, size in sizes.items() if ".visual." in name)
     trained = sum(sizes.values()) - (vision_size if model.freeze_vision else 0)
+    adapters = 0
     if model.lora is not None:
         from peft import get_peft_model
 
         from mmr5_train.training.adapters import lora_config
 
         adapted: Any = get_peft_model(network, lora_config(model))  # type: ignore[arg-type]
-        trained = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+        trained = adapters = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
     head_width = text.hidden_size // text.num_attention_heads
     return Network(
         language=sum(sizes.values()) - vision_size,
         vision=vision_size,
         trained=trained,
+        adapters=adapters,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
@@ -266,11 +272,13 @@ def grpo_work(stage: Any, prompts: list[int], questions: int, config: PlanStage)
     steps = trainer["max_steps"]
     if steps <= 0:
         steps = math.ceil(questions * group * iterations * trainer["num_train_epochs"] / sequences_per_step)
-    shares_prefix = stage.shared_prefix != "never" and batch % group == 0
+    accumulation = trainer["gradient_accumulation_steps"]
+    sharing = share(batch, accumulation, trainer.get("steps_per_generation") or accumulation, group)
+    shares_prefix = stage.shared_prefix != "never" and not sharing.nothing_to_share
     return Workload(
         prompts=prompts,
-        rows=batch,
-        groups=batch // group if shares_prefix else batch,
+        rows=sharing.trained if shares_prefix else batch,
+        groups=sharing.prompts if shares_prefix else batch,
         completion=trainer["max_completion_length"],
         expected=config.completion_tokens,
         updates=steps,
@@ -278,6 +286,8 @@ def grpo_work(stage: Any, prompts: list[int], questions: int, config: PlanStage)
         passes=(1 if iterations > 1 else 0) + (1 if trainer["beta"] else 0),
         rollouts=steps * sequences_per_step // iterations,
         checkpointing=trainer["gradient_checkpointing"],
+        sampled_rows=sharing.rollout,
+        sampled_prompts=sharing.rollout // sharing.sampled if shares_prefix else sharing.rollout,
     )
 
 
@@ -306,15 +316,19 @@ def memory(network: Network, work: Workload, zero: str, gpus: int) -> dict[str, 
     layer = 2 * (7 * network.hidden + 2 * network.kv + 4 * network.intermediate) + 8 * network.hidden
     # Bytes per token. Gradient checkpointing stores only each layer's input and recomputes one layer at a time.
     stored = network.layers * 2 * network.hidden + layer if work.checkpointing else network.layers * layer
-    # A frozen vision tower stores nothing for the backward pass. Each visual token has four patches.
-    vision = 2 * work.groups * 4 * prompt * 8 * network.vision_hidden
-    cache = 2 * 2 * network.layers * network.kv * (work.groups * prompt + work.rows * work.completion)
+    if work.sequences == 0:
+        stored = layer  # without a backward pass, only one layer's activations exist at a time
+    # A frozen vision tower stores nothing for the backward pass. Each visual token has four patches. It reads the
+    # pages of a rollout batch at once.
+    vision = 2 * max(work.groups, work.sampled_prompts) * 4 * prompt * 8 * network.vision_hidden
+    cached_tokens = work.sampled_prompts * prompt + work.sampled_rows * work.completion
+    cache = 2 * 2 * network.layers * network.kv * cached_tokens
     return {
-        "weights": weights + 2 * network.trained,
+        "weights": weights + 2 * network.trained + 2 * network.adapters,
         "gradients": 4 * network.trained * (gpu_share if stage >= 2 else 1),
         "optimizer": 8 * network.trained * (gpu_share if stage >= 2 else 1) * (0 if offload else 1),
         "activations": tokens * stored + vision,
-        "KV cache": cache if work.rollouts else 0,
+        "KV cache": cache,
         "logits": 10.0 * work.rows * min(work.completion, 1024) * network.vocabulary,
         "kernels": KERNELS,
     }
@@ -328,7 +342,7 @@ def seconds(network: Network, work: Workload, gpu: Gpu, gpus: int) -> float:
     vision = 2 * network.vision * 4 * prompt * work.groups / work.rows
     passes = 3 + (1 if work.checkpointing else 0) + work.passes
     training = work.sequences * (forward * passes + vision * (1 + work.passes)) / (gpu.flops * UTILIZATION * gpus)
-    batches = work.rollouts / max(1, work.rows) / gpus
+    batches = work.rollouts / max(1, work.sampled_rows) / gpus
     decoding = batches * work.expected * 2 * network.language / (gpu.bytes_per_s * UTILIZATION)
     prefill = work.rollouts * (forward + vision) / (gpu.flops * UTILIZATION * gpus)
     return training + decoding + prefill

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 settings.register_profile("project", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("project")
 
-SLOW_FILES = ("test_reproduce.py", "test_launch.py", "test_shared_grpo.py", "test_check_plan.py")
+SLOW_FILES = ("test_reproduce.py", "test_launch.py", "test_shared_grpo.py", "test_bench_gpu.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

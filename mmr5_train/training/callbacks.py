@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
-from trl import GRPOTrainer, SFTTrainer
+from trl import SFTTrainer
 from trl.models import unwrap_model_for_generation
 
 from mmr5_train.common.files import InputError, read_records, write_json
@@ -24,6 +24,7 @@ from mmr5_train.models.inputs import check_images
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Mode, ModelAnswer, Order, PromptedTask, RankingTask
 from mmr5_train.training.checkpoints import MIN_CHECKPOINTS, last_checkpoint
+from mmr5_train.training.rollout_pages import RolloutPagesTrainer
 from mmr5_train.training.shared_grpo import SharedPrefixGRPOTrainer
 
 HELD_OUT = "heldout/recall@1"
@@ -66,11 +67,11 @@ class FiniteSFTTrainer(FiniteTrainer, SFTTrainer):
     pass
 
 
-class FiniteGRPOTrainer(FiniteTrainer, GRPOTrainer):
+class FiniteGRPOTrainer(FiniteTrainer, RolloutPagesTrainer):
     pass
 
 
-class FiniteSharedGRPOTrainer(FiniteTrainer, SharedPrefixGRPOTrainer):
+class FiniteSharedGRPOTrainer(FiniteTrainer, RolloutPagesTrainer, SharedPrefixGRPOTrainer):
     pass
 
 

@@ -1,10 +1,11 @@
-"""TRL's GRPOTrainer with shared prompts: each prompt is read once for its whole group of completions.
+"""TRL's GRPOTrainer with shared prompts: each prompt is read once for its completions on a rank.
 
 `SharedPrefixGRPOTrainer` computes the same numbers as TRL's trainer with less work:
 
-- A prompt is tokenized, and its images are processed, once per group.
-- The completions of a group are sampled after one prefill of their prompt.
-- Old, reference and policy log-probabilities come from one packed row (`models.shared_prefix`).
+- A prompt is tokenized, and its images are processed, once for the completions that a rank samples of it.
+- These completions are sampled after one prefill of their prompt.
+- Old, reference and policy log-probabilities come from one packed row (`models.shared_prefix`). Micro-batches of
+  an optimizer step that hold completions of the same prompt are computed together (`training.sharing`).
 - With a frozen vision tower, page features are computed once per rollout batch and used in all its forward passes.
   They replace the pixels in the buffered batch and are smaller: a visual token takes 4 × 1,176 float32 values as
   pixels, and `hidden_size` values of the model's dtype as features.
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
+from math import gcd
 from typing import Any
 
 import torch
@@ -32,20 +35,24 @@ from mmr5_train.models.shared_prefix import (
     shared_prompts,
     unsupported_reason,
 )
+from mmr5_train.training.sharing import sharing_of
 
 PIXEL_FIELDS = ("pixel_values", "image_grid_thw")
 
 
 def unsupported(model: Any, args: Any) -> str | None:
     """The reason why a run with these settings (`args` is a GRPOConfig) can't share prompts, or None."""
-    if args.per_device_train_batch_size % args.num_generations:
-        return (
-            f"trainer.per_device_train_batch_size ({args.per_device_train_batch_size}) is not a multiple of "
-            f"trainer.num_generations ({args.num_generations}), so a micro-batch would split a group"
-        )
     if getattr(args, "use_transformers_continuous_batching", False):
         return "transformers' continuous batching samples the rollouts"
-    return unsupported_reason(model)
+    return sharing_of(args).nothing_to_share or unsupported_reason(model)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Log-probabilities and entropies, (N, C), of a micro-batch. TRL's loss receives them instead of the model."""
+
+    log_probs: Tensor
+    entropies: Tensor
 
 
 class SharedPrefixGRPOTrainer(GRPOTrainer):
@@ -71,20 +78,36 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         for model in (base, self.ref_model):
             if model is not None:
                 share_prefixes(self.accelerator.unwrap_model(model))
+        self.sharing = sharing_of(self.args)
         tower = getattr(base.base_model, "visual", None)
         self._tower_is_frozen = tower is not None and not any(p.requires_grad for p in tower.parameters())
         self._bound_prompts: list[SharedPrompt] | None = None
 
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Computes all micro-batches of a pass in its last micro-step. The micro-steps before it do nothing.
+
+        The last one can be that in which the gradients of all ranks are summed.
+        """
+        if (self._step + 1) % self.sharing.micro_batches:
+            self._step += 1
+            return torch.zeros((), device=self.accelerator.device)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """Like TRL's method, but keeps groups together when it splits a rollout batch into micro-batches."""
+        """In training, the list of micro-batches of the pass that ends with this micro-step. Samples a new rollout
+        batch if the pass is its first. In evaluation, TRL's batch.
+        """
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)
-        micro_steps_per_rollout = self.args.steps_per_generation * self.num_iterations
-        if self._step % micro_steps_per_rollout == 0 or self._buffered_inputs is None:
+        count = self.sharing.micro_batches
+        first = self._step + 1 - count
+        if first % (self.args.steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
             batch = self._generate_and_score_completions(generation_batch)
-            batch = _shuffle_groups(batch, self.num_generations)
+            batch = _shuffle_blocks(batch, self.sharing.block)
             self._buffered_inputs = split_tensor_dict(batch, self.args.steps_per_generation)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        first %= self.args.steps_per_generation
+        return self._buffered_inputs[first : first + count]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         # TRL would run the image processor on every copy of a prompt that has an "images" column.
@@ -94,9 +117,21 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         output["shared_prompts"] = prompts
         return output
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        with self._bind_prompts(inputs["shared_prompts"]):
-            return super()._compute_loss(model, inputs)
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        """The sum of TRL's losses of the micro-batches `inputs`, from one pass of the model."""
+        micro_batches = inputs if isinstance(inputs, list) else [inputs]
+        ids, mask = (torch.cat([_rows(batch, name) for batch in micro_batches]) for name in ("ids", "mask"))
+        with self._bind_prompts([prompt for batch in micro_batches for prompt in batch["shared_prompts"]]):
+            log_probs, entropies, _ = self._get_per_token_logps_and_entropies(
+                model, ids, mask, micro_batches[0]["completion_ids"].shape[1], compute_entropy=True
+            )
+        assert entropies is not None, "compute_entropy asks for them"
+        size = len(micro_batches[0]["completion_ids"])
+        losses = [
+            super(SharedPrefixGRPOTrainer, self)._compute_loss(_Scores(*scores), batch)
+            for *scores, batch in zip(log_probs.split(size), entropies.split(size), micro_batches, strict=True)
+        ]
+        return torch.stack(losses).sum()
 
     @contextmanager
     def _bind_prompts(self, prompts: list[SharedPrompt]) -> Iterator[list[SharedPrompt]]:
@@ -117,24 +152,30 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         ]
         return super()._calculate_rewards(examples, prompts, *rest)
 
-    def _group_size(self) -> int:
-        return int(self.num_generations if self.model.training else self.num_generations_eval)
+    def _copies(self, rows: int) -> int:
+        """The number of consecutive rows of the same prompt, in a batch of `rows` rows on this rank.
+
+        TRL's sampler puts the G rows of a prompt next to each other and deals the rows to the ranks in order. So
+        the blocks of gcd(rows, G) rows from a rank's first row on have one prompt each.
+        """
+        return gcd(rows, int(self.num_generations if self.model.training else self.num_generations_eval))
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """Tokenizes each prompt once. TRL passes the third value to `_generate_single_turn` unchanged.
 
-        `prompts` holds each prompt `_group_size()` times in a row. The second value, TRL's images, stays empty so
-        that TRL does not process the images of every copy.
+        `prompts` holds each prompt `_copies(len(prompts))` times in a row. The second value, TRL's images, stays
+        empty so that TRL does not process the images of every copy.
         """
-        size = self._group_size()
+        size = self._copies(len(prompts))
+        _check_copies(prompts, size)
         ids, images, fields = super()._tokenize_prompts(prompts[::size])
         return _repeat(ids, size), None, {**fields, "images": images}
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: None, multimodal_fields: Any, num_generations: int, *rest: Any
     ) -> Any:
-        """Samples the completions of each group after one prefill. Adds the batch's prompts to the bound list."""
-        size = self._group_size()
+        """Samples the completions of each prompt after one prefill. Adds the batch's prompts to the bound list."""
+        size = self._copies(len(prompt_ids))
         fields = dict(multimodal_fields)
         group_images = fields.pop("images")
         assert self._bound_prompts is not None, "sampling happens inside _generate_and_score_completions"
@@ -187,15 +228,21 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         compute_entropy: bool = False,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """(N, C) log-probabilities and entropies of the completions, `batch_size` of them in one packed row.
+        """(N, C) log-probabilities and entropies of the completions, or those of `model` if it holds them.
 
-        Raises `RuntimeError` if the bound prompts are not those of `input_ids`.
+        One packed row holds all completions, or `sharing.scored` where TRL gives a `batch_size` in training: there
+        no gradients are computed. Raises `RuntimeError` if the bound prompts are not those of `input_ids`.
         """
+        if isinstance(model, _Scores):
+            return model.log_probs, model.entropies, None
         row_prompts = self._bound_prompts
         _check_prompts(row_prompts, input_ids[:, :-logits_to_keep], attention_mask[:, :-logits_to_keep])
         completions = input_ids[:, -logits_to_keep:]
         mask = attention_mask[:, -logits_to_keep:]
-        batch_size = batch_size or len(input_ids)
+        if batch_size is None:
+            batch_size = len(input_ids)
+        elif self.model.training:
+            batch_size = self.sharing.scored
         log_probs, entropies = [], []
         for start in range(0, len(input_ids), batch_size):
             rows = slice(start, start + batch_size)
@@ -214,6 +261,11 @@ def _without_adapter(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _rows(batch: dict[str, Any], name: str) -> Tensor:
+    """The prompts followed by the completions of a batch, (N, P + C): their "ids" or their "mask"."""
+    return torch.cat([batch[f"prompt_{name}"], batch[f"completion_{name}"]], dim=1)
+
+
 def _check_prompts(row_prompts: Sequence[SharedPrompt] | None, ids: Tensor, mask: Tensor) -> None:
     """Raises `RuntimeError` unless row i of the left-padded (N, P) `ids` is `row_prompts[i]`."""
     if row_prompts is None or len(row_prompts) != len(ids):
@@ -222,6 +274,14 @@ def _check_prompts(row_prompts: Sequence[SharedPrompt] | None, ids: Tensor, mask
     for i, prompt in enumerate(row_prompts):
         if not torch.equal(ids[i, ids.shape[1] - int(lengths[i]) :], prompt.ids):
             raise RuntimeError(f"row {i}: its prompt differs from the bound prompt")
+
+
+def _check_copies(prompts: Sequence[Any], size: int) -> None:
+    """Raises `RuntimeError` unless the prompts of each block of `size` rows have the same text."""
+    for start in range(0, len(prompts), size):
+        first, *others = map(_text_of, prompts[start : start + size])
+        if any(text != first for text in others):
+            raise RuntimeError(f"rows {start} to {start + size - 1}: expected {size} copies of one prompt")
 
 
 def _repeat(values: Sequence[Any], times: int) -> list[Any]:
@@ -249,17 +309,24 @@ def _images_of(messages: Any) -> list[Any] | None:
     return [part["image"] for part in parts if part["type"] == "image"] or None
 
 
+def _text_of(messages: Any) -> Any:
+    """A prompt without its images."""
+    if isinstance(messages, dict):
+        return {key: _text_of(value) for key, value in messages.items() if key != "image"}
+    return [_text_of(value) for value in messages] if isinstance(messages, list) else messages
+
+
 def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
     """The tokens of a completion up to its first end token, which is included."""
     end = next((i for i, token in enumerate(ids) if token in end_ids), len(ids) - 1)
     return ids[: end + 1]
 
 
-def _shuffle_groups(batch: dict[str, Any], size: int) -> dict[str, Any]:
-    """Shuffles a rollout batch and keeps groups together. Draws as many random numbers as TRL's shuffle."""
+def _shuffle_blocks(batch: dict[str, Any], size: int) -> dict[str, Any]:
+    """Shuffles the blocks of `size` rows of a rollout batch. Draws as many random numbers as TRL's shuffle."""
     rows = len(batch["shared_prompts"])
-    groups = dict.fromkeys((torch.randperm(rows) // size).tolist())  # in order of first appearance
-    order = torch.tensor([group * size + i for group in groups for i in range(size)])
+    blocks = dict.fromkeys((torch.randperm(rows) // size).tolist())  # in order of first appearance
+    order = torch.tensor([block * size + i for block in blocks for i in range(size)])
 
     def reorder(value: Any) -> Any:
         if isinstance(value, Tensor):

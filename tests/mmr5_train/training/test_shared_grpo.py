@@ -25,6 +25,13 @@ SETTINGS = {
         "gradient_accumulation_steps": 2,
         "loss_type": "grpo",
     },
+    "lora_groups_from_single_rows": {
+        "beta": 0.04,
+        "num_iterations": 2,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 8,
+        "loss_type": "grpo",
+    },
     "lora_checkpointing": {"gradient_checkpointing": True, "temperature": 0.8},
     "lora_cut_off_masked": {
         "mask_truncated_completions": True,
@@ -59,25 +66,40 @@ def test_twenty_steps_equal_those_of_trl(name, tiny, prompt, processor, tasks, p
     assert len({round(entry["entropy"], 4) for entry in stock}) > STEPS // 2
 
 
-ZERO_3 = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+def deepspeed(stage):
+    return {
+        "DS_ACCELERATOR": "cpu",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+    }
+
+
+GROUPS = {"beta": 0.04, "num_iterations": 2, "max_steps": 4}
+# The published batch: on each of two ranks, a step has two of the four completions of one prompt.
+PUBLISHED = GROUPS | {
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 2,
+    "loss_type": "grpo",
+}
 LAUNCHERS = {
     "MULTI_CPU 2": (["accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"], {}),
-    "DEEPSPEED 1": (["torch.distributed.run", "--nproc_per_node", "1"], ZERO_3),
+    "DEEPSPEED 1": (["torch.distributed.run", "--nproc_per_node", "1"], deepspeed(3)),
+    "DEEPSPEED 2": (["torch.distributed.run", "--nproc_per_node", "2"], deepspeed(2)),
 }
 
 
-@pytest.mark.parametrize("launch", LAUNCHERS)
-def test_losses_are_the_same_under_a_launcher(launch, tasks, page_folder, tmp_path):
-    """Two processes with DDP, and one process with DeepSpeed ZeRO-3."""
+@pytest.mark.parametrize(
+    ("launch", "settings"),
+    [("MULTI_CPU 2", GROUPS), ("DEEPSPEED 1", GROUPS), ("MULTI_CPU 2", PUBLISHED), ("DEEPSPEED 2", PUBLISHED)],
+    ids=["ddp", "zero3", "ddp_published", "zero2_published"],
+)
+def test_losses_are_the_same_under_a_launcher(launch, settings, tasks, page_folder, tmp_path):
+    """Two processes with DDP and with ZeRO-2, and one process with ZeRO-3."""
     write_records(page_folder / "questions.jsonl", tasks)
     launcher, environment = LAUNCHERS[launch]
     environment = os.environ | environment | {"OMP_NUM_THREADS": "1"}
-    settings = {
-        "beta": 0.04,
-        "num_iterations": 2,
-        "max_steps": 4,
-        "use_cpu": "DEEPSPEED" not in launch,
-    }
+    if "DEEPSPEED" in launch:
+        settings = settings | {"use_cpu": False, "ddp_backend": "gloo"}
     command = [sys.executable, "-m", *launcher, "tests/mmr5_train/side_by_side.py"]
     command += [str(page_folder), str(tmp_path), json.dumps(settings)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
@@ -89,6 +111,41 @@ def test_losses_are_the_same_under_a_launcher(launch, tasks, page_folder, tmp_pa
         for key in trl.keys() & {"loss", "grad_norm", "reward", "kl", "entropy"}:
             assert shared_entry[key] == pytest.approx(trl[key], abs=1e-3), f"{key} at step {step}"
     assert max(entry["grad_norm"] for entry in history["stock"]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "steps_per_generation", "passes", "completions"),
+    [
+        (8, 1, 1, 1, 8),  # two groups in a micro-batch
+        (1, 8, 8, 2, 4),  # a group is four micro-batches: one pass for each of two groups
+        (2, 2, 4, 1, 4),  # a step is one of two groups of the rollout batch
+        (1, 2, 4, 1, 2),  # a step is half of the group
+        (2, 6, 6, 3, 4),  # three groups
+    ],
+)
+def test_a_step_reads_each_prompt_once(
+    batch, accumulation, steps_per_generation, passes, completions,
+    tiny, prompt, processor, tasks, page_folder, tmp_path,
+):  # fmt: skip
+    settings = {
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "steps_per_generation": steps_per_generation,
+        "max_steps": 1,
+    }
+    trainer = make_trainer(
+        SharedPrefixGRPOTrainer, tiny, prompt, processor, tasks, page_folder, tmp_path, settings
+    )
+    groups = []
+
+    def count(_, args, kwargs):
+        if torch.is_grad_enabled():
+            groups.append([len(group.filled) for group in kwargs["shared_prefix"]])
+
+    trainer.model.get_base_model().model.register_forward_pre_hook(count, with_kwargs=True)
+    trainer.train()
+    assert len(groups) == passes
+    assert all(sum(sizes) == completions and len(sizes) == max(1, completions // 4) for sizes in groups)
 
 
 def test_each_page_passes_the_vision_tower_once_per_rollout(tiny, prompt, processor, tasks, page_folder, tmp_path):
@@ -125,14 +182,13 @@ def test_evaluation_gives_the_same_reward_and_loss(tiny, prompt, processor, task
     assert results[1]["eval_loss"] == pytest.approx(results[0]["eval_loss"], abs=1e-4)
 
 
-def test_split_groups_are_rejected_with_the_reason(tiny, prompt, processor, tasks, page_folder, tmp_path):
-    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    with pytest.raises(ValueError, match=r"per_device_train_batch_size \(2\) is not a multiple of .*\(4\)"):
-        make_trainer(SharedPrefixGRPOTrainer, tiny, prompt, processor, tasks, page_folder, tmp_path, settings)
+def test_a_rank_without_two_completions_of_a_prompt_shares_nothing(tiny, tmp_path):
     args = GRPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=8, num_generations=4, use_cpu=True, bf16=False
+        output_dir=str(tmp_path), per_device_train_batch_size=3, num_generations=3, use_cpu=True, bf16=False
     )
     assert unsupported(load_model(tiny), args) is None
+    args.num_generations = 4  # TRL accepts it on four ranks
+    assert "no two completions of a prompt are next to each other" in unsupported(load_model(tiny), args)
 
 
 def test_prompts_are_bound_only_while_their_batch_is_scored(tiny, prompt, processor, tasks, page_folder, tmp_path):
@@ -140,7 +196,7 @@ def test_prompts_are_bound_only_while_their_batch_is_scored(tiny, prompt, proces
         SharedPrefixGRPOTrainer, tiny, prompt, processor, tasks, page_folder, tmp_path, {"max_steps": 1}
     )
     trainer.train()
-    batch = trainer._buffered_inputs[0]
+    [batch] = trainer._buffered_inputs
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     width = batch["completion_ids"].shape[1]

@@ -1,0 +1,74 @@
+"""The script that measures on a GPU, at a small size on the CPU: every kind of work, and the table."""
+
+from argparse import Namespace
+
+import bench_gpu
+import pytest
+import torch
+
+from mmr5_train.models.shapes import SHAPES
+from mmr5_train.training import run
+
+ARGS = Namespace(completion=6, gpu="h100")
+SMALL = {
+    "text_config": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "layer_types": ["full_attention"] * 2,
+        "rope_parameters": {"mrope_section": [2, 3, 3], "rope_theta": 1e6, "rope_type": "default"},
+    },
+    "vision_config": {"out_hidden_size": 64},
+}
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """The script replaces these functions. monkeypatch restores them after the test."""
+    for stage in ("sft", "grpo"):
+        module = bench_gpu.STAGES[stage][0]
+        monkeypatch.setattr(module, "load_model", module.load_model)
+        monkeypatch.setattr(module, "train", module.train)
+    monkeypatch.setattr(run, "save_result", run.save_result)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
+@pytest.mark.parametrize("work", bench_gpu.WORK)
+def test_measures_a_shape_with_the_published_settings(work, tmp_path, monkeypatch, capsys, restored):
+    monkeypatch.setitem(SHAPES, bench_gpu.MODELS["7B"], SMALL)
+    row = bench_gpu.measure(work, "7B", 12, ARGS, tmp_path)
+    assert row["measured_gib"] is None
+    assert 1 < row["planned_gib"] < 2  # nearly all of it for kernels
+    assert row["measured_s"] > 0
+    assert row["planned_s"] > 0
+    printed = capsys.readouterr().out
+    if work == "grpo shared":
+        assert "grpo: prompts are shared: each prompt is computed once for its 4 completions" in printed
+    if work == "grpo stock":
+        assert "grpo: prompts are not shared" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
+def test_measures_a_checkpoint_with_the_real_tokenizer(standin, tmp_path, restored):
+    row = bench_gpu.measure("grpo shared", str(standin), 12, ARGS, tmp_path)
+    assert row["measured_s"] > 0
+
+
+@pytest.mark.parametrize(("tokens", "sides"), [(1024, (32, 32)), (2772, (44, 63)), (12, (3, 4))])
+def test_pages_have_exactly_the_stated_tokens(tokens, sides):
+    assert bench_gpu.page_sides(tokens) == sides
+
+
+def test_table_has_a_dash_for_what_was_not_measured_and_the_error_of_a_failed_row():
+    row = {"model": "7B", "page_tokens": 2772, "planned_gib": 41.26, "measured_gib": None, "planned_s": 3.04}
+    rows = [
+        {**row, "work": "sft", "measured_s": 0.0512},
+        {"model": "7B", "page_tokens": 2772, "work": "grpo stock", "error": "out of memory"},
+    ]
+    assert bench_gpu.table(rows).splitlines() == [
+        "| model | tokens per page | work | GiB, planned | GiB, measured | s, planned | s, measured |",
+        "|---|---|---|---|---|---|---|",
+        "| 7B | 2,772 | sft | 41.3 | – | 3.0 | 0.051 |",
+        "| 7B | 2,772 | grpo stock | – | – | – | – | out of memory",
+    ]

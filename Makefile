@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo demo-modes test bench-grpo bench-data bench-amounts bench-train bench-serve bench-rerank rehearsal test-wheel lint format lock clean
+.PHONY: help setup demo demo-modes test bench-grpo bench-pages bench-gpu bench-data bench-amounts bench-train bench-serve bench-rerank rehearsal test-wheel lint format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,8 @@ help:
 	@echo "make test           run the tests"
 	@echo "make test-wheel     install the wheel into a fresh environment and run the demo there"
 	@echo "make bench-grpo     compare GRPO with shared prompts to TRL's trainer; writes outputs/bench/grpo.json"
+	@echo "make bench-pages    measure the part of a GRPO step that is data; writes outputs/bench/pages.json"
+	@echo "make bench-gpu      measure the 3B and 7B shapes on a GPU, next to the plan; writes outputs/bench/gpu.json"
 	@echo "make bench-data     measure the data stages, also with faults and kills; writes outputs/bench/data.json"
 	@echo "make bench-amounts  count the examples of recipe mm_r5 on full-size files; writes outputs/bench/amounts.json"
 	@echo "make bench-train    compare SFT to a plain TRL script, and two processes to one; writes outputs/bench/train.json"
@@ -60,6 +62,12 @@ test-wheel: setup
 
 bench-grpo: setup
 	$(BIN)/python scripts/benchmarks/bench_grpo.py --figure outputs/bench/grpo.svg
+
+bench-pages: setup
+	$(BIN)/python scripts/benchmarks/bench_pages.py
+
+bench-gpu: setup
+	$(BIN)/python scripts/benchmarks/bench_gpu.py
 
 bench-data: setup
 	$(BIN)/python scripts/benchmarks/bench_data.py

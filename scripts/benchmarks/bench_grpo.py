@@ -2,6 +2,7 @@
 
     python scripts/benchmarks/bench_grpo.py  # or: make bench-grpo; the complete table, on the CPU
     python scripts/benchmarks/bench_grpo.py --P 1200 --G 8 --C 100  # one cell of it
+    python scripts/benchmarks/bench_grpo.py --single --P 2500 --G 2 --C 300  # micro-batches of one completion
     python scripts/benchmarks/bench_grpo.py --shape 3b --P 5250 --G 8 --C 256 --out grpo_3b.json  # on a GPU
 
 For every prompt length P, group size G and completion length C, it runs the two trainers one after the other, each
@@ -11,12 +12,13 @@ tiny` uses the shipped model in float32 on the CPU. `--shape 3b` uses the shape 
 weights in bfloat16, on a GPU if there is one.
 
 *update* is forward pass, backward pass and optimizer step on a finished batch. *step* is the rollout, the
-reference model's forward pass and the update. Memory is the peak during the update, minus the memory in use before
-it. `bound` is the ratio of the processed tokens, G (P + C) / (P + G C). TRL also processes the pages with the
-vision tower G times instead of once, so the speedup can exceed this bound. The roofline is the number of
-floating-point operations of the update, as PyTorch counts them, divided by the measured rate of a large matrix
-product on the same machine. The time above the roofline is overhead and memory traffic. Writes
-outputs/bench/grpo.json.
+reference model's forward pass and the update. Memory is the peak during the update, minus the memory in use
+before it. `bound` is the ratio of the processed tokens, G (P + C) / (P + G C). TRL also processes the pages with
+the vision tower G times instead of once, so the speedup can exceed this bound. With `--single`, a micro-batch is
+one completion, accumulated G times: TRL computes them one by one, and the shared trainer in one pass. The
+roofline is the number of floating-point operations of the update, as PyTorch counts them, divided by the
+measured rate of a large matrix product on the same machine. The time above the roofline is overhead and memory
+traffic. Writes outputs/bench/grpo.json.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     P, G, C = args.P[0], args.G[0], args.C[0]
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    trainer, rows = make_trainer(args.one, args.shape, P, G, C)
+    trainer, rows = make_trainer(args.one, args.shape, P, G, C, single=args.single)
     trainer.create_optimizer()
     model = trainer.model
     model.train()
@@ -61,7 +63,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         raise RuntimeError(f"expected {P} prompt tokens and {G} × {C} completion tokens, found {actual}")
 
     def update(inputs: Any) -> None:
-        trainer.compute_loss(model, inputs).backward()
+        parts = micro_batches(inputs, G if args.single else 1)
+        for part in [parts] if args.one == "shared" else parts:  # the shared trainer takes them all at once
+            trainer.compute_loss(model, part).backward()
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
 
@@ -79,7 +83,18 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def make_trainer(kind: str, shape: str, P: int, G: int, C: int) -> tuple[Any, list[dict[str, Any]]]:
+def micro_batches(batch: Any, count: int) -> list[Any]:
+    """A rollout batch in `count` equal parts, split as TRL splits it."""
+    from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
+
+    return [
+        unsplit_pixel_values_by_grid(part) for part in split_tensor_dict(split_pixel_values_by_grid(batch), count)
+    ]
+
+
+def make_trainer(
+    kind: str, shape: str, P: int, G: int, C: int, *, single: bool
+) -> tuple[Any, list[dict[str, Any]]]:
     """A trainer, and the G rows of its one prompt with about P tokens."""
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
@@ -91,7 +106,8 @@ def make_trainer(kind: str, shape: str, P: int, G: int, C: int) -> tuple[Any, li
     model_config, processor, data = make_data(folder, P, G)
     model = make_model(shape, model_config)
     arguments = GRPOConfig(
-        output_dir=str(folder), per_device_train_batch_size=G, num_generations=G, max_completion_length=C,
+        output_dir=str(folder), per_device_train_batch_size=1 if single else G,
+        gradient_accumulation_steps=G if single else 1, num_generations=G, max_completion_length=C,
         beta=0.04, temperature=1.0, learning_rate=1e-5, bf16=False, use_cpu=model.device.type == "cpu",
         gradient_checkpointing=False, report_to="none", remove_unused_columns=False, dataloader_pin_memory=False,
         generation_kwargs={"suppress_tokens": vision_token_ids(processor), "min_new_tokens": C},
@@ -102,7 +118,7 @@ def make_trainer(kind: str, shape: str, P: int, G: int, C: int) -> tuple[Any, li
         model=model, args=arguments, processing_class=processor, peft_config=adapters, train_dataset=data,
         reward_funcs=[lambda completion_ids, **_: [float(ids[0]) for ids in completion_ids]],
     )  # fmt: skip
-    trainer.current_gradient_accumulation_steps = 1
+    trainer.current_gradient_accumulation_steps = arguments.gradient_accumulation_steps
     return trainer, [data[i] for i in range(G)]
 
 
@@ -233,6 +249,7 @@ def run_pair(P: int, G: int, C: int, args: argparse.Namespace) -> list[dict[str,
     for kind in ("stock", "shared"):
         command = [sys.executable, __file__, "--one", kind, "--P", str(P), "--G", str(G), "--C", str(C)]
         command += ["--shape", args.shape, "--repeats", str(args.repeats), "--threads", str(args.threads)]
+        command += ["--single"] if args.single else []
         results[kind] = run_for_json(command, f"bench_grpo: {kind} at P {P}, G {G}, C {C}")
     rows = []
     for what in ("update", "step"):
@@ -311,6 +328,9 @@ def main() -> None:
     for name, values in SIZES.items():
         parser.add_argument(f"--{name}", type=int, nargs="+", default=list(values), help=names[name])
     parser.add_argument("--shape", choices=("tiny", "3b"), default="tiny")
+    parser.add_argument(
+        "--single", action="store_true", help="micro-batches of one completion, accumulated G times"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUTPUT / "grpo.json")
@@ -323,7 +343,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for P, G, C in tqdm(list(itertools.product(args.P, args.G, args.C)), unit="size"):
         rows += run_pair(P, G, C, args)
-        results = {"rows": rows, "machine": machine(args), "repeats": args.repeats}
+        results = {"rows": rows, "machine": machine(args), "repeats": args.repeats, "single": args.single}
         write_results(args.out, results, targets(rows) if args.shape == "tiny" else [])
     if args.figure:
         figure(rows, args.figure)

@@ -114,6 +114,7 @@ def grpo_arguments(config: GrpoStage, processor: Any) -> GRPOConfig:
             "grpo, threads of the training process open the pages"
         )
     values = {
+        "log_multimodal": False,  # TRL would send all page images to all ranks
         **config.trainer,
         "reward_weights": [*config.reward.weights.values(), 0.0],  # the last one is `answer_logger`
         "generation_kwargs": {

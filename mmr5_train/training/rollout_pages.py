@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 from trl import GRPOTrainer
+from trl.trainer.utils import strip_images_from_messages
 
 from mmr5_train.training.dataset import PageFile
 
@@ -50,7 +51,11 @@ def wait_for_pages(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class RolloutPagesTrainer(GRPOTrainer):
-    """Reads a data set whose column "images" holds `PageFile`s. Put it before the trainer's class in the bases."""
+    """Reads a data set whose column "images" holds `PageFile`s. Put it before the trainer's class in the bases.
+
+    The images stay in the process that opened them. TRL would send the prompts that it logs, with their images, to
+    all ranks.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -58,3 +63,8 @@ class RolloutPagesTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         return super()._generate_and_score_completions(wait_for_pages(inputs))
+
+    def _calculate_rewards(self, inputs: Any, prompts: list[Any], *rest: Any) -> Any:
+        rewards = super()._calculate_rewards(inputs, prompts, *rest)
+        prompts[:] = [strip_images_from_messages(messages) for messages in prompts]  # TRL logs this list
+        return rewards

@@ -25,7 +25,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import split_tensor_dict
+from trl.trainer.utils import split_tensor_dict, strip_images_from_messages
 
 from mmr5_train.models.shared_prefix import (
     SharedPrompt,
@@ -279,7 +279,7 @@ def _check_prompts(row_prompts: Sequence[SharedPrompt] | None, ids: Tensor, mask
 def _check_copies(prompts: Sequence[Any], size: int) -> None:
     """Raises `RuntimeError` unless the prompts of each block of `size` rows have the same text."""
     for start in range(0, len(prompts), size):
-        first, *others = map(_text_of, prompts[start : start + size])
+        first, *others = map(strip_images_from_messages, prompts[start : start + size])
         if any(text != first for text in others):
             raise RuntimeError(f"rows {start} to {start + size - 1}: expected {size} copies of one prompt")
 
@@ -307,13 +307,6 @@ def _images_of(messages: Any) -> list[Any] | None:
     contents = [message["content"] for message in messages if isinstance(message, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     return [part["image"] for part in parts if part["type"] == "image"] or None
-
-
-def _text_of(messages: Any) -> Any:
-    """A prompt without its images."""
-    if isinstance(messages, dict):
-        return {key: _text_of(value) for key, value in messages.items() if key != "image"}
-    return [_text_of(value) for value in messages] if isinstance(messages, list) else messages
 
 
 def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:

@@ -1,10 +1,12 @@
 """GRPO opens each page file once per rollout batch, in threads, one batch ahead."""
 
+import pickle
 import threading
 from collections import Counter
 
 import pytest
 from PIL import Image
+from trl.trainer import grpo_trainer
 
 from mmr5_train import grpo
 from mmr5_train.common.config import compose_stage
@@ -51,8 +53,21 @@ def opened(monkeypatch):
     return counts
 
 
+@pytest.fixture
+def sent(monkeypatch):
+    """The sizes of the objects that TRL sends to all ranks, in bytes."""
+    sizes, gather_object = [], grpo_trainer.gather_object
+
+    def measuring(value):
+        sizes.append(len(pickle.dumps(value)))
+        return gather_object(value)
+
+    monkeypatch.setattr(grpo_trainer, "gather_object", measuring)
+    return sizes
+
+
 @pytest.mark.parametrize("shared_prefix", ["always", "never"])
-def test_each_page_is_opened_once_in_a_rollout_cycle(shared_prefix, questions, opened, tmp_path):
+def test_each_page_is_opened_once_in_a_rollout_cycle(shared_prefix, questions, opened, sent, tmp_path):
     """Group of 4, two steps per generation, two iterations: 16 readings of the row of a question."""
     settings = (
         "{per_device_train_batch_size:2,gradient_accumulation_steps:2,num_generations:4,num_iterations:2,"
@@ -63,6 +78,7 @@ def test_each_page_is_opened_once_in_a_rollout_cycle(shared_prefix, questions, o
         compose_stage(grpo.GrpoStage, "grpo", [*overrides, f"shared_prefix={shared_prefix}", "alarms='off'"])
     )
     assert opened == {(f"{i}.png", False): 1 for i in range(4)}
+    assert 0 < max(sent) < 20_000  # the images of a prompt are ten times larger
 
 
 def test_pages_are_opened_when_a_batch_is_read_and_kept_while_they_are_read_again(questions, opened):

@@ -4,7 +4,9 @@ They may change in any release. When a test here fails after an upgrade, read th
 module before you update the signature below.
 """
 
+import ast
 import inspect
+import textwrap
 
 import pytest
 from transformers import Trainer
@@ -16,6 +18,7 @@ GRPO = "mmr5_train/training/shared_grpo.py"
 FINITE = "mmr5_train/training/callbacks.py"
 RUN = "mmr5_train/training/run.py"
 OVERRIDDEN = {
+    (GRPOTrainer, "training_step"): (GRPO, "(self, model, inputs, num_items_in_batch)"),
     (GRPOTrainer, "_prepare_inputs"): (GRPO, "(self, generation_batch)"),
     (GRPOTrainer, "_generate_and_score_completions"): (GRPO, "(self, inputs)"),
     (GRPOTrainer, "_compute_loss"): (GRPO, "(self, model, inputs)"),
@@ -68,6 +71,21 @@ def test_trl_calls_the_overridden_methods_in_the_expected_order():
     positions = [rollout.index(call) for call in calls]
     assert positions == sorted(positions)
     assert "self._get_per_token_logps_and_entropies(" in inspect.getsource(GRPOTrainer._compute_loss)
+
+
+def test_the_loss_uses_the_model_only_for_log_probabilities():
+    """SharedPrefixGRPOTrainer passes the log-probabilities of a micro-batch in place of the model."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(GRPOTrainer._compute_loss)))
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == "model"]
+    assert len(names) == 1
+
+
+def test_trl_logs_the_list_of_prompts_that_rewards_receive():
+    """`RolloutPagesTrainer` (mmr5_train/training/rollout_pages.py) removes the images from this list."""
+    rollout = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    rewards = rollout.index("self._calculate_rewards(inputs, prompts, completions, completion_ids_list)")
+    assert rewards < rollout.index('self._logs["prompt"].extend(gather_object(prompts))')
+    assert "prompts = " not in rollout[rewards:]
 
 
 def test_the_sampler_draws_an_epoch_from_its_generator():

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 
 from mmr5_train.common.environment import drop_secrets
-from mmr5_train.models.inputs import cache_small_pages
+from mmr5_train.models.inputs import cache_small_pages, load_pages
 from mmr5_train.models.pages import PageLimits, load_page, page_limits
 from mmr5_train.ranking.prompt import Prompt, build_messages
 from mmr5_train.ranking.records import Candidate
@@ -53,9 +53,11 @@ def prompt_dataset(
         if get_worker_info() is not None:  # a data-loading process: it opens images and needs no keys
             drop_secrets()
         indices = batch.pop("index")
-        pages = [[PageFile(folder / candidate.image, limits) for candidate in shown[i]] for i in indices]
         batch["prompt"] = [build_messages(prompt, queries[i], len(shown[i])) for i in indices]
-        batch["images"] = [[page.open() for page in row] for row in pages] if open_pages else pages
+        if open_pages:
+            batch["images"] = [load_pages(shown[i], folder, processor) for i in indices]
+        else:
+            batch["images"] = [[PageFile(folder / page.image, limits) for page in shown[i]] for i in indices]
         return batch
 
     cache_small_pages((page for pages in shown for page in pages), folder, processor)

@@ -134,10 +134,10 @@ def measure(work: str, model: str, tokens: int, args: argparse.Namespace, folder
         network, load = replace(network, trained=0, adapters=0), one_pass(prompt)
         seconds = time_logits(config, folder)
     elif stage == "sft":
-        load = plan.sft_work(config, [prompt], recipe)
+        load = plan.sft_work(config, [prompt], QUESTIONS, recipe)
         seconds = time_training(stage, config)
     else:
-        load = plan.grpo_work(config, {}, [prompt], recipe)
+        load = plan.grpo_work(config, [prompt], QUESTIONS, recipe)
         seconds = time_training(stage, config)
     gpu = plan.GPUS[args.gpu]
     return {

@@ -57,6 +57,8 @@ class RolloutPagesTrainer(GRPOTrainer):
     all ranks.
     """
 
+    data_collator: Any  # the base class declares collators that return one dict
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.data_collator = RolloutPages().start

@@ -4,9 +4,11 @@
     python -m data_construction.traces … teacher=openai teacher.model=… refine=true
 
 As in MM-R5 (arXiv 2506.12364, data construction), the teacher explains every candidate separately, and the label
-decides whether it argues that the page helps. The prompt shows the candidates in shuffled order. The think block
-is the notes in that order, one line per page ("Image i: note"). The answer is all relevant ids, then the others,
-each group ascending. With `refine`, a second call summarizes the notes in two sentences.
+decides whether it argues that the page helps. The teacher also states its verdict on the page as a field, which
+must agree with the label. The prompt shows the candidates in shuffled order. The think block is the notes in that
+order, one line per page, each with its verdict at the end ("Image i: a map, so it does not help."). The answer is
+all relevant ids, then the others, each group ascending. With `refine`, a second call summarizes the notes in two
+sentences.
 
 A question is dropped and listed in skipped.jsonl if a call or a check fails. The same happens if none of its
 candidates is relevant, unless `missed: keep`: then every note says that the page does not help, and the answer is
@@ -37,6 +39,7 @@ from data_construction.teacher.checks import (
     failed_note_checks,
     failed_reasoning_checks,
 )
+from data_construction.teacher.replies import PageNote
 from data_construction.teacher.teacher import Teacher, TeacherConfig, make_teacher
 from data_construction.teacher.vision import OpenAIConfig
 from mmr5_train.common.config import StageConfig, run_stage
@@ -70,7 +73,9 @@ class TracesStage(StageConfig):
         description="questions without a relevant candidate: drop (as in MM-R5), or explain that no page helps",
     )
     max_words: int = Field(
-        default=40, ge=10, description="limit of a note; refined reasoning may have twice as many"
+        default=40,
+        ge=10,
+        description="limit of a note, without its verdict; refined reasoning may have twice as many",
     )
     second_try: bool = Field(
         default=False, description="repeat a request whose answer fails a check, with the problem in the prompt"
@@ -107,6 +112,8 @@ def main(config: TracesStage) -> None:
     if config.dry_run:
         print(estimate(prompted, pages, config))
         return
+    if config.refine:
+        print("traces: refined reasoning states no verdict on a page, which reward=true_reasoning would need")
     teacher = make_teacher(config.teacher, config.answers_file, config.max_words, config.overwrite)
     out = open_output(config.out, config.overwrite, inputs=[config.data, pages_file], stage="traces")
     try:
@@ -234,7 +241,7 @@ async def make_trace(
     folder, words, rules = config.data.parent, config.max_words, config.rules
     shown_pages = [pages[candidate.id] for candidate in prompted.shown]
 
-    async def explain(i: LocalId) -> str:
+    async def explain(i: LocalId) -> PageNote:
         page, image, helps = shown_pages[i - 1], folder / prompted.shown[i - 1].image, i in positives
         note = await teacher.explain(task.query, page, image, helps, words)
         if problem := retry_problem(failed_note_checks(i, note, task.query, page, helps, rules), config, teacher):
@@ -249,13 +256,14 @@ async def make_trace(
         return think
 
     try:
-        notes = await gather_in_order([explain(LocalId(i)) for i in range(1, len(shown_pages) + 1)])
+        page_notes = await gather_in_order([explain(LocalId(i)) for i in range(1, len(shown_pages) + 1)])
+        notes = [str(note) for note in page_notes]
         think = await refine(notes) if config.refine else join_notes(notes)
     except TeacherFailure as failure:
         return Skipped(query_id=task.query_id, reason=failure.reason, detail=failure.detail)
     others = [LocalId(i) for i in range(1, len(shown_pages) + 1) if i not in positives]
     answer = (*positives, *others)
-    for name, detail in failed_checks(task.query, shown_pages, notes, think, answer, positives, rules):
+    for name, detail in failed_checks(task.query, shown_pages, page_notes, think, answer, positives, rules):
         return Skipped(query_id=task.query_id, reason=f"check {name}", detail=detail)
     trace = Trace(
         query_id=task.query_id,
@@ -280,7 +288,7 @@ def retry_problem(failed: FailedChecks, config: TracesStage, teacher: Teacher) -
     return problem
 
 
-async def gather_in_order(calls: Sequence[Coroutine[Any, Any, str]]) -> list[str]:
+async def gather_in_order(calls: Sequence[Coroutine[Any, Any, PageNote]]) -> list[PageNote]:
     """The results of concurrent calls.
 
     Waits for all calls, then raises the error of the first failed call in the order of `calls`, so that the error
@@ -290,7 +298,7 @@ async def gather_in_order(calls: Sequence[Coroutine[Any, Any, str]]) -> list[str
     errors = [result for result in results if isinstance(result, BaseException)]
     for error in sorted(errors, key=lambda error: isinstance(error, TeacherFailure)):
         raise error
-    return [result for result in results if isinstance(result, str)]
+    return [result for result in results if isinstance(result, PageNote)]
 
 
 if __name__ == "__main__":

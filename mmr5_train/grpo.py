@@ -23,10 +23,11 @@ from mmr5_train.common.config import run_stage
 from mmr5_train.common.files import InputError, read_records
 from mmr5_train.evaluation.alarms import Action, read_alarms
 from mmr5_train.models.inputs import check_images
-from mmr5_train.models.loading import load_model, load_processor, vision_token_ids
+from mmr5_train.models.loading import load_model, load_processor, vision_token_ids, writes_verdicts
 from mmr5_train.ranking.answer import Defect, parse_answer
+from mmr5_train.ranking.notes import page_verdicts
 from mmr5_train.ranking.records import LocalId, Order, RankingTask
-from mmr5_train.ranking.rewards import REWARDS, RewardConfig, follows_verdicts, page_verdicts
+from mmr5_train.ranking.rewards import REWARDS, RewardConfig, follows_verdicts
 from mmr5_train.training.adapters import lora_config, use_lora_plus
 from mmr5_train.training.arguments import (
     check_group_sizes,
@@ -66,7 +67,9 @@ def main(config: GrpoStage) -> None:
     check_images((page for task in tasks for page in task.candidates), config.data.parent)
     processor = load_processor(config.model)
     arguments = grpo_arguments(config, processor)
-    run = start_run("grpo", config, arguments, processor, think=config.think)
+    verdicts = writes_verdicts(config.model.path) if config.think else False
+    config.reward.check_verdicts(verdicts, config.model.path)
+    run = start_run("grpo", config, arguments, processor, think=config.think, verdicts=verdicts)
 
     model = load_model(config.model)
     prompted = [task.in_prompt_order(config.order, config.seed) for task in tasks]
@@ -87,13 +90,15 @@ def main(config: GrpoStage) -> None:
     with rejected_settings_as_input_errors("grpo"):
         trainer = trainer_class(config.shared_prefix, model, arguments)(
             model=model,
-            reward_funcs=[*rewards, answer_logger(config.think, config.order == "shuffled", end_ids)],
+            reward_funcs=[*rewards, answer_logger(config.think, verdicts, config.order == "shuffled", end_ids)],
             args=arguments,
             train_dataset=dataset,
             processing_class=processor,
             peft_config=lora_config(config.model),
         )
     use_lora_plus(trainer, config.model)
+    if verdicts is False and trainer.accelerator.is_main_process:
+        print("grpo: the model writes no verdicts on pages: they are not logged, and no alarm watches them")
     if config.alarms != "off":
         trainer.add_callback(AlarmCallback(config.out, config.alarms))
 
@@ -158,16 +163,14 @@ def reward_function(name: str, think: bool) -> RewardFunction:
     return reward
 
 
-def answer_logger(think: bool, shuffled: bool, end_ids: set[int]) -> RewardFunction:
+def answer_logger(think: bool, verdicts: bool | None, shuffled: bool, end_ids: set[int]) -> RewardFunction:
     """A reward of weight 0 that logs properties of the answers. The alarms read these metrics.
 
     `defects/*` and `answers/*` are shares of completions, with two exceptions: `answers/reranking` is the mean
-    reranking reward, and `answers/true_verdicts` a share of pages. `VERDICT_METRICS` are logged as soon as the
-    model has written a verdict. `first/<i>` is the share of answers that rank the page at prompt
-    position i first.
+    reranking reward, and `answers/true_verdicts` a share of pages. `VERDICT_METRICS` are logged unless `verdicts`,
+    which says whether the model writes verdicts, is False. `first/<i>` is the share of answers that rank the page
+    at prompt position i first.
     """
-
-    writes_verdicts = False
 
     def no_defect(
         completions: list[Any],
@@ -177,16 +180,13 @@ def answer_logger(think: bool, shuffled: bool, end_ids: set[int]) -> RewardFunct
         log_metric: Any,
         **_: Any,
     ) -> list[float | None]:
-        nonlocal writes_verdicts
         metrics_by_answer: list[dict[str, float]] = []
         for completion, ids, n, relevant in zip(completions, completion_ids, pages, positives, strict=True):
             cut_off = not ids or ids[-1] not in end_ids
+            text = completion[0]["content"]
             metrics_by_answer.append(
-                answer_metrics(completion[0]["content"], n, relevant, think, shuffled, cut_off)
+                answer_metrics(text, n, relevant, cut_off, think=think, verdicts=verdicts, shuffled=shuffled)
             )
-        writes_verdicts = writes_verdicts or any(VERDICT_METRICS[0] in metrics for metrics in metrics_by_answer)
-        if writes_verdicts:  # from then on a completion without verdicts counts as 0
-            metrics_by_answer = [dict.fromkeys(VERDICT_METRICS, 0.0) | metrics for metrics in metrics_by_answer]
         for key in dict.fromkeys(key for metrics in metrics_by_answer for key in metrics):
             log_metric(key, fmean(metrics[key] for metrics in metrics_by_answer if key in metrics))
         return [metrics["answers/without_defect"] for metrics in metrics_by_answer]
@@ -195,7 +195,14 @@ def answer_logger(think: bool, shuffled: bool, end_ids: set[int]) -> RewardFunct
 
 
 def answer_metrics(
-    text: str, n: int, positives: list[LocalId], think: bool, shuffled: bool, cut_off: bool
+    text: str,
+    n: int,
+    positives: list[LocalId],
+    cut_off: bool,
+    *,
+    think: bool,
+    verdicts: bool | None,
+    shuffled: bool,
 ) -> dict[str, float]:
     """Metrics of one completion about `n` pages. Metrics that do not apply to it are omitted."""
     answer = parse_answer(text, n, cut_off=cut_off, expect_think=think)
@@ -203,10 +210,10 @@ def answer_metrics(
     metrics["answers/without_defect"] = float(not answer.defects)
     metrics["answers/complete"] = float(answer.is_complete_permutation)
     metrics["answers/reranking"] = REWARDS["reranking"](text, n, positives, expect_think=think)
-    verdicts = page_verdicts(answer.think or "", n)
-    if verdicts:
-        true_share = sum(helps == (i in positives) for i, helps in verdicts.items()) / n
-        follows = float(follows_verdicts(answer.ids, verdicts))
+    if verdicts is not False:
+        stated = page_verdicts(answer.think or "", n)
+        true_share = sum(helps == (i in positives) for i, helps in stated.items()) / n
+        follows = float(bool(stated) and follows_verdicts(answer.ids, stated))
         metrics |= dict(zip(VERDICT_METRICS, (true_share, follows), strict=True))
     if shuffled and answer.ids:
         metrics |= {f"first/{i}": float(answer.ids[0] == i) for i in range(1, n + 1)}

@@ -27,7 +27,7 @@ from mmr5_train.models.loading import ModelConfig
 from mmr5_train.models.pages import PageLimits, page_size, shrink_factor
 from mmr5_train.models.shapes import empty_model
 from mmr5_train.ranking.records import RankingTask
-from mmr5_train.recipe import RecipeStage, compose_stages, stage_overrides
+from mmr5_train.recipe import RecipeStage, check_verdicts, compose_stages, stage_overrides
 from mmr5_train.training.sharing import share
 
 GIB = 2**30
@@ -113,6 +113,7 @@ def main(config: PlanStage) -> None:
 def plan(config: PlanStage) -> dict[str, list[str]]:
     """Training stage → the lines of its estimate."""
     stages: dict[str, Any] = compose_stages(stage_overrides(config))
+    check_verdicts(stages)
     gpu = GPUS[config.gpu]
     report: dict[str, list[str]] = {}
     if "candidates" in stages:

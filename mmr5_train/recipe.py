@@ -163,6 +163,7 @@ def run_stages(overrides_by_stage: Mapping[str, list[str]], config: RecipeStage)
     recorded_seconds = _recorded_seconds(config.out / RECIPE)
     inputs_changed = config.overwrite
     stages = compose_stages(overrides_by_stage)
+    check_verdicts(stages)
     records = {}
     forecast_shown = False
     for name, overrides in overrides_by_stage.items():
@@ -181,6 +182,20 @@ def run_stages(overrides_by_stage: Mapping[str, list[str]], config: RecipeStage)
         records[name] = {"out": str(stage.out), "seconds": seconds}
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(config.out / RECIPE, {"name": config.name, "seed": config.seed, "stages": records})
+
+
+def check_verdicts(stages: Mapping[str, Any]) -> None:
+    """Raises `InputError` if GRPO's reward needs verdicts that the reasoning of this recipe does not state."""
+    if "grpo" not in stages:
+        return
+    causes = {
+        "stages.traces.refine=true": "traces" in stages and stages["traces"].refine,
+        "stages.sft.think=false": "sft" in stages and not stages["sft"].think,
+        "stages.grpo.think=false": not stages["grpo"].think,
+    }
+    for cause, no_verdicts in causes.items():
+        verdicts = False if no_verdicts else None
+        stages["grpo"].reward.check_verdicts(verdicts, f"the model of this recipe ({cause})")
 
 
 def show_forecast(stages: Mapping[str, Any], paid: bool) -> None:

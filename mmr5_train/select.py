@@ -207,7 +207,7 @@ def read_or_sample_rollouts(
         inputs.append(difficulty.rollouts)
         return read_rollouts(difficulty.rollouts, tasks)
     folder, partial = config.questions.parent, config.out / PARTIAL
-    backend = load_sampler(difficulty, tasks, folder)
+    backend = load_sampler(difficulty, tasks, folder, config.reward)
     settings = difficulty.model_dump(mode="json", exclude={"min_reward", "max_reward", "rollouts"})
     settings |= {"seed": config.seed, "questions": file_hash(config.questions)}
     settings |= {"seen": file_hash(config.seen) if config.seen else None}

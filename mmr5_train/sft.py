@@ -5,6 +5,9 @@
 
 Reads traces (data_construction.traces). Writes `model/` (the merged checkpoint), `adapter/` with LoRA,
 `log_history.json` and a manifest. Only completion tokens contribute to the loss. MM-R5, section 3.2.
+
+The checkpoint's reranker.json records whether most of the trained think blocks state a verdict on each page. Later
+stages read it there.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from mmr5_train.common.config import run_stage
 from mmr5_train.common.files import read_records
 from mmr5_train.models.inputs import check_images
 from mmr5_train.models.loading import load_model, load_processor
+from mmr5_train.ranking.notes import page_verdicts
 from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.ranking.records import Trace
 from mmr5_train.training.adapters import lora_config, use_lora_plus
@@ -41,7 +45,10 @@ def main(config: SftStage) -> None:
     check_images((page for trace in traces for page in trace.shown), config.data.parent)
     processor = load_processor(config.model)
     arguments = trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=config.model)
-    run = start_run("sft", config, arguments, processor, think=config.think)
+    with_verdicts = sum(states_verdicts(trace) for trace in traces) if config.think else 0
+    run = start_run(
+        "sft", config, arguments, processor, think=config.think, verdicts=2 * with_verdicts > len(traces)
+    )
 
     model = load_model(config.model)
     completions = [render_completion(trace.think if config.think else None, trace.answer) for trace in traces]
@@ -63,9 +70,16 @@ def main(config: SftStage) -> None:
         )
     normalize_loss_by_tokens(trainer)
     use_lora_plus(trainer, config.model)
+    if trainer.accelerator.is_main_process and with_verdicts < len(traces):
+        print(f"sft: {with_verdicts} of {len(traces)} answers state a verdict on each page", flush=True)
 
     train(run, trainer, progress={"loss": "loss", "mean_token_accuracy": "token accuracy"})
-    finish_run(run, trainer, counts={"traces": len(traces)}, metric="loss")
+    finish_run(run, trainer, counts={"traces": len(traces), "with_verdicts": with_verdicts}, metric="loss")
+
+
+def states_verdicts(trace: Trace) -> bool:
+    """Whether the think block of a trace states a verdict on each page. Refined reasoning states none."""
+    return len(page_verdicts(trace.think, len(trace.shown))) == len(trace.shown)
 
 
 if __name__ == "__main__":

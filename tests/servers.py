@@ -9,8 +9,12 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
-THOUGHT, RECITED = "so it shows", "a red bar chart"
-"""The reply of the fixture `reciting_model` to every prompt: its reasoning, and the text after it."""
+THOUGHT, RECITED_TEXT = "so it shows", "a red bar chart"
+RECITED = f"{RECITED_TEXT}\vVerdict: helps"
+"""The reply of the fixture `reciting_model` to every prompt: `THOUGHT` as its reasoning, then `RECITED`.
+
+Its line break is a token that the prompt does not end with, since no token may occur twice.
+"""
 
 
 class OpenAIServer(NamedTuple):
@@ -48,7 +52,9 @@ class ScriptedServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _ScriptedHandler)
-        self.script: Callable[[int, dict[str, Any]], Reply] = lambda number, body: completion("fine")
+        self.script: Callable[[int, dict[str, Any]], Reply] = lambda number, body: completion(
+            "Fine.\nVerdict: helps"
+        )
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.concurrent = self.max_concurrent = 0

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from data_construction.teacher.languages import other_language
+from data_construction.teacher.replies import PageNote
 from mmr5_train.ranking.answer import parse_answer
-from mmr5_train.ranking.notes import QUOTATION, read_verdict
 from mmr5_train.ranking.prompt import neutralize, render_completion
 from mmr5_train.ranking.records import LocalId, Page
 
 RETRY_PROBLEMS = {
-    "direction": "argued the other way",
+    "direction": "stated the other verdict",
     "no_label_words": "told of a label, and not only of what is there",
     "moved_ids": "called an image by a number that the reader can't know",
     "language": "was not in the language of the question",
@@ -37,15 +37,15 @@ _LABEL_PHRASE = re.compile(
     re.IGNORECASE,
 )
 _IMAGE_NAMES = re.compile(r"\bImages? (\d+(?:(?:, ?and |, ?| ?and | ?& ?)\d+)*)", re.IGNORECASE)
-_VERDICT = re.compile(r"so it (?:helps|does not help)\.$")
+_QUOTATION = re.compile(r"\"[^\"]*\"|“[^”]*”")
 
 
 @dataclass(frozen=True)
 class Rules:
     """Requirements for one run of the traces stage.
 
-    `max_words` is the limit of a note; refined reasoning may have twice as many. `refined`: the think block is
-    refined reasoning. `same_language`: text must be in the question's language.
+    `max_words` is the limit of a note, without its verdict; refined reasoning may have twice as many. `refined`:
+    the think block is refined reasoning. `same_language`: text must be in the question's language.
     """
 
     max_words: int
@@ -60,14 +60,14 @@ FailedChecks = Iterator[tuple[str, str]]
 def failed_checks(
     query: str,
     pages: Sequence[Page],
-    notes: Sequence[str],
+    notes: Sequence[PageNote],
     think: str,
     answer: tuple[LocalId, ...],
     positives: tuple[LocalId, ...],
     rules: Rules,
 ) -> FailedChecks:
     """All checks of a trace. `pages` and `notes` are in prompt order, and local ids refer to that order."""
-    if len(notes) != len(pages) or not all(note.strip() and "\n" not in note for note in notes):
+    if len(notes) != len(pages) or not all(note.text.strip() for note in notes):
         yield "one_note_a_page", f"{len(notes)} notes on {len(pages)} pages"
     for i, (page, note) in enumerate(zip(pages, notes, strict=False), 1):
         yield from failed_note_checks(LocalId(i), note, query, page, i in positives, rules)
@@ -81,18 +81,21 @@ def failed_checks(
         yield "answer", f"{list(answer)} reads as {list(parsed.ids)}, relevant are {list(positives)}"
 
 
-def failed_note_checks(i: LocalId, note: str, query: str, page: Page, helps: bool, rules: Rules) -> FailedChecks:
+def failed_note_checks(
+    i: LocalId, note: PageNote, query: str, page: Page, helps: bool, rules: Rules
+) -> FailedChecks:
     """The checks of one note. `i` is the local id of its page, which the teacher did not know."""
-    if len(note.split()) > rules.max_words:
-        yield "short_notes", f"image {i}: {len(note.split())} words, at most {rules.max_words} are allowed"
-    if read_verdict(note) not in (None, helps):
+    words = len(note.text.split())
+    if words > rules.max_words:
+        yield "short_notes", f"image {i}: {words} words, at most {rules.max_words} are allowed"
+    if note.helps != helps:
         yield "direction", f"image {i} {'helps' if helps else 'does not help'}; the note: {note}"
-    if word := find_label_word(note, query, [page]):
+    if word := find_label_word(note.text, query, [page]):
         yield "no_label_words", f"image {i}: {word!r} in: {note}"
     source = f"{query}\n{page.text}\n{page.description}"
-    if moved := named_images(QUOTATION.sub(" ", note)) - {i} - named_images(source):
+    if moved := named_images(_QUOTATION.sub(" ", note.text)) - {i} - named_images(source):
         yield "moved_ids", f"image {i} is called {sorted(moved)} in: {note}"
-    yield from _failed_language_check(note, query, rules, f"image {i}: ")
+    yield from _failed_language_check(note.text, query, rules, f"image {i}: ")
 
 
 def failed_reasoning_checks(
@@ -110,17 +113,16 @@ def failed_reasoning_checks(
 
 
 def _failed_language_check(text: str, query: str, rules: Rules, where: str = "") -> FailedChecks:
-    """Leaves out quotes, which are in the page's language, and the verdict, which is in English."""
+    """Leaves out quotes, which are in the page's language."""
     if not rules.same_language:
         return
-    own_words = _VERDICT.sub(" ", QUOTATION.sub(" ", text))
-    if difference := other_language(own_words, query):
+    if difference := other_language(_QUOTATION.sub(" ", text), query):
         yield "language", f"{where}{difference}, in: {text}"
 
 
 def find_label_word(text: str, query: str, pages: Sequence[Page]) -> str | None:
     """A word that shows that the teacher knew the label. Words of the question or of a page do not count."""
-    own_words = QUOTATION.sub(" ", text)
+    own_words = _QUOTATION.sub(" ", text)
     if phrase := _LABEL_PHRASE.search(own_words):
         return phrase[0]
     words = _LABEL_WORD.findall(own_words)

@@ -2,8 +2,7 @@
 
 If the page has a description (synthetic pages do), the note is that description. Otherwise the note quotes the
 passage that shares most words with the question, and names the heading above the passage and the shared words. If
-the page has no text, the note says so. The verdict follows the label, as with MM-R5's teacher (arXiv 2506.12364,
-data construction).
+the page has no text, the note says so. The verdict is the label.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from typing import Literal
 from bm25s.stopwords import STOPWORDS_EN
 from pydantic import BaseModel, ConfigDict
 
-from mmr5_train.ranking.notes import format_note
+from data_construction.teacher.replies import PageNote
+from mmr5_train.ranking.notes import remove_verdict
 from mmr5_train.ranking.prompt import fill_template, neutralize
 from mmr5_train.ranking.records import LocalId, Page
 
@@ -33,8 +33,7 @@ _STOP_WORDS = frozenset((*STOPWORDS_EN, *QUESTION_WORDS))
 class ExtractiveConfig(BaseModel):
     """`teacher: extractive` (configs/teacher/extractive.yaml): sentence templates around a quote.
 
-    `{where}` is filled with one of the two `where…` texts. The verdict ("…, so it helps.") is appended to each
-    sentence.
+    `{where}` is filled with one of the two `where…` texts. The verdict is appended to each sentence.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,28 +61,28 @@ class ExtractiveTeacher:
 
     async def explain(
         self, query: str, page: Page, image: Path, helps: bool, words: int, problem: str = ""
-    ) -> str:
+    ) -> PageNote:
         """A note of at most `words` words, unless the template itself is longer.
 
         `image` is not used, and a second try returns the same note as the first.
         """
         if page.description:
-            return format_note(page.description, helps)
+            return PageNote(page.description, helps)
         lines = _lines(page.text)
         if not lines:
-            return format_note(self.config.no_text_helps if helps else self.config.no_text, helps)
+            return PageNote(self.config.no_text_helps if helps else self.config.no_text, helps)
         query_terms, page_terms = _terms(query), _terms(page.text)
         best = _best_line(lines, query_terms)
         passage, heading = _passage(lines, best), _heading(lines, best)
-        note = ""
+        text = ""
         for size in range(QUOTE_WORDS, 0, -1):
             quote = _window(passage, size, query_terms)
-            note = self._note(query_terms, page_terms, quote, heading, helps)
-            if len(note.split()) <= words:
+            text = self._text(query_terms, page_terms, quote, heading, helps)
+            if len(text.split()) <= words:
                 break
-        return note
+        return PageNote(text, helps)
 
-    def _note(
+    def _text(
         self, query_terms: dict[str, str], page_terms: dict[str, str], quote: str, heading: str, helps: bool
     ) -> str:
         quote_terms = _terms(quote)
@@ -96,10 +95,9 @@ class ExtractiveTeacher:
         else:
             sentence = self.config.partly if missing else self.config.near
         where = fill_template(self.config.where_heading, heading=heading) if heading else self.config.where
-        text = fill_template(
+        return fill_template(
             sentence, where=where, quote=quote, shared=join_words(shared), missing=join_words(missing)
         )
-        return format_note(text, helps)
 
     async def refine(
         self, query: str, notes: Sequence[str], positives: Sequence[LocalId], words: int, problem: str = ""
@@ -134,10 +132,9 @@ def _summary(notes: Sequence[str], ids: Sequence[int], helps: bool, words: int) 
     )
     head = f"{image_names(ids)} {verb}"
     words_per_note = max(4, (words - len(head.split())) // len(ids))
-    tail = format_note("", helps)
     parts = []
     for i in ids:
-        note = notes[i - 1].removesuffix(tail).split()
+        note = remove_verdict(notes[i - 1]).split()
         part = " ".join(note[:words_per_note]) + ("…" if len(note) > words_per_note else "")
         parts.append(part + '"' if part.count('"') % 2 else part)
     return f"{head}: {'; '.join(parts)}."

@@ -1,8 +1,8 @@
 """The interface of a teacher, and the choice between the two: extractive (offline) and OpenAI-compatible.
 
 Both follow the data construction of MM-R5 (arXiv 2506.12364). `explain` says why one page can or cannot help to
-answer a question; the page's label decides which. `refine` turns the notes on all pages of a question into one
-sentence on the relevant pages and one on the others.
+answer a question; the page's label decides which. It also states a verdict on the page, as a field. `refine` turns
+the notes on all pages of a question into one sentence on the relevant pages and one on the others.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import Field
 
 from data_construction.teacher.calls import ChatServer
 from data_construction.teacher.extractive import ExtractiveConfig, ExtractiveTeacher
+from data_construction.teacher.replies import PageNote
 from data_construction.teacher.store import AnswerStore
 from data_construction.teacher.vision import OpenAIConfig, OpenAITeacher
 from mmr5_train.ranking.records import LocalId, Page
@@ -26,9 +27,9 @@ TeacherConfig = Annotated[ExtractiveConfig | OpenAIConfig, Field(discriminator="
 class Teacher(Protocol):
     """Both methods raise `TeacherFailure` if one question fails, and `InputError` if no question can succeed.
 
-    `words` is the maximum length of the answer in words. On a second try, `problem` describes what was wrong with
-    the previous answer; otherwise it is "". `counts` are written to the manifest, so they must not depend on how
-    often the run was interrupted. `status` is for the progress bar.
+    `words` is the maximum length of the text in words; the verdict on a page does not count. On a second try,
+    `problem` describes what was wrong with the previous answer; otherwise it is "". `counts` are written to the
+    manifest, so they must not depend on how often the run was interrupted. `status` is for the progress bar.
     """
 
     concurrency: int
@@ -36,7 +37,7 @@ class Teacher(Protocol):
 
     async def explain(
         self, query: str, page: Page, image: Path, helps: bool, words: int, problem: str = ""
-    ) -> str: ...
+    ) -> PageNote: ...
 
     async def refine(
         self, query: str, notes: Sequence[str], positives: Sequence[LocalId], words: int, problem: str = ""

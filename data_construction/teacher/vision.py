@@ -21,20 +21,22 @@ from data_construction.teacher.calls import ChatServer, TeacherFailure
 from data_construction.teacher.cost import PIXELS_PER_TOKEN, TOKENS_PER_WORD, Budget, Estimate, Price, text_tokens
 from data_construction.teacher.extractive import image_names
 from data_construction.teacher.pages import PageImages
+from data_construction.teacher.replies import (
+    DOES_NOT_HELP,
+    HELPS,
+    REPLY_PROBLEMS,
+    PageNote,
+    ReadReply,
+    ReadT,
+    read_line,
+    read_note,
+    reply_text,
+)
 from data_construction.teacher.store import Answer, AnswerStore, request_key
-from mmr5_train.ranking.notes import join_notes
-from mmr5_train.ranking.prompt import THINK_CLOSE, THINK_OPEN, fill_template, neutralize
+from mmr5_train.ranking.notes import format_note, join_notes
+from mmr5_train.ranking.prompt import fill_template, neutralize
 from mmr5_train.ranking.records import LocalId, Page, PageId, PromptedTask
 
-ANSWER_PROBLEMS = {
-    "empty": "was empty",
-    "cut_off": "was cut off at the token limit",
-    "too_long": "was too long",
-    "refused": "was a refusal",
-}
-"""Problems of an answer: name in the manifest → words that follow "Your last reply" in the prompt."""
-
-REFUSAL_REASONS = ("content_filter", "refusal")
 POLL_SECONDS = 0.1
 
 
@@ -42,6 +44,8 @@ class OpenAIConfig(BaseModel):
     """`teacher: openai` (configs/teacher/openai.yaml).
 
     The templates may contain {query} and {words}; the refine templates also {notes}, {relevant} and {others}.
+    `verdict` follows `can_help` and `cannot_help`. It asks for the line that states the verdict, {helps} or
+    {does_not_help} (replies.py).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,6 +68,7 @@ class OpenAIConfig(BaseModel):
     system: str
     can_help: str
     cannot_help: str
+    verdict: str
     refine: str
     refine_all: str
     refine_none: str
@@ -71,11 +76,12 @@ class OpenAIConfig(BaseModel):
 
     @model_validator(mode="after")
     def _templates_have_required_fields(self) -> OpenAIConfig:
-        explain, refine = ("can_help", "cannot_help"), ("refine", "refine_all", "refine_none")
-        required = {**dict.fromkeys(explain, "{query}"), **dict.fromkeys(refine, "{notes}")}
-        for field, name in required.items():
-            if name not in getattr(self, field):
-                raise ValueError(f"{field} must contain {name}")
+        refine = dict.fromkeys(("refine", "refine_all", "refine_none"), ("{notes}",))
+        explain = dict.fromkeys(("can_help", "cannot_help"), ("{query}",))
+        for field, names in {**explain, "verdict": ("{helps}", "{does_not_help}"), **refine}.items():
+            for name in names:
+                if name not in getattr(self, field):
+                    raise ValueError(f"{field} must contain {name}")
         return self
 
     @property
@@ -88,7 +94,13 @@ class OpenAIConfig(BaseModel):
         return self.model_dump(exclude=others)
 
     def explain_text(self, query: str, helps: bool, words: int) -> str:
-        return fill_template(self.can_help if helps else self.cannot_help, query=neutralize(query), words=words)
+        return fill_template(
+            f"{self.can_help if helps else self.cannot_help}\n\n{self.verdict}",
+            query=neutralize(query),
+            words=words,
+            helps=HELPS,
+            does_not_help=DOES_NOT_HELP,
+        )
 
     def refine_text(self, query: str, notes: Sequence[str], positives: Sequence[LocalId], words: int) -> str:
         others = [i for i in range(1, len(notes) + 1) if i not in positives]
@@ -118,9 +130,10 @@ class OpenAIConfig(BaseModel):
                 images += self.image_tokens(pages[shown.id])
                 text += text_tokens(self.system + self.explain_text(task.task.query, i in positives, words))
             calls += len(task.shown)
-            output += len(task.shown) * note_tokens
+            output += len(task.shown) * (note_tokens + text_tokens(f"\n{DOES_NOT_HELP}"))
             if refine:
-                prompt = self.refine_text(task.task.query, [""] * len(task.shown), positives, 2 * words)
+                notes = [format_note("", helps=False)] * len(task.shown)
+                prompt = self.refine_text(task.task.query, notes, positives, 2 * words)
                 text += text_tokens(self.system + prompt) + len(task.shown) * note_tokens
                 calls += 1
                 output += 2 * note_tokens
@@ -131,8 +144,7 @@ class OpenAITeacher:
     """A `Teacher` over HTTP, with a store of its answers.
 
     After an unusable answer, the request is repeated with the problem added to the prompt and twice the token
-    limit: up to `attempts` tries for empty answers, two for answers that are cut off or too long, none after a
-    refusal.
+    limit: up to `attempts` tries for empty answers, none after a refusal, two for every other problem.
     """
 
     def __init__(self, config: OpenAIConfig, server: ChatServer, store: AnswerStore) -> None:
@@ -141,7 +153,7 @@ class OpenAITeacher:
         self.counts: Counter[str] = Counter()
         self.model = config.model or ""
         self.budget = Budget(self.model, config.price, config.max_cost_usd, lambda: store.spent(self.model))
-        self._max_tries = {"empty": config.attempts, "cut_off": 2, "too_long": 2, "refused": 1}
+        self._max_tries = {**dict.fromkeys(REPLY_PROBLEMS, 2), "empty": config.attempts, "refused": 1}
         self._slots = asyncio.Semaphore(config.concurrency)
         self._counted_keys: set[str] = set()
         self._paid_answers = 0
@@ -149,21 +161,21 @@ class OpenAITeacher:
 
     async def explain(
         self, query: str, page: Page, image: Path, helps: bool, words: int, problem: str = ""
-    ) -> str:
-        """The model's note on the page image, on one line of at most `words` words.
+    ) -> PageNote:
+        """The model's note on the page image, of at most `words` words, and the verdict that the model states.
 
         `problem` describes what was wrong with the previous answer, if this is a second try. Raises
         `TeacherFailure`, and `InputError` if the image can't be read or the server refuses requests.
         """
         prompt = self._with_problem(self.config.explain_text(query, helps, words), problem, words)
-        return await self._answer(prompt, words, image, self.config.image_tokens(page))
+        return await self._answer(prompt, words, read_note, image, self.config.image_tokens(page))
 
     async def refine(
         self, query: str, notes: Sequence[str], positives: Sequence[LocalId], words: int, problem: str = ""
     ) -> str:
         """Summarizes the notes in one or two sentences, without images. Otherwise like `explain`."""
         prompt = self._with_problem(self.config.refine_text(query, notes, positives, words), problem, words)
-        return await self._answer(prompt, words)
+        return await self._answer(prompt, words, read_line)
 
     async def close(self) -> None:
         await self.server.close()
@@ -186,15 +198,18 @@ class OpenAITeacher:
             return prompt
         return f"{prompt}\n\n{fill_template(self.config.again, problem=problem, words=words)}"
 
-    async def _answer(self, prompt: str, words: int, image: Path | None = None, image_tokens: float = 0) -> str:
-        """The text of a usable answer; repeats the request as the class describes. Raises as `explain` does."""
+    async def _answer(
+        self, prompt: str, words: int, read: ReadReply[ReadT], image: Path | None = None, image_tokens: float = 0
+    ) -> ReadT:
+        """What `read` finds in a usable answer. Repeats the request. Raises as `explain`."""
         tries: Counter[str] = Counter()  # by problem
         problem = ""
         while not problem or tries[problem] < self._max_tries[problem]:
-            text = self._with_problem(prompt, ANSWER_PROBLEMS.get(problem, ""), words)
+            text = self._with_problem(prompt, REPLY_PROBLEMS.get(problem, ""), words)
             max_tokens = self.config.max_tokens * (2 if problem else 1)
             key, answer = await self._stored_or_paid(text, max_tokens, tries.total(), image, image_tokens)
-            answer_text, problem = read_answer(answer, words)
+            reply, problem = reply_text(answer)
+            result, problem = (None, problem) if problem else read(reply, words)
             if key not in self._counted_keys:  # two questions may send the same request
                 self._counted_keys.add(key)
                 self.counts.update(
@@ -202,10 +217,10 @@ class OpenAITeacher:
                 )
                 if problem:
                     self.counts[problem] += 1
-            if not problem:
-                return answer_text
+            if result is not None:
+                return result
             tries[problem] += 1
-        raise TeacherFailure(f"the teacher's answer {ANSWER_PROBLEMS[problem]}")
+        raise TeacherFailure(f"the teacher's answer {REPLY_PROBLEMS[problem]}")
 
     async def _stored_or_paid(
         self, text: str, max_tokens: int, tries: int, image: Path | None, image_tokens: float
@@ -269,20 +284,3 @@ class OpenAITeacher:
         # first match is the image's empty url, since json.dumps escapes the quotes in any text.
         head, mark, tail = json.dumps(request).encode().partition(b'"url": "')
         return b"".join([head, mark, url.encode() if url else b"", tail])
-
-
-def read_answer(answer: Answer, words: int) -> tuple[str, str]:
-    """(text on one line, problem) of an answer; the problem is a key of `ANSWER_PROBLEMS`, or "".
-
-    The text does not include a think block. Some servers return it separately, as `reasoning_content`; others
-    leave it in the text.
-    """
-    if answer.finish in REFUSAL_REASONS:
-        return "", "refused"
-    if answer.finish == "length":
-        return "", "cut_off"
-    text = answer.text.rpartition(THINK_CLOSE)[2]
-    text = "" if text.lstrip().startswith(THINK_OPEN) else " ".join(text.split())
-    if not text:
-        return "", "empty"
-    return text, "too_long" if len(text.split()) > words else ""

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mmr5_train.common.files import InputError, atomic_write, read_records
 from mmr5_train.inference.tasks import rank_tasks
 from mmr5_train.ranking.records import LocalId, ModelAnswer, Order, PromptedTask, RankingTask, Rollouts
-from mmr5_train.ranking.rewards import REWARDS
+from mmr5_train.ranking.rewards import REWARDS, RewardConfig
 
 if TYPE_CHECKING:
     from mmr5_train.inference.local import LocalBackend
@@ -48,11 +48,19 @@ class RolloutConfig(BaseModel):
         return self
 
 
-def load_sampler(config: RolloutConfig, tasks: Sequence[RankingTask], folder: Path) -> LocalBackend:
-    """The backend that samples. Raises `InputError` if the checkpoint or a page image can't be used."""
+def load_sampler(
+    config: RolloutConfig, tasks: Sequence[RankingTask], folder: Path, reward: RewardConfig
+) -> LocalBackend:
+    """The backend that samples.
+
+    Raises `InputError` if the checkpoint or a page image can't be used, or if the checkpoint writes no verdicts
+    and `reward` needs them.
+    """
     from mmr5_train.inference.local import load_backend
     from mmr5_train.models.inputs import check_images
+    from mmr5_train.models.loading import writes_verdicts
 
+    reward.check_verdicts(writes_verdicts(str(config.checkpoint)), str(config.checkpoint))
     check_images((page for task in tasks for page in task.candidates), folder)
     return load_backend(str(config.checkpoint), max_new_tokens=config.max_new_tokens)
 

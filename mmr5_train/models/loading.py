@@ -73,6 +73,10 @@ class RerankerSettings(Record):
     max_pixels: int = Field(description="a larger page is shrunk to this many pixels")
     dtype: str = Field(description="`float32`, `bfloat16` or `float16`")
     think: bool = Field(description="whether the checkpoint was trained to write a think block")
+    verdicts: bool | None = Field(
+        default=None,
+        description="whether its think block states a verdict on each page (`notes.read_verdict`); null: unknown",
+    )
     prompt: Prompt = Field(description="the prompt it was trained with")
 
     @property
@@ -103,6 +107,12 @@ def read_settings(checkpoint: str | Path) -> RerankerSettings | None:
     except ValidationError as error:
         raise InputError(f"{path}: {validation_message(error)}; train again, or correct the file") from None
     return settings
+
+
+def writes_verdicts(checkpoint: str) -> bool | None:
+    """Whether the model's think block states a verdict on each page, as its settings record; None: unknown."""
+    settings = read_settings(checkpoint)
+    return settings.verdicts if settings else None
 
 
 def resolve_checkpoint(path: str | Path) -> str:

@@ -1,30 +1,52 @@
-"""The notes of a think block, one line per page. Teachers write them, SFT trains on them, rewards check them."""
+"""The notes of a think block, one line per page. Teachers write them, SFT trains on them, rewards check them.
+
+A note may end with a verdict: whether the page helps to answer the question. The verdict has one fixed form,
+", so it helps." or ", so it does not help." at the end of the note. `format_note` writes it and `read_verdict`
+reads it. No other wording counts as a verdict, because free text can't be read reliably.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
+from mmr5_train.ranking.prompt import neutralize
+
 _NOTE_LINE = re.compile(r"^Image (\d{1,4}): (.*)$")
-QUOTATION = re.compile(r"\"[^\"]*\"|“[^”]*”")
-# Verdicts in free text. The repetitions are bounded, so that matching takes linear time on any model output.
-_DOES_NOT_HELP = re.compile(
-    r"(?:\b(?:no|not|never|cannot|nothing)\b|n[’']t\b)(?:\W{1,5}\w{1,40}){0,3}?\W{1,5}"
-    r"(?:help\w*|answer\w*|relevant|useful|use|bear\w*|address\w*)\b|\b(?:irrelevant|unrelated|unhelpful|useless)\b",
-    re.IGNORECASE,
-)
-_HELPS = re.compile(r"\b(?:helps?|helpful|answers|relevant|useful)\b", re.IGNORECASE)
+_VERDICT_START = ", so it"
+_VERDICT_ENDS = {True: " helps.", False: " does not help."}
 
 
-def format_note(description: str, helps: bool) -> str:
-    """The note on a page, from its description: "a red bar chart, so it does not help."."""
-    return f"{description}, so it {'helps' if helps else 'does not help'}."
+def format_note(text: str, helps: bool) -> str:
+    """The note on a page, with its verdict: "a red bar chart, so it does not help.".
+
+    The text is put on one line and can't contain tags, so the verdict on any text can be read back from a think
+    block.
+    """
+    return f"{neutralize(' '.join(text.split()))}{_VERDICT_START}{_VERDICT_ENDS[helps]}"
+
+
+def read_verdict(note: str) -> bool | None:
+    """Whether a note says that its page helps, or None if the note does not end with a verdict."""
+    ends = _VERDICT_ENDS.items()
+    return next((helps for helps, end in ends if note.endswith(f"{_VERDICT_START}{end}")), None)
 
 
 def text_before_verdict(note: str) -> str:
-    """The part of a `format_note` note before its verdict: "a red bar chart, so it". "" for any other note."""
-    ends = (" helps.", " does not help.")
-    return next((note.removesuffix(end) for end in ends if note.endswith(f", so it{end}")), "")
+    """The note up to the words of its verdict: "a red bar chart, so it"; "" for a note without a verdict."""
+    helps = read_verdict(note)
+    return "" if helps is None else note.removesuffix(_VERDICT_ENDS[helps])
+
+
+def remove_verdict(note: str) -> str:
+    """The text of a `format_note` note; any other note unchanged."""
+    helps = read_verdict(note)
+    return note if helps is None else note.removesuffix(f"{_VERDICT_START}{_VERDICT_ENDS[helps]}")
+
+
+def contains_verdict(text: str) -> bool:
+    """Whether the fixed form of a verdict is anywhere in a text."""
+    return any(f"{_VERDICT_START}{end}" in text for end in _VERDICT_ENDS.values())
 
 
 def join_notes(notes: Sequence[str]) -> str:
@@ -41,18 +63,12 @@ def split_notes(think: str) -> dict[int, str]:
     return notes
 
 
+def page_verdicts(think: str, n: int) -> dict[int, bool]:
+    """The verdicts of a think block by local id: whether the page helps. Pages without a verdict are omitted."""
+    verdicts = {i: read_verdict(note) for i, note in split_notes(think).items() if 1 <= i <= n}
+    return {i: helps for i, helps in verdicts.items() if helps is not None}
+
+
 def states_description(note: str, description: str) -> bool:
     """Whether a note gives exactly `description` as the content of its page."""
     return note.startswith((f"{description},", f"{description}."))
-
-
-def read_verdict(note: str) -> bool | None:
-    """Whether a note says that its page helps, or None if it gives no clear verdict. Quoted text is ignored."""
-    if note.endswith("so it does not help."):
-        return False
-    if note.endswith("so it helps."):
-        return True
-    unquoted = QUOTATION.sub(" ", note)
-    without_negations = _DOES_NOT_HELP.sub(" ", unquoted)
-    says_no, says_yes = without_negations != unquoted, bool(_HELPS.search(without_negations))
-    return None if says_no == says_yes else says_yes

@@ -161,7 +161,10 @@ class Trace(Record):
     query: str = Field(description="text of the question")
     domain: str = Field(description="domain of the document, a label to average over")
     shown: tuple[Candidate, ...] = Field(min_length=1, description="the candidates in prompt order")
-    notes: tuple[str, ...] = Field(description="the teacher's note on each page of `shown`, before refinement")
+    notes: tuple[str, ...] = Field(
+        description="the teacher's note on each page of `shown`, with its verdict (`notes.format_note`), before "
+        "refinement"
+    )
     think: str = Field(
         min_length=1, description="content of the think block: the notes, one line per page, or their refinement"
     )

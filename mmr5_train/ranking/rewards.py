@@ -11,8 +11,9 @@ from typing import Annotated, Protocol
 
 from pydantic import Field, field_validator
 
+from mmr5_train.common.files import InputError
 from mmr5_train.ranking.answer import parse_answer
-from mmr5_train.ranking.notes import read_verdict, split_notes
+from mmr5_train.ranking.notes import page_verdicts
 from mmr5_train.ranking.records import LocalId, Record
 
 GATE = 0.3
@@ -92,7 +93,7 @@ def gated_reranking(
 def true_reasoning(completion: str, n: int, positives: Collection[LocalId], *, expect_think: bool = True) -> float:
     """This project's reward for reasoning: accuracy of the verdicts × consistency of the answer, in 0..1.
 
-    The verdict on a page is whether its note in the think block ("Image i: …") says that it helps. A missing
+    The verdict on a page is at the end of its note in the think block: "Image i: …, so it helps." A missing
     verdict counts as wrong. accuracy is the mean of two shares: the relevant pages whose note says that they
     help, and the other pages whose note says that they do not. (If all pages are of one kind, it is the share of
     that kind.) So the same verdict on every page earns ½. consistency is 1 if the k pages that help according to
@@ -109,12 +110,6 @@ def true_reasoning(completion: str, n: int, positives: Collection[LocalId], *, e
     return follows_verdicts(answer.ids, verdicts) * sum(shares) / len(shares)
 
 
-def page_verdicts(think: str, n: int) -> dict[int, bool]:
-    """The verdicts of a think block by local id: whether the page helps. Pages without a verdict are omitted."""
-    verdicts = {i: read_verdict(note) for i, note in split_notes(think).items() if 1 <= i <= n}
-    return {i: helps for i, helps in verdicts.items() if helps is not None}
-
-
 def follows_verdicts(ids: Sequence[int], verdicts: Mapping[int, bool]) -> bool:
     """Whether `ids` is not empty and starts with exactly the pages that help by `verdicts`, in any order."""
     helping = {i for i, helps in verdicts.items() if helps}
@@ -128,6 +123,10 @@ REWARDS: dict[str, Reward] = {
     "gated_reranking": gated_reranking,
     "true_reasoning": true_reasoning,
 }
+
+
+NEED_VERDICTS = ("true_reasoning",)
+"""The rewards that can only score reasoning with a verdict on each page. Refined reasoning has none."""
 
 
 class RewardConfig(Record):
@@ -147,3 +146,13 @@ class RewardConfig(Record):
         if not any(value.values()):
             raise ValueError("at least one weight must be above 0, else all completions earn the same reward")
         return value
+
+    def check_verdicts(self, verdicts: bool | None, model: str) -> None:
+        """Raises `InputError` if a weighted reward needs verdicts and `verdicts` is False: `model` writes none."""
+        needed = [name for name in NEED_VERDICTS if self.weights.get(name)]
+        if verdicts is False and needed:
+            raise InputError(
+                f"reward={self.name}: {needed[0]} rewards the verdict on each page in the think block, but "
+                f"{model} was trained on answers without verdicts (refined reasoning, or no think block); train "
+                "SFT on traces with refine=false, or choose another reward"
+            )

@@ -20,7 +20,7 @@ from trl.trainer import utils as trl_utils
 
 from mmr5_train.common.config import StageConfig
 from mmr5_train.common.files import InputError, write_manifest
-from mmr5_train.models.loading import ModelConfig
+from mmr5_train.models.loading import ModelConfig, writes_verdicts
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.training.adapters import count_trainable_parameters
 from mmr5_train.training.callbacks import HeldOutCallback, HeldOutConfig, held_out_callback
@@ -56,6 +56,7 @@ class TrainingRun:
     stage: str
     config: TrainingStage
     think: bool  # whether the model is trained to write a think block
+    verdicts: bool | None  # whether the think block states a verdict on each page; None: unknown
     processor: Any
     settings: dict[str, Any]  # must be equal in a stopped run and the run that resumes it
     checkpoint: Path | None  # the checkpoint to resume from
@@ -63,17 +64,25 @@ class TrainingRun:
 
 
 def start_run(
-    stage: str, config: TrainingStage, arguments: Any, processor: Any, *, think: bool = True
+    stage: str,
+    config: TrainingStage,
+    arguments: Any,
+    processor: Any,
+    *,
+    think: bool = True,
+    verdicts: bool | None = None,
 ) -> TrainingRun:
     """Opens the output folder, or finds the checkpoint to resume from in the folder of a stopped run.
 
-    Call it after all checks of the user's settings, because with overwrite=true it deletes an earlier result.
+    Without `verdicts`, the value that the base checkpoint records is kept. Call it after all checks of the user's
+    settings, because with overwrite=true it deletes an earlier result.
     """
     held_out = held_out_callback(config.heldout, arguments, processor, config.prompt, think)
     settings = run_settings(config)
     inputs = [config.data, Path(config.model.path)]
+    verdicts = writes_verdicts(config.model.path) if verdicts is None else verdicts
     checkpoint = open_training_output(config.out, config.overwrite, inputs, stage, settings)
-    return TrainingRun(stage, config, think, processor, settings, checkpoint, held_out)
+    return TrainingRun(stage, config, think, verdicts, processor, settings, checkpoint, held_out)
 
 
 def normalize_loss_by_tokens(trainer: Trainer) -> None:
@@ -134,7 +143,15 @@ def finish_run(run: TrainingRun, trainer: Trainer, counts: dict[str, Any], metri
     """
     config, state = run.config, trainer.state
     parameters = count_trainable_parameters(trainer)
-    save_result(trainer, run.processor, config.model, config.prompt, run.think, config.out)
+    save_result(
+        trainer,
+        run.processor,
+        config.model,
+        config.prompt,
+        config.out,
+        think=run.think,
+        verdicts=run.verdicts,
+    )
     if not trainer.accelerator.is_main_process:
         return
     facts = {"steps": state.global_step, "trained_parameters": parameters}

@@ -26,19 +26,26 @@ LOG_HISTORY = "log_history.json"
 
 
 def save_result(
-    trainer: Trainer, processor: Any, config: ModelConfig, prompt: Prompt, think: bool, out: Path
+    trainer: Trainer,
+    processor: Any,
+    config: ModelConfig,
+    prompt: Prompt,
+    out: Path,
+    *,
+    think: bool,
+    verdicts: bool | None,
 ) -> None:
     """Writes `model/` (loads with `from_pretrained`), `adapter/`, `best/` and the log history. Call on all ranks.
 
-    Each of these folders also contains `reranker.json`: the prompt, page sizes and dtype that the model was
-    trained with. `Reranker` reads it.
+    Each of these folders also contains `reranker.json` (`RerankerSettings`): the prompt, page sizes and dtype that
+    the model was trained with, and what its answers contain. `Reranker` reads it.
     """
     # A collective call: under ZeRO-3 each rank holds a part of the parameters.
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         limits = config.model_dump(include={"min_pixels", "max_pixels", "dtype"})
-        settings = {**limits, "think": think, "prompt": prompt.model_dump()}
+        settings = {**limits, "think": think, "verdicts": verdicts, "prompt": prompt.model_dump()}
         # Otherwise ZeRO-3 would partition the models loaded below over the other ranks, which wait for this one.
         unset_hf_deepspeed_config()
         if config.lora is not None:

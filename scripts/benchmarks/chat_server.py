@@ -112,7 +112,7 @@ def answer_to(body: memoryview) -> str:
         helping, _, rest = text.partition("why ")[2].partition(" can help")
         others = rest.partition("why ")[2].partition(" can't")[0]
         return f"{helping} can help with figure {figure}." + (f" {others} can't." if others else "")
-    return f"It shows figure {figure}, so it {'helps' if 'is of use' in text else 'does not help'}."
+    return f"It shows figure {figure}.\nVerdict: {'helps' if 'is of use' in text else 'does not help'}"
 
 
 def completion(text: str) -> str:

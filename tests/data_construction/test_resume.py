@@ -17,7 +17,7 @@ import pytest
 from sample_tasks import file_bytes, make_config, make_data, skipped
 from servers import Reply, ScriptedServer, completion
 
-from data_construction.teacher.store import AnswerStore
+from data_construction.teacher.store import Answer, AnswerStore
 from data_construction.traces import TracesStage, main
 from mmr5_train.common.config import CONFIGS
 from mmr5_train.common.files import InputError, read_manifest, read_records
@@ -52,7 +52,7 @@ def answer_with_usage(body: dict[str, Any]) -> Reply:
         named = text.partition("why ")[2].partition(" can help")[0]
         reply = completion(f"{named} can help.")
     else:
-        reply = completion(f"A chart, so it {'helps' if 'is of use' in text else 'does not help'}.")
+        reply = completion(f"A chart.\nVerdict: {'helps' if 'is of use' in text else 'does not help'}")
     reply.body["usage"] = {"prompt_tokens": 1000, "completion_tokens": 20}
     return reply
 
@@ -121,6 +121,27 @@ def test_store_with_other_settings_raises(scripted_server: ScriptedServer, tmp_p
     assert len(scripted_server.requests) == 8
     main(openai_config(data, out, "overwrite=true"))
     assert len(scripted_server.requests) == 8
+
+
+def test_stored_answers_to_prompts_without_a_verdict_line_are_not_used(
+    scripted_server: ScriptedServer, tmp_path: Path
+):
+    """Earlier versions asked for a note that closes with its verdict."""
+    data = make_data(tmp_path / "data", questions=1)
+    store = AnswerStore(tmp_path / "old.sqlite")
+    values = make_config(data, tmp_path / "out", *OPENAI).teacher.model_dump()
+    earlier = {name: values[name] for name in ("model", "max_tokens", "temperature", "max_pixels", "system")}
+    store.register_settings({**earlier, "can_help": 'Why? Close with "so it helps."', "max_words": 40}, False)
+    store.put("key", "m", Answer("A chart, so it helps.", "stop", 1, 1))
+    store.close()
+    scripted_server.script = lambda number, body: answer_with_usage(body)
+    answers = f"answers='{tmp_path / 'old.sqlite'}'"
+    with pytest.raises(
+        InputError, match=r"contains 1 answers (.|\n)*\n  verdict: null in the store, \"Then state"
+    ):
+        main(openai_config(data, tmp_path / "out", answers))
+    main(openai_config(data, tmp_path / "out", answers, "overwrite=true"))
+    assert len(scripted_server.requests) == 4
 
 
 def test_resume_after_kill_at_random_moments(tmp_path: Path):
@@ -202,19 +223,21 @@ def test_dry_run_needs_no_key_and_writes_nothing(
     values = {name: line.strip() for name, line in lines.items()}
     assert values["calls"] == "25"
     assert values["image tokens"].startswith("240 (")  # 20 pages of 30 × 40 pixels
-    assert values["output tokens"] == f"{20 * 60 + 5 * 120:,}"
+    output = 20 * (60 + 6) + 5 * 120  # a verdict has 6 tokens
+    assert values["output tokens"] == f"{output:,}"
     tokens = 240 + int(values["text tokens"].replace(",", ""))
-    assert values["cost"].startswith(f"${(tokens * 2 + 1800 * 8) / 1e6:.2f} at")
+    assert values["cost"].startswith(f"${(tokens * 2 + output * 8) / 1e6:.2f} at")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 
 def test_note_that_fails_a_check_is_requested_again(scripted_server: ScriptedServer, tmp_path: Path):
     def fail_first_check(number: int, body: dict[str, Any]) -> Reply:
         text = body["messages"][1]["content"][-1]["text"]
+        verdict = "helps" if "is of use" in text else "does not help"
         if "document 0?" in text and "Your last reply" not in text:
-            return completion("As image 9 says.")
+            return completion(f"As image 9 says.\nVerdict: {verdict}")
         if "document 1?" in text:
-            return completion("A chart, as the ground truth says.")
+            return completion(f"A chart, as the ground truth says.\nVerdict: {verdict}")
         return answer_with_usage(body)
 
     scripted_server.script = fail_first_check

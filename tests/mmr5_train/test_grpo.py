@@ -1,6 +1,7 @@
 """GRPO with the shipped model: logged metrics, banned vision tokens, determinism and error messages."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from mmr5_train import grpo
 from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import InputError
-from mmr5_train.models.loading import TINY, vision_token_ids
+from mmr5_train.models.loading import SETTINGS, TINY, read_settings, vision_token_ids
 from mmr5_train.ranking.answer import Defect
 from mmr5_train.ranking.rewards import REWARDS
 
@@ -43,7 +44,35 @@ def test_logs_each_reward_and_each_defect(questions, tmp_path):
         assert entry[f"defects/{Defect.cut_off}"] == 1
         assert entry[f"defects/{Defect.no_answer}"] == 1
         assert {"entropy", "kl", "completions/mean_length", "frac_reward_zero_std"} <= set(entry)
+        assert entry["answers/true_verdicts"] == entry["answers/follow_verdicts"] == 0
     assert list((tmp_path / "out/completions").glob("*.parquet"))
+
+
+def test_model_without_verdicts(questions, tmp_path, capsys):
+    """A reward for verdicts is refused before training; with another reward no verdicts are logged."""
+    model = shutil.copytree(TINY, tmp_path / "refined")
+    settings = json.loads((model / SETTINGS).read_text()) | {"verdicts": False}
+    (model / SETTINGS).write_text(json.dumps(settings))
+    for overrides in ([f"model.path={model}"], ["think=false"]):
+        with pytest.raises(InputError, match=r"reward=true_reasoning: .* trained on answers without verdicts"):
+            run(questions, tmp_path / "out", "reward=true_reasoning", *overrides)
+    assert not (tmp_path / "out").exists()
+    history = run(questions, tmp_path / "out", f"model.path={model}", "trainer.max_steps=1")
+    assert not {key for entry in history for key in entry if "verdicts" in key}
+    assert "grpo: the model writes no verdicts on pages" in capsys.readouterr().out
+    assert read_settings(tmp_path / "out/model").verdicts is False, "GRPO does not change what the answers contain"
+
+
+def test_verdict_metrics_of_one_answer():
+    think = "Image 1: a map, so it helps.\nImage 2: a list, so it does not help.\nImage 3: irrelevant."
+    text = f"<think>{think}</think><answer>[1, 2, 3]</answer>"
+    for verdicts in (True, None):
+        metrics = grpo.answer_metrics(text, 3, [1], cut_off=False, think=True, verdicts=verdicts, shuffled=True)
+        assert metrics["answers/true_verdicts"] == pytest.approx(2 / 3)
+        assert metrics["answers/follow_verdicts"] == 1
+    free = text.replace(", so it", ", which")
+    metrics = grpo.answer_metrics(free, 3, [1], cut_off=False, think=True, verdicts=True, shuffled=True)
+    assert [metrics[name] for name in grpo.VERDICT_METRICS] == [0, 0]
 
 
 def test_data_that_does_not_fill_a_batch_is_rejected(questions, tmp_path):

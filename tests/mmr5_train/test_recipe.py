@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from trl import GRPOConfig
 
-from mmr5_train import sft
+from mmr5_train import plan, sft
 from mmr5_train.common.config import CONFIGS, USER_CONFIGS, compose_stage
 from mmr5_train.common.files import InputError, write_json
 from mmr5_train.departures import departures as find_departures
@@ -16,6 +16,7 @@ from mmr5_train.ranking.prompt import read_prompt
 from mmr5_train.recipe import (
     STAGES,
     RecipeStage,
+    check_verdicts,
     compose_stages,
     departures,
     launch_file,
@@ -131,6 +132,27 @@ def test_departures_list_changed_settings_and_stages():
     assert "grpo.reward.name: gated (recipe mm_r5: mm_r5)" in lines
     assert "grpo.trainer.num_generations: 8 (MM-R5: 4, paper)" in lines
     assert "grpo: left out" in list(departures(compose("experiment=sft_only")))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cause"),
+    [
+        (["experiment=mm_r5", "stages.grpo.reward=true_reasoning"], "stages.traces.refine=true"),
+        (["experiment=[reward_true_reasoning,no_think]", "stages.grpo.think=true"], "stages.sft.think=false"),
+        (["experiment=[reward_true_reasoning,no_think]", "stages.sft.think=true"], "stages.grpo.think=false"),
+    ],
+)
+def test_reward_for_verdicts_is_refused_before_the_traces_are_paid_for(overrides, cause, tmp_path):
+    out = tmp_path / "out"
+    for command in (main, plan.plan):
+        config = compose_stage(plan.PlanStage, "plan", [*overrides, f"out={out}"])
+        with pytest.raises(InputError, match=rf"true_reasoning .*the model of this recipe \({cause}\)"):
+            command(config)
+    assert not out.exists()
+
+
+def test_reward_for_verdicts_goes_with_the_notes_of_the_teacher():
+    check_verdicts(compose_stages(stage_overrides(compose("experiment=reward_true_reasoning"))))
 
 
 def test_experiments_and_overrides_combine():

@@ -12,8 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmr5_train.common.config import compose_stage
-from mmr5_train.common.files import InputError, read_manifest, read_records, write_manifest, write_records
+from mmr5_train.common.files import (
+    InputError,
+    read_manifest,
+    read_records,
+    write_json,
+    write_manifest,
+    write_records,
+)
 from mmr5_train.inference.rollouts import rollout_rewards
+from mmr5_train.ranking.prompt import read_prompt
 from mmr5_train.ranking.records import Candidate, ModelAnswer, Page, PageId, RankingTask, Rollouts, Trace
 from mmr5_train.select import Balanced, SelectStage, balanced_sample, group_edges, group_of, main
 
@@ -263,6 +271,21 @@ def test_rollouts_for_other_questions_or_candidates_are_rejected(tmp_path: Path)
     rollouts.write_text("\n".join([lines[0], lines[1].replace('"page":0', '"page":7')]))
     with pytest.raises(InputError, match=r"the rollouts for d1.pdf/0 show other candidates"):
         select(tmp_path, difficulty={"rollouts": rollouts})
+    assert not (tmp_path / "out").exists()
+
+
+def test_reward_for_verdicts_is_refused_before_a_model_without_verdicts_answers(tmp_path: Path) -> None:
+    write_data(tmp_path / "data", [10, 20])
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    settings = {"min_pixels": 784, "max_pixels": 784, "dtype": "float32", "think": True, "verdicts": False}
+    write_json(model / "reranker.json", settings | {"prompt": read_prompt("default").model_dump()})
+    reward = {"name": "true_reasoning", "weights": {"true_reasoning": 1}}
+    with pytest.raises(
+        InputError, match=r"reward=true_reasoning: .*/model was trained on answers without verdicts"
+    ):
+        select(tmp_path, difficulty={"checkpoint": str(model)}, reward=reward)
     assert not (tmp_path / "out").exists()
 
 

@@ -12,9 +12,9 @@ from trl.trainer import utils as trl_utils
 
 from mmr5_train import sft
 from mmr5_train.common.config import compose_stage
-from mmr5_train.common.files import InputError, read_manifest, read_records, write_json
+from mmr5_train.common.files import InputError, read_manifest, read_records, write_json, write_records
 from mmr5_train.inference.reranker import Reranker
-from mmr5_train.models.loading import TINY
+from mmr5_train.models.loading import TINY, read_settings
 from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.ranking.records import Trace
 from mmr5_train.training.checkpoints import last_checkpoint
@@ -46,8 +46,21 @@ def test_the_loss_falls_and_the_checkpoint_loads(traces, tmp_path, capsys):
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["finished"]
     assert manifest["counts"]["steps"] == 12
+    assert manifest["counts"]["with_verdicts"] == 4
+    assert read_settings(tmp_path / "out/model").verdicts is True
     assert str(traces) in manifest["inputs"]
     assert "sft: 4 traces, 12 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("think", [True, False])
+def test_checkpoint_records_that_its_answers_state_no_verdicts(think, traces, tmp_path, capsys):
+    if think:
+        refined = "Images 1 and 3 do not help. Image 2 shows it, which is relevant to the question."
+        records = [trace.model_copy(update={"think": refined}) for trace in read_records(traces, Trace)]
+        write_records(traces, records)
+    run(traces, tmp_path / "out", "trainer.max_steps=1", f"think={think}")
+    assert "sft: 0 of 4 answers state a verdict on each page\n" in capsys.readouterr().out
+    assert read_settings(tmp_path / "out/model").verdicts is False
 
 
 def test_the_same_seed_gives_the_same_losses(traces, tmp_path):

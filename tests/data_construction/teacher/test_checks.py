@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from data_construction.teacher.checks import Rules, failed_checks, find_label_word, named_images
+from data_construction.teacher.replies import PageNote
 from mmr5_train.ranking.records import LocalId, Page
 
 PAGE = Page(doc_name="d", page=0, domain="x", image="i", width=1, height=1, text="Positive results, by sector")
@@ -45,15 +46,18 @@ def test_image_numbers_in_a_text_are_extracted():
         ({}, None),
         ({"notes": ["Text.", "Chart."]}, "one_note_a_page"),
         ({"notes": ["Text.", "", "Chart."]}, "one_note_a_page"),
-        ({"notes": ["Text.", "Two\nlines.", "Chart."]}, "one_note_a_page"),
         ({"notes": ["Text.", "word " * 41, "Chart."]}, "short_notes"),
-        ({"notes": ["Text, so it helps.", "Chart.", "Text."]}, "direction"),
+        ({"helps": (True, True, False)}, "direction"),
+        ({"helps": (False, False, False)}, "direction"),
+        # The field counts, not the wording.
+        ({"notes": ["It answers the question.", "It is of no use.", "Useful."]}, None),
+        ({"notes": ["See no. 3, which is relevant.", "Nothing else answers the question.", "Text."]}, None),
         ({"notes": ["Text.", "A positive page.", "Text."]}, "no_label_words"),
         ({"notes": ["Text.", "Like image 3, a chart.", "Text."]}, "moved_ids"),
         ({"notes": ["Text.", "Images 2 and 4 are below one another.", "Text."]}, "moved_ids"),
         ({"notes": ["Text.", 'It is named "Image 3".', "Text."]}, None),
         ({"notes": ["Text.", "Image 7 is a chart.", "Text."], "text": "Image 7: growth"}, None),
-        ({"notes": ["Text.", "На странице диаграмма, so it helps.", "Text."]}, "language"),
+        ({"notes": ["Text.", "На странице диаграмма", "Text."]}, "language"),
         (
             {"notes": ["Text.", 'It quotes "Die Seite nennt nur das Jahr und die Stadt" and no sum.', "Text."]},
             None,
@@ -72,10 +76,11 @@ def test_image_numbers_in_a_text_are_extracted():
     ],
 )
 def test_each_check_detects_its_problem(change: dict[str, Any], name: str | None):
+    texts, verdicts = change.get("notes", ["Text.", "Chart.", "Text."]), change.get("helps", (False, True, False))
     failed = failed_checks(
         "What is it that grew?",
         [PAGE.model_copy(update={"text": change.get("text", PAGE.text)})] * 3,
-        change.get("notes", ["Text.", "Chart, so it helps.", "Text."]),
+        [PageNote(text, helps) for text, helps in zip(texts, verdicts, strict=False)],
         change.get("think", "Image 1: Text."),
         tuple(LocalId(i) for i in change.get("answer", (2, 1, 3))),
         (LocalId(2),),

@@ -15,6 +15,7 @@ from servers import Reply, ScriptedServer, completion
 from vision_teachers import KEY, PAGE, make_config, new_teacher
 
 from data_construction.teacher.calls import TeacherFailure
+from data_construction.teacher.replies import DOES_NOT_HELP, HELPS, REPLY_PROBLEMS, PageNote
 from data_construction.teacher.vision import OpenAIConfig, OpenAITeacher
 from mmr5_train.common.config import validate
 from mmr5_train.common.files import InputError
@@ -36,10 +37,14 @@ INVALID_REPLIES = [
 Counts = dict[str, int]
 
 
-def explain(image: Path, helps: bool = True, words: int = 40, **fields: Any) -> tuple[str, Counts, Counts]:
-    """The answer of one request, the teacher's counts without tokens, and the server's fault counts."""
+FINE = completion("Fine.\nVerdict: helps")
+NOTE = PageNote("Fine", True)
 
-    async def call_teacher() -> tuple[str, Counts, Counts]:
+
+def explain(image: Path, helps: bool = True, words: int = 40, **fields: Any) -> tuple[PageNote, Counts, Counts]:
+    """The note of one request, the teacher's counts without tokens, and the server's fault counts."""
+
+    async def call_teacher() -> tuple[PageNote, Counts, Counts]:
         teacher = new_teacher(image.parent, **fields)
         try:
             answer = await teacher.explain("What is red?", PAGE, image, helps, words)
@@ -69,14 +74,17 @@ def without_tokens(teacher: OpenAITeacher) -> Counts:
 
 
 def test_request_has_the_prompt_the_image_and_the_key(scripted_server: ScriptedServer, image: Path):
-    scripted_server.replies(completion(" It shows\n the  sum. "))
+    scripted_server.replies(completion(" It shows\n the  sum. \nVerdict: helps\n"))
     answer, counts, faults = explain(image, helps=False, max_pixels=30_000)
-    assert answer == "It shows the sum."
+    assert answer == PageNote("It shows the sum", helps=True), "the model's verdict, not the label"
     assert (counts, faults) == ({"answers": 1}, {})
     body = scripted_server.requests[0]
     picture, text = body["messages"][1]["content"]
-    assert text["text"] == fill_template(make_config().cannot_help, query="What is red?", words=40)
+    config = make_config()
+    assert text["text"].startswith(fill_template(config.cannot_help, query="What is red?", words=40))
     assert "40 words" in text["text"]
+    assert f'reads exactly "{HELPS}" or "{DOES_NOT_HELP}"' in text["text"]
+    assert "so it" not in config.can_help + config.cannot_help, "the note itself need not state the verdict"
     header, data = picture["image_url"]["url"].split(",")
     assert header == "data:image/jpeg;base64"
     with Image.open(io.BytesIO(base64.b64decode(data))) as seen:
@@ -106,11 +114,11 @@ def test_question_cannot_inject_tags_or_fields(scripted_server: ScriptedServer, 
 
 
 def test_rate_limit_waits_for_retry_after(scripted_server: ScriptedServer, image: Path):
-    scripted_server.replies(Reply(429, {"error": {"message": "slow"}}, {"Retry-After": "1.2"}), completion("fine"))
+    scripted_server.replies(Reply(429, {"error": {"message": "slow"}}, {"Retry-After": "1.2"}), FINE)
     start = time.monotonic()
     answer, counts, faults = explain(image)
     assert time.monotonic() - start >= 1.2
-    assert answer == "fine"
+    assert answer == NOTE
     assert (counts, faults) == ({"answers": 1}, {"rate_limit": 1})
 
 
@@ -123,9 +131,9 @@ def test_retry_after_may_be_a_date(scripted_server: ScriptedServer, image: Path)
 
 
 def test_server_errors_and_lost_connections_are_retried(scripted_server: ScriptedServer, image: Path):
-    scripted_server.replies(Reply(500, "oops"), Reply(0), completion("fine"))
+    scripted_server.replies(Reply(500, "oops"), Reply(0), FINE)
     answer, counts, faults = explain(image)
-    assert answer == "fine"
+    assert answer == NOTE
     assert (counts, faults) == ({"answers": 1}, {"server_error": 1, "lost": 1})
 
 
@@ -156,8 +164,8 @@ def test_unreachable_server_raises(image: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("invalid", INVALID_REPLIES)
 def test_invalid_replies_are_retried(invalid: Reply, scripted_server: ScriptedServer, image: Path):
-    scripted_server.replies(invalid, completion("fine"))
-    assert explain(image) == ("fine", {"answers": 1}, {"garbage": 1})
+    scripted_server.replies(invalid, FINE)
+    assert explain(image) == (NOTE, {"answers": 1}, {"garbage": 1})
 
 
 def test_invalid_replies_fail_the_question_or_the_run(scripted_server: ScriptedServer, image: Path):
@@ -169,7 +177,7 @@ def test_invalid_replies_fail_the_question_or_the_run(scripted_server: ScriptedS
         finally:
             await teacher.close()
 
-    scripted_server.replies(completion("fine"), Reply(body="{ not json"))
+    scripted_server.replies(FINE, Reply(body="{ not json"))
     with pytest.raises(TeacherFailure, match="not a chat completion: 2 times"):
         asyncio.run(call_teacher())
     scripted_server.replies(Reply(body=f"{{ {KEY}"))
@@ -200,32 +208,42 @@ def test_refusal_fails_the_question_without_retry(refusal: Reply, scripted_serve
         (completion(None, reasoning_content="thoughts only"), "empty"),
         (completion("<think>never ends"), "empty"),
         (completion("The page sh", "length"), "cut_off"),
-        (completion("so " * 41), "too_long"),
+        (completion("so " * 41 + "\nVerdict: helps"), "too_long"),
+        (completion("It answers the question."), "no_verdict"),
+        (completion("I'm sorry, I can't help with that."), "no_verdict"),
+        (completion("A map, so it helps.\nVerdict: does not help"), "two_verdicts"),
     ],
 )
 def test_unusable_answer_is_requested_again(
     bad: Reply, problem: str, scripted_server: ScriptedServer, image: Path
 ):
-    scripted_server.replies(bad, completion("fine"))
+    scripted_server.replies(bad, FINE)
     answer, counts, _faults = explain(image)
-    assert answer == "fine"
+    assert answer == NOTE
     assert counts == {"answers": 2, problem: 1}
     first, second = scripted_server.requests
     assert second["messages"][1]["content"][1]["text"].startswith(first["messages"][1]["content"][1]["text"])
-    assert "Your last reply was" in second["messages"][1]["content"][1]["text"]
+    assert f"Your last reply {REPLY_PROBLEMS[problem]}." in second["messages"][1]["content"][1]["text"]
     assert second["max_completion_tokens"] == 2 * first["max_completion_tokens"]
 
 
 def test_repeated_unusable_answers_fail_the_question(scripted_server: ScriptedServer, image: Path):
-    scripted_server.replies(completion(""), completion("so " * 41))
+    scripted_server.replies(completion(""), completion("so " * 41 + "\nVerdict: helps"))
     error, counts, _ = failure(image)
     assert error.reason == "the teacher's answer was too long"
     assert counts == {"answers": 3, "empty": 1, "too_long": 2}
 
 
+def test_reply_that_states_no_verdict_twice_fails_the_question(scripted_server: ScriptedServer, image: Path):
+    scripted_server.replies(completion("It answers the question."))
+    error, counts, _ = failure(image)
+    assert error.reason == "the teacher's answer did not end with the line that states the verdict"
+    assert counts == {"answers": 2, "no_verdict": 2}
+
+
 def test_think_block_in_the_answer_is_removed(scripted_server: ScriptedServer, image: Path):
-    scripted_server.replies(completion("<think>It is red.\nYes.</think>\n\nIt is red, so it helps."))
-    assert explain(image)[0] == "It is red, so it helps."
+    scripted_server.replies(completion("<think>It is red.\nVerdict: helps</think>\n\nIt is red.\nVerdict: helps"))
+    assert explain(image)[0] == PageNote("It is red", True)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +272,7 @@ def test_concurrency_limit_is_respected(scripted_server: ScriptedServer, image: 
         end = time.monotonic() + 20
         while scripted_server.max_concurrent < 3 and time.monotonic() < end:
             time.sleep(0.01)
-        return completion("fine")._replace(delay=0.02)
+        return FINE._replace(delay=0.02)
 
     scripted_server.script = wait_for_others
 
@@ -298,6 +316,12 @@ def test_missing_model_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         new_teacher(tmp_path, model=None)
 
 
-def test_template_without_the_question_raises():
-    with pytest.raises(InputError, match=r"can_help must contain \{query\}"):
-        validate(OpenAIConfig, {**make_config().model_dump(), "can_help": "Why?"})
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [("can_help", "query"), ("verdict", "helps"), ("verdict", "does_not_help"), ("refine", "notes")],
+)
+def test_template_without_a_required_field_raises(field: str, name: str):
+    config = make_config().model_dump()
+    text = config[field].replace(f"{{{name}}}", "it")
+    with pytest.raises(InputError, match=rf"{field} must contain \{{{name}\}}"):
+        validate(OpenAIConfig, {**config, field: text})

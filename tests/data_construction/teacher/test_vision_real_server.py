@@ -11,11 +11,12 @@ import pytest
 import transformers
 from openai import OpenAI
 from packaging.version import Version
-from servers import RECITED, THOUGHT, OpenAIServer
+from servers import RECITED, RECITED_TEXT, THOUGHT, OpenAIServer
 from vision_teachers import KEY, PAGE, make_config, new_teacher
 
 from data_construction.teacher.calls import TeacherFailure
 from data_construction.teacher.pages import image_url
+from data_construction.teacher.replies import PageNote
 from data_construction.teacher.vision import OpenAITeacher
 from mmr5_train.ranking.prompt import fill_template
 from mmr5_train.ranking.records import LocalId
@@ -46,7 +47,7 @@ def served(openai_server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> Open
 @pytest.mark.parametrize("helps", [True, False])
 def test_real_server_explains_a_page(helps: bool, served: OpenAIServer, reciting_model: Path, image: Path):
     call = lambda teacher: teacher.explain("What is red?", PAGE, image, helps, 40)  # noqa: E731
-    assert call_teacher(image.parent, str(reciting_model), call) == RECITED
+    assert call_teacher(image.parent, str(reciting_model), call) == PageNote(RECITED_TEXT, helps=True)
 
 
 def test_reasoning_content_is_not_part_of_the_answer(served: OpenAIServer, reciting_model: Path, image: Path):
@@ -72,7 +73,7 @@ def test_real_server_refines_notes(served: OpenAIServer, reciting_model: Path, t
     notes = ["a red bar chart, so it helps.", "text, so it does not help."]
     for positives in ([LocalId(1)], [LocalId(1), LocalId(2)], []):
         call = lambda teacher, ids=positives: teacher.refine("What is red?", notes, ids, 80)  # noqa: E731
-        assert call_teacher(tmp_path, str(reciting_model), call) == RECITED
+        assert call_teacher(tmp_path, str(reciting_model), call) == " ".join(RECITED.split())
 
 
 @pytest.mark.skipif(NO_LENGTH_REASON, reason="this version of transformers serve never reports the token limit")

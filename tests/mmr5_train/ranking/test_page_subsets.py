@@ -85,9 +85,9 @@ def test_reasoning_without_notes_gives_no_verdicts_and_no_hints():
         assert subset.hints == ("",) * len(subset.positions)
 
 
-def test_verdict_in_free_wording_gives_no_hint():
-    notes = ["a table, so it helps.", "a chart, which is irrelevant.", "so it helps."]
+def test_free_wording_gives_no_verdict_and_no_hint():
+    notes = ["a table, so it helps.", "a chart, which is irrelevant.", "It answers the question."]
     completion = render_completion(join_notes(notes), [1, 3, 2])
     [full] = sample_subsets(make_ranking(completion=completion, pages=3), 0, seed=1)
-    assert full.verdicts == (0, 1, 0)
+    assert full.verdicts == (0, NO_VERDICT, NO_VERDICT)
     assert full.hints == ("a table, so it", "", "")

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
+from mmr5_train.common.files import InputError
 from mmr5_train.ranking.answer import parse_answer
 from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.ranking.rewards import (
@@ -173,8 +174,12 @@ def test_invalid_reward_config_is_rejected():
 
 
 def completion_with_verdicts(verdicts, ids):
-    """A completion with one verdict per page: "y" helps, "n" does not help, "?" no verdict, "-" no note."""
+    """A completion with one verdict per page: "y" helps, "n" does not help, "?" no verdict, "-" no note.
+
+    "p" and "r" praise and reject the page in free wording.
+    """
     notes = {"y": "a table, so it helps.", "n": "a map, so it does not help.", "?": "a map."}
+    notes |= {"p": "It is relevant to the question.", "r": "It does not answer the question."}
     lines = [f"Image {i}: {notes[verdict]}" for i, verdict in enumerate(verdicts, 1) if verdict in notes]
     return render_completion("\n".join(lines), ids)
 
@@ -198,6 +203,7 @@ def completion_with_verdicts(verdicts, ids):
         ("nnnn", (1, 2, 3, 4), set(), 1),
         ("yyyy", (1, 2, 3, 4), {1, 2, 3, 4}, 1),
         ("ynnn", (), {1}, 0),
+        ("prrr", (1, 2, 3, 4), {1}, 0),  # free wording is no verdict
     ],
 )
 def test_true_reasoning_equals_hand_computed_values(verdicts, ids, positives, expected):
@@ -207,3 +213,14 @@ def test_true_reasoning_equals_hand_computed_values(verdicts, ids, positives, ex
 def test_true_reasoning_is_0_without_a_think_block():
     assert true_reasoning("<answer>[1, 2]</answer>", 2, [1], expect_think=False) == 0
     assert true_reasoning("Image 1: so it helps.<answer>[1, 2]</answer>", 2, [1]) == 0
+
+
+def test_reward_for_verdicts_is_refused_for_a_model_without_verdicts():
+    reward = RewardConfig(name="mine", weights={"gated_reranking": 1, "true_reasoning": 0.5})
+    for verdicts in (True, None):
+        reward.check_verdicts(verdicts, "a/model")
+    with pytest.raises(
+        InputError, match=r"reward=mine: true_reasoning .* but a/model was trained .* refine=false"
+    ):
+        reward.check_verdicts(False, "a/model")
+    RewardConfig(name="logged", weights={"reranking": 1, "true_reasoning": 0}).check_verdicts(False, "a/model")

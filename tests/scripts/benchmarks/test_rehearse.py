@@ -1,0 +1,41 @@
+"""The rehearsal of the published recipes: what it changes, and its short form."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from rehearse import ROOT, changed_settings, is_allowed
+
+from mmr5_train.common.files import read_manifest
+
+
+@pytest.mark.parametrize("recipe", ["mm_r5", "recommended"])
+def test_only_checkpoint_amounts_and_device_are_changed(recipe):
+    changed = {f"{stage}.{key}": is_allowed(stage, key) for stage, key, *_ in changed_settings(recipe)}
+    assert [setting for setting, allowed in changed.items() if not allowed] == []
+    assert {"sft.model.path", "sft.model.dtype", "sft.limit", "grpo.trainer.max_steps"} <= changed.keys()
+
+
+def test_other_settings_are_not_allowed():
+    [*_, (stage, key, *_)] = (
+        change
+        for change in changed_settings("mm_r5", ["stages.grpo.trainer.max_completion_length=64"])
+        if change[1] == "trainer.max_completion_length"
+    )
+    assert not is_allowed(stage, key)
+
+
+def test_short_form_runs_the_recipe_from_the_data_to_the_table(standin, tmp_path):
+    """With two DeepSpeed processes; `standin` skips the test where the tokenizer is missing."""
+    command = [sys.executable, "scripts/benchmarks/rehearse.py", "--short", "--out", str(tmp_path / "out")]
+    command += ["--json", str(tmp_path / "rehearsal.json")]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert process.returncode == 0, f"{process.stdout[-3000:]}\n{process.stderr[-3000:]}"
+    targets = json.loads((tmp_path / "rehearsal.json").read_text())["targets"]
+    assert [target for target in targets if not target["met"]] == []
+    assert "sft.model.dtype: float32 (published: bfloat16)" in process.stdout
+    counts = read_manifest(tmp_path / "out/mm_r5_zero2/grpo")["counts"]
+    assert (counts["processes"], counts["steps"]) == (2, 2)

@@ -1,6 +1,7 @@
 """What only a GPU can show: time and memory of the real shapes, next to what `mmr5_train.plan` forecasts.
 
     python scripts/benchmarks/bench_gpu.py --gpu h100  # on a GPU: 3B and 7B, five pages of 1,024 and 2,772 tokens
+    python scripts/benchmarks/bench_gpu.py --plan  # without a GPU: the table to fill in, with the forecasts
     python scripts/benchmarks/bench_gpu.py --models FOLDER --page-tokens 64  # a small checkpoint, also on a CPU
 
 Measures a step of SFT, a step of GRPO with TRL's trainer and with shared prompts, and one question in mode
@@ -121,31 +122,28 @@ def now() -> float:
 
 
 def measure(work: str, model: str, tokens: int, args: argparse.Namespace, folder: Path) -> Row:
-    """Does the work in this process. Returns planned and measured GiB and seconds."""
+    """Planned GiB and seconds, and the measured ones unless `args.plan`: then nothing runs."""
     checkpoint = write_shape(folder / "checkpoint", MODELS[model]) if model in MODELS else Path(model)
-    stage = work.split()[0]
     recipe = compose_stage(plan.PlanStage, "plan", ["experiment=mm_r5", "gpus=1", f"out={folder}/x"])
     recipe = recipe.model_copy(update={"completion_tokens": args.completion})
-    config = stage_config("sft" if stage == "logits" else stage, work, checkpoint, recipe, args, folder)
-    network = plan.measure(config.model)
-    make_data(folder, tokens, network.token_side)
-    prompt = plan.TEXT_TOKENS + PAGES * tokens
-    if stage == "logits":
+    stage = "grpo" if work.startswith("grpo") else "sft"  # logits: only the model of the stage is used
+    config = stage_config(stage, work, checkpoint, recipe, args, folder)
+    network, prompt = plan.measure(config.model), plan.TEXT_TOKENS + PAGES * tokens
+    if work == "logits":
         network, load = replace(network, trained=0, adapters=0), one_pass(prompt)
-        seconds = time_logits(config, folder)
     elif stage == "sft":
         load = plan.sft_work(config, [prompt], QUESTIONS, recipe)
-        seconds = time_training(stage, config)
     else:
         load = plan.grpo_work(config, [prompt], QUESTIONS, recipe)
-        seconds = time_training(stage, config)
-    gpu = plan.GPUS[args.gpu]
-    return {
+    row: Row = {
         "planned_gib": sum(plan.memory(network, load, "ddp", 1).values()) / plan.GIB,
-        "measured_gib": peak_gib() if torch.cuda.is_available() else None,
-        "planned_s": plan.seconds(network, load, gpu, 1) / load.updates,
-        "measured_s": seconds,
+        "planned_s": plan.seconds(network, load, plan.GPUS[args.gpu], 1) / load.updates,
     }
+    if args.plan:
+        return row
+    make_data(folder, tokens, network.token_side)
+    seconds = time_logits(config, folder) if work == "logits" else time_training(stage, config)
+    return row | {"measured_s": seconds, "measured_gib": peak_gib() if torch.cuda.is_available() else None}
 
 
 def one_pass(prompt: int) -> plan.Workload:
@@ -217,14 +215,14 @@ def peak_gib() -> float:
 
 
 def run_in_process(work: str, model: str, tokens: int, args: argparse.Namespace) -> Row:
-    """A row of the table. If the work fails, `error` is the last line of its messages."""
+    """The results of `measure`. If the work fails, `error` is the last line of its messages."""
     command = [sys.executable, __file__, "--one", work, "--models", model, "--page-tokens", str(tokens)]
     command += ["--completion", str(args.completion), "--gpu", args.gpu]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    row: Row = {"model": Path(model).name, "page_tokens": tokens, "work": work}
     if process.returncode:
-        return row | {"error": process.stderr.strip().splitlines()[-1][:200]}
-    return row | json.loads(process.stdout.splitlines()[-1])
+        return {"error": process.stderr.strip().splitlines()[-1][:200]}
+    result: Row = json.loads(process.stdout.splitlines()[-1])
+    return result
 
 
 COLUMNS = {
@@ -251,6 +249,7 @@ def main() -> None:
     parser.add_argument("--page-tokens", nargs="+", type=int, default=[1024, 2772], help="visual tokens per page")
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--completion", type=int, default=300, help="tokens of a completion in GRPO")
+    parser.add_argument("--plan", action="store_true", help="measure nothing: print the table to fill in")
     parser.add_argument("--gpu", choices=list(plan.GPUS), default="h100", help="the GPU that the plan is for")
     parser.add_argument("--out", type=Path, default=OUTPUT / "gpu.json")
     parser.add_argument("--one", choices=WORK, help=argparse.SUPPRESS)
@@ -262,7 +261,13 @@ def main() -> None:
         return
     rows = []
     for model, tokens, work in itertools.product(args.models, args.page_tokens, args.work):
-        rows.append(run_in_process(work, model, tokens, args))
+        row: Row = {"model": Path(model).name, "page_tokens": tokens, "work": work}
+        if args.plan:
+            with tempfile.TemporaryDirectory() as folder:
+                row |= measure(work, model, tokens, args, Path(folder))
+        else:
+            row |= run_in_process(work, model, tokens, args)
+        rows.append(row)
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine()
     print(f"\n{device}; planned for {args.gpu}\n{table(rows)}")

@@ -9,7 +9,7 @@ import torch
 from mmr5_train.models.shapes import SHAPES
 from mmr5_train.training import run
 
-ARGS = Namespace(completion=6, gpu="h100")
+ARGS = Namespace(completion=6, gpu="h100", plan=False)
 SMALL = {
     "text_config": {
         "hidden_size": 64,
@@ -53,6 +53,14 @@ def test_measures_a_shape_with_the_published_settings(work, tmp_path, monkeypatc
 def test_measures_a_checkpoint_with_the_real_tokenizer(standin, tmp_path, restored):
     row = bench_gpu.measure("grpo shared", str(standin), 12, ARGS, tmp_path)
     assert row["measured_s"] > 0
+
+
+def test_the_table_to_fill_in_has_the_forecasts_of_the_real_shape(tmp_path):
+    args = Namespace(completion=300, gpu="h100", plan=True)
+    stock, shared = (bench_gpu.measure(f"grpo {kind}", "7B", 2772, args, tmp_path) for kind in ("stock", "shared"))
+    assert stock.keys() == {"planned_gib", "planned_s"}
+    assert 20 < shared["planned_gib"] < stock["planned_gib"]
+    assert stock["planned_s"] > 2 * shared["planned_s"]
 
 
 @pytest.mark.parametrize(("tokens", "sides"), [(1024, (32, 32)), (2772, (44, 63)), (12, (3, 4))])

@@ -50,7 +50,8 @@ def test_measures_a_shape_with_the_published_settings(work, tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
-def test_measures_a_checkpoint_with_the_real_tokenizer(standin, tmp_path, restored):
+def test_measures_a_checkpoint_with_the_real_tokenizer(standin, tmp_path, monkeypatch, restored):
+    monkeypatch.setattr(bench_gpu, "ROUNDS", 2)
     row = bench_gpu.measure("grpo shared", str(standin), 12, ARGS, tmp_path)
     assert row["measured_s"] > 0
 

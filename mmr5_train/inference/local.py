@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from mmr5_train.common.files import InputError
-from mmr5_train.inference.constrained import PermutationLogitsProcessor, Vocabulary
+from mmr5_train.inference.constrained import PermutationLogitsProcessor
+from mmr5_train.inference.vocabulary import Vocabulary
 from mmr5_train.models import shared_prefix
 from mmr5_train.models.inputs import append_list_open, encode, page_id_tokens
 from mmr5_train.models.loading import (
@@ -133,7 +134,7 @@ class LocalBackend:
         token_counts = self._prompt_token_counts(inputs)
         answers = []
         for row, ids in enumerate(completions.tolist()):
-            closed_early = constraint is not None and constraint.states[row].cut_off
+            closed_early = constraint is not None and constraint.cut_off[row]
             prompt_index = row // group_size
             answers.append(self._read(ids, page_counts[prompt_index], closed_early, token_counts[prompt_index]))
         return [answers[i : i + group_size] for i in range(0, len(answers), group_size)]

@@ -139,11 +139,10 @@ class RemoteBackend:
         )
 
     def _structured_outputs(self, n_pages: int) -> dict[str, Any] | None:
-        """The request's parameters that constrain the answer block to a list of all pages."""
+        """The request's parameters that constrain the answer to a list of all pages."""
         if not self.constrain:
             return None
-        # A server with a reasoning parser applies the grammar only to the text after the think block.
-        grammar = gbnf_grammar(n_pages)
+        grammar = gbnf_grammar(n_pages, think=self.mode == "reason")
         return (
             {"structured_outputs": {"grammar": grammar}} if self.server.structured == "vllm" else {"ebnf": grammar}
         )

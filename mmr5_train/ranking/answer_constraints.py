@@ -1,147 +1,166 @@
 """Which text may follow a partial completion, so that it ends in a permutation of the page ids.
 
-    reason:  "<think>" any text "</think>" [white space] "<answer>[" permutation of 1..n "]</answer>"
-    direct:  "<answer>[" permutation of 1..n "]</answer>"
+    reason:  "<think>" any text "</think>" "<answer>" "[" permutation of 1..n "]" "</answer>"
+    direct:  "<answer>" "[" permutation of 1..n "]" "</answer>"
 
-`CompletionState` follows one completion through these phases; `mmr5_train.inference.constrained` uses it to mask
-tokens. `gbnf_grammar` gives inference servers the same answer block as a grammar. The text has the form that
-`render_completion` writes, so the parser in `answer` always reads a complete permutation.
+White space may precede each tag, bracket, comma and page id, and may end the completion. The parser in `answer`
+reads every such text as a complete permutation of valid structure.
+
+`CompletionState` follows one completion byte by byte, because a token may end within a tag, a number or a
+character. `mmr5_train.inference.constrained` uses it to mask tokens. `gbnf_grammar` gives inference servers the
+same grammar.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
+from enum import IntEnum
+from functools import lru_cache
 from itertools import combinations
+from typing import NamedTuple
 
 from mmr5_train.ranking.prompt import ANSWER_CLOSE, ANSWER_OPEN, THINK_CLOSE, THINK_OPEN
 
 LIST_OPEN = f"{ANSWER_OPEN}["
 MAX_EXACT_PAGES = 8
 """The largest number of pages for which `gbnf_grammar` accepts exactly the permutations."""
-_MAX_GAP = 2  # white space characters allowed between the think block and the answer block
+MAX_BLANKS = 4
+"""The largest number of white space characters in one place, so that white space can't fill a completion."""
+WHITE_SPACE = b" \n\r\t"
 
 
-def is_answer_prefix(text: str, n: int) -> bool:
-    """Whether `text` is a prefix of an answer block with a permutation of 1..n, or a complete block."""
-    if len(text) < len(LIST_OPEN) or not text.startswith(LIST_OPEN):
-        return LIST_OPEN.startswith(text)
-    entries_text, bracket, after = text[len(LIST_OPEN) :].partition("]")
-    *complete_entries, last = entries_text.split(",")
-    if bracket:
-        complete_entries.append(last)
-    unused_ids = {str(i) for i in range(1, n + 1)}
-    for index, entry in enumerate(complete_entries):
-        number = _number(entry, index)
-        if number not in unused_ids:
-            return False
-        unused_ids.remove(number)
-    if bracket:
-        return not unused_ids and ANSWER_CLOSE.startswith(after)
-    if last == "":  # the text ends just before an entry
-        return bool(unused_ids)
-    number = _number(last, len(complete_entries))
-    return number is not None and any(i.startswith(number) for i in unused_ids)
+class Part(IntEnum):
+    """The part of a completion that comes next."""
 
-
-def _number(entry: str, index: int) -> str | None:
-    """The number in a list entry, or None for wrong spacing: every entry but the first starts with one space."""
-    if index == 0:
-        return entry
-    return entry[1:] if entry.startswith(" ") else None
-
-
-class Phase(Enum):
-    """The part of a completion that is being generated."""
-
-    opening = 0
-    """The opening tag of the think block."""
+    think_open = 0
     thinking = 1
-    """The reasoning, up to the closing tag of the think block."""
-    answering = 2
-    """The answer block."""
-    ended = 3
-    """The answer block is complete; only the end token may follow."""
+    """The reasoning and the closing tag of the think block."""
+    answer_open = 2
+    list_open = 3
+    page_id = 4
+    separator = 5
+    """A comma or the closing bracket of the list."""
+    answer_close = 6
+    ended = 7
+    """The answer block is complete."""
 
 
-@dataclass
-class CompletionState:
-    """The state of one completion for `n` pages during constrained decoding."""
-
-    n: int
-    phase: Phase
-    text: str = ""
-    """The text generated in the current phase. In `thinking`, only its last characters."""
-    must_finish: bool = False
-    """Whether the remaining tokens are needed for the answer: the think block must close now."""
-    cut_off: bool = False
-    """Whether `force_finish` closed the think block before the model did."""
-
-    def force_finish(self) -> None:
-        """Requires the completion to finish with as few tokens as possible."""
-        if not self.must_finish:
-            self.must_finish, self.cut_off = True, self.phase in (Phase.opening, Phase.thinking)
-
-    def append(self, token_text: str) -> None:
-        """Updates the state with the text of the token that was generated."""
-        self.text += token_text
-        if self.phase is Phase.opening and len(self.text) >= len(THINK_OPEN):
-            self.phase, self.text = Phase.thinking, self.text[len(THINK_OPEN) :]
-        if self.phase is Phase.thinking:
-            before, close, after = self.text.partition(THINK_CLOSE)
-            if close:
-                self.phase, self.text = Phase.answering, after
-            else:
-                self.text = before[-len(THINK_CLOSE) :]
-        if self.phase is Phase.answering and self.text.endswith(ANSWER_CLOSE):
-            self.phase = Phase.ended
-
-    def allows(self, token_text: str) -> bool:
-        """Whether a token with this text may come next."""
-        text = self.text + token_text
-        if self.phase is Phase.opening:
-            return THINK_OPEN.startswith(text) or text.startswith(THINK_OPEN)
-        if self.phase is Phase.thinking:
-            _, close, after = text.partition(THINK_CLOSE)
-            if close:
-                return self._may_answer(after)
-            return not self.must_finish or missing_think_close(self.text).startswith(token_text)
-        return self.phase is Phase.answering and self._may_answer(text)
-
-    def _may_answer(self, text: str) -> bool:
-        """Whether `text`, which follows the think block, is a prefix of an answer after a short gap."""
-        answer = text.lstrip(" \n")
-        return len(text) - len(answer) <= _MAX_GAP and is_answer_prefix(answer, self.n)
+_LITERALS = {
+    Part.think_open: THINK_OPEN.encode(),
+    Part.answer_open: ANSWER_OPEN.encode(),
+    Part.list_open: b"[",
+    Part.answer_close: ANSWER_CLOSE.encode(),
+}
+_CLOSE = THINK_CLOSE.encode()
 
 
-def missing_think_close(text: str) -> str:
-    """The part of `THINK_CLOSE` that must still follow `text`. If `text` ends in a prefix of it: the rest."""
-    for length in range(min(len(THINK_CLOSE) - 1, len(text)), 0, -1):
-        if text.endswith(THINK_CLOSE[:length]):
-            return THINK_CLOSE[length:]
-    return THINK_CLOSE
+class CompletionState(NamedTuple):
+    """The state of a completion during constrained decoding. It is immutable and hashable."""
+
+    part: Part
+    unused: frozenset[int]
+    """The page ids that the list does not contain yet."""
+    typed: bytes = b""
+    """The generated beginning of the tag or page id. In `thinking`, of the closing tag."""
+    blanks: int = 0
+    """The number of white space characters just before the next part."""
+
+    @staticmethod
+    def start(n: int, *, think: bool) -> CompletionState:
+        """The state of an empty completion for `n` pages."""
+        return CompletionState(Part.think_open if think else Part.answer_open, frozenset(range(1, n + 1)))
+
+    def advance(self, data: bytes) -> CompletionState | None:
+        """The state after `data`, or None if `data` may not come next."""
+        state: CompletionState | None = self
+        for index, byte in enumerate(data):
+            if state is None:
+                return None
+            if state.part is Part.thinking:
+                return state._think(data[index:])
+            state = state._step(byte)
+        return state
+
+    def _think(self, data: bytes) -> CompletionState | None:
+        """The state after `data`, which begins in the think block."""
+        text = self.typed + data
+        _, close, after = text.partition(_CLOSE)
+        if close:
+            return CompletionState(Part.answer_open, self.unused).advance(after)
+        tail = text[max(text.rfind(b"<"), 0) :]
+        return self._replace(typed=tail if _CLOSE.startswith(tail) else b"")
+
+    def _step(self, byte: int) -> CompletionState | None:
+        """The state after one byte that is not in the think block."""
+        if byte in WHITE_SPACE and not self.typed:
+            return self._replace(blanks=self.blanks + 1) if self.blanks < MAX_BLANKS else None
+        if self.part is Part.page_id:
+            return self._step_page_id(byte)
+        if self.part is Part.separator:
+            if byte == ord(",") and self.unused:
+                return CompletionState(Part.page_id, self.unused)
+            return (
+                CompletionState(Part.answer_close, self.unused) if byte == ord("]") and not self.unused else None
+            )
+        literal, typed = _LITERALS.get(self.part, b""), self.typed + bytes([byte])
+        if typed == literal:
+            return CompletionState(Part(self.part + 1), self.unused)
+        return self._replace(typed=typed, blanks=0) if literal.startswith(typed) else None
+
+    def _step_page_id(self, byte: int) -> CompletionState | None:
+        if byte in b"0123456789":
+            typed = self.typed + bytes([byte])
+            return self._replace(typed=typed, blanks=0) if typed in _id_prefixes(self.unused) else None
+        if not self.typed or int(self.typed) not in self.unused:
+            return None
+        return CompletionState(Part.separator, self.unused - {int(self.typed)})._step(byte)
 
 
-def gbnf_grammar(n: int) -> str:
-    """The answer block for `n` pages as a grammar in GBNF, the notation of xgrammar and llama.cpp.
+@lru_cache(maxsize=1024)
+def _id_prefixes(ids: frozenset[int]) -> frozenset[bytes]:
+    """All beginnings of the ids in decimal notation, complete ids included."""
+    return frozenset(str(i)[:length].encode() for i in ids for length in range(1, len(str(i)) + 1))
+
+
+def gbnf_grammar(n: int, *, think: bool = False) -> str:
+    """The completions for `n` pages as a grammar in GBNF, the notation of xgrammar and llama.cpp.
 
     Up to `MAX_EXACT_PAGES` pages the grammar accepts exactly the permutations: it has one rule for each set of ids
     that are still unused, so its size doubles with each page. For more pages it accepts any list of n ids in 1..n,
     which may repeat an id.
+
+    With `think`, a think block may come first. It is optional, because a server with a reasoning parser applies
+    the grammar only to the text after the think block. Such a parser needs `<think>` and `</think>` as single
+    tokens, which Qwen2.5's tokenizer does not have.
     """
-    if n > MAX_EXACT_PAGES:
-        ids = " | ".join(f'"{i}"' for i in range(1, n + 1))
-        other_entries = ' ", " id' * (n - 1)
-        return f'root ::= "{LIST_OPEN}" id{other_entries} "]{ANSWER_CLOSE}"\nid ::= {ids}\n'
+    rules = _think_rules() if think else ["root ::= answer"]
+    blanks = "".join({" ": " ", "\n": "\\n", "\r": "\\r", "\t": "\\t"}[chr(c)] for c in WHITE_SPACE)
+    rules += [
+        f'answer ::= ws "{ANSWER_OPEN}" ws "[" ws list ws "]" ws "{ANSWER_CLOSE}" ws',
+        f"ws ::= [{blanks}]{{0,{MAX_BLANKS}}}",
+    ]
     all_ids = frozenset(range(1, n + 1))
-    rules = [f'root ::= "{LIST_OPEN}" {_rule_name(all_ids)} "]{ANSWER_CLOSE}"']
+    if n > MAX_EXACT_PAGES:
+        rules.append("list ::= id" + ' ws "," ws id' * (n - 1))
+        rules.append("id ::= " + " | ".join(f'"{i}"' for i in sorted(all_ids)))
+        return "\n".join(rules) + "\n"
+    rules.append(f"list ::= {_rule_name(all_ids)}")
     for size in range(n, 0, -1):
         for unused in map(frozenset, combinations(range(1, n + 1), size)):
             options = (
-                f'"{i}"' + (f' ", " {_rule_name(unused - {i})}' if size > 1 else "") for i in sorted(unused)
+                f'"{i}"' + (f' ws "," ws {_rule_name(unused - {i})}' if size > 1 else "") for i in sorted(unused)
             )
             rules.append(f"{_rule_name(unused)} ::= {' | '.join(options)}")
     return "\n".join(rules) + "\n"
+
+
+def _think_rules() -> list[str]:
+    """The rules of an optional think block. Rule think-k comes after k characters of the closing tag."""
+    rules = [f'root ::= answer | ws "{THINK_OPEN}" think-0', 'think-0 ::= [^<]* "<" think-1']
+    for k in range(1, len(THINK_CLOSE)):
+        following = "answer" if k == len(THINK_CLOSE) - 1 else f"think-{k + 1}"
+        character = THINK_CLOSE[k]
+        rules.append(f'think-{k} ::= "{character}" {following} | "<" think-1 | [^<{character}] think-0')
+    return rules
 
 
 def _rule_name(unused: frozenset[int]) -> str:

@@ -88,12 +88,14 @@ def test_structured_outputs_use_the_parameters_of_each_server(scripted_server, p
     for structured in ("vllm", "sglang", "none"):
         remote_reranker(scripted_server, server={"structured": structured}).rank("Which?", paths[:2])
     vllm, sglang, none = scripted_server.requests
-    assert vllm["structured_outputs"] == {"grammar": gbnf_grammar(2)}
-    assert sglang["ebnf"] == gbnf_grammar(2)
+    assert vllm["structured_outputs"] == {"grammar": gbnf_grammar(2, think=True)}
+    assert sglang["ebnf"] == gbnf_grammar(2, think=True)
     assert not {"structured_outputs", "ebnf"} & none.keys()
     unconstrained = remote_reranker(scripted_server, server={"structured": "vllm"}, constrain=False)
     unconstrained.rank("Which?", paths[:2])
     assert "structured_outputs" not in scripted_server.requests[-1]
+    remote_reranker(scripted_server, server={"structured": "vllm"}, mode="direct").rank("Which?", paths[:2])
+    assert scripted_server.requests[-1]["structured_outputs"] == {"grammar": gbnf_grammar(2)}
 
 
 def test_a_completion_at_the_token_limit_is_cut_off(scripted_server, paths):

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmr5_train.common.config import run_stage
 from mmr5_train.common.files import InputError, atomic_write, read_manifest
 from mmr5_train.models.loading import SETTINGS
+from mmr5_train.ranking.records import Mode
 from mmr5_train.reporting.page import TEMPLATES
 
 FIGURES = {"recall@1": "Recall@1", "recall@3": "Recall@3", "recall@5": "Recall@5", "mrr": "MRR"}
@@ -55,15 +56,20 @@ def model_card(config: PublishStage) -> ModelCard:
         raise InputError(
             f"checkpoint: {config.checkpoint} has no {SETTINGS}; give model/ or best/ of an sft or grpo folder"
         )
+    settings = json.loads((config.checkpoint / SETTINGS).read_text(encoding="utf-8"))
     stages = training_stages(config.checkpoint)
-    row = evaluation_row(config.evaluation, config.checkpoint) if config.evaluation else None
+    mode: Mode = "reason" if settings["think"] else "direct"
+    rows = evaluation_rows(config.evaluation, config.checkpoint, mode) if config.evaluation else []
+    figures = {
+        name: heading for name, heading in FIGURES.items() if any(row.get(name) is not None for row in rows)
+    }
     base = stages[-1]["config"]["model"]["path"]
     results = [
         EvalResult(
             task_type="document-retrieval", dataset_type="mmdocir", dataset_name=str(row["data"]),
             metric_type=name, metric_name=heading, metric_value=round(row[name], 4),
         )
-        for name, heading in FIGURES.items() if row and row.get(name) is not None
+        for row in rows[:1] for name, heading in figures.items() if row.get(name) is not None
     ]  # fmt: skip
     data = ModelCardData(
         license=config.license,
@@ -74,7 +80,6 @@ def model_card(config: PublishStage) -> ModelCard:
         eval_results=results or None,
         model_name=config.push_to_hub.rpartition("/")[2] if config.push_to_hub else config.checkpoint.parent.name,
     )
-    settings = json.loads((config.checkpoint / SETTINGS).read_text(encoding="utf-8"))
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATES / "model_card.md.j2"),
@@ -83,9 +88,10 @@ def model_card(config: PublishStage) -> ModelCard:
         trained_on=config.data,
         think=settings["think"],
         max_pixels=settings["max_pixels"],
-        row=row and {heading: row[name] for name, heading in FIGURES.items() if row.get(name) is not None},
-        questions=row and row["questions"],
-        evaluated_on=row and row["data"],
+        headings=list(figures.values()),
+        results=[(row["system"], row["mode"], [row.get(name) for name in figures]) for row in rows],
+        questions=rows and rows[0]["questions"],
+        evaluated_on=rows and rows[0]["data"],
         base=base,
         stages=[
             {"name": s["stage"], "config": OmegaConf.to_yaml(OmegaConf.create(s["config"])), "counts": s["counts"]}
@@ -102,22 +108,27 @@ def training_stages(model: Path) -> list[dict[str, Any]]:
     return stages
 
 
-def evaluation_row(folder: Path, model: Path) -> dict[str, Any]:
-    """The row of results.json of this checkpoint, with `data`, the file of the evaluated questions.
+def evaluation_rows(folder: Path, model: Path, default_mode: Mode) -> list[dict[str, Any]]:
+    """The rows of results.json of this checkpoint, in its default mode first.
 
-    Raises `InputError` if the checkpoint is not one of the evaluation's systems.
+    An evaluation may rank with one checkpoint in several modes. Each row also has `mode`, and `data`, the file of
+    the evaluated questions. Raises `InputError` if the checkpoint is not one of the evaluation's systems.
     """
     manifest = read_manifest(folder)
-    checkpoints = {
-        name: system if isinstance(system, str) else system.get("checkpoint")
+    systems: dict[str, dict[str, Any]] = {
+        name: {"checkpoint": system} if isinstance(system, str) else system
         for name, system in manifest["config"]["systems"].items()
     }
+    rows = []
     for row in json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]:
-        checkpoint = checkpoints.get(row["system"])
+        system = systems.get(row["system"], {})  # the first stage is not among them
+        checkpoint = system.get("checkpoint")
         if checkpoint is not None and Path(checkpoint).resolve() == model.resolve():
-            return {**row, "data": manifest["config"]["data"]}
-    names = ", ".join(checkpoint for checkpoint in checkpoints.values() if checkpoint)
-    raise InputError(f"evaluation: no system of {folder} is {model} (found: {names})")
+            rows.append({**row, "mode": system.get("mode") or default_mode, "data": manifest["config"]["data"]})
+    if not rows:
+        checkpoints = dict.fromkeys(str(s["checkpoint"]) for s in systems.values() if s.get("checkpoint"))
+        raise InputError(f"evaluation: no system of {folder} is {model} (found: {', '.join(checkpoints)})")
+    return sorted(rows, key=lambda row: row["mode"] != default_mode)
 
 
 def push(config: PublishStage) -> str:

@@ -56,6 +56,39 @@ def test_model_card_has_results_and_settings_and_is_not_uploaded(trained, monkey
     assert "learning_rate: 1.0e-05" in card.text
 
 
+def test_a_checkpoint_that_was_evaluated_in_several_modes(trained):
+    """As the stage `modes` of a recipe does. The checkpoint's default mode gives the results in the metadata."""
+    checkpoint = str(trained / "grpo/model")
+    systems = {
+        "direct": {"checkpoint": checkpoint, "mode": "direct", "constrain": True},
+        "reason": checkpoint,
+        "logits": {"checkpoint": checkpoint, "mode": "logits"},
+        "other": {"checkpoint": "org/other", "mode": "reason"},
+    }
+    evaluation = trained / "modes"
+    evaluation.mkdir()
+    write_manifest(evaluation, stage="evaluate", config={"systems": systems, "data": "heldout.jsonl"})
+    recalls = {"first_stage": 0.2, "direct": 0.5, "reason": 0.6, "logits": 0.55, "other": 0.9}
+    rows = [
+        {"system": name, "questions": 320, "recall@1": r, "recall@3": None if name == "direct" else 0.9}
+        for name, r in recalls.items()
+    ]
+    write_json(evaluation / "results.json", {"rows": rows})
+    run(f"checkpoint={checkpoint}", f"evaluation={evaluation}")
+    card = ModelCard.load(trained / "grpo/model/README.md")
+    assert {(r.metric_type, r.metric_value) for r in card.data.eval_results} == {
+        ("recall@1", 0.6),
+        ("recall@3", 0.9),
+    }
+    table = [line for line in card.text.splitlines() if line.startswith("| ")]
+    assert table == [
+        "| System | Mode | Recall@1 | Recall@3 |",
+        "| reason | `reason` | 0.600 | 0.900 |",
+        "| direct | `direct` | 0.500 | – |",
+        "| logits | `logits` | 0.550 | 0.900 |",
+    ]
+
+
 def test_card_without_evaluation_says_so(trained):
     run(f"checkpoint={trained}/sft/model")
     assert "Not evaluated yet." in ModelCard.load(trained / "sft/model/README.md").text

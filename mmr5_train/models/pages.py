@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from threading import RLock
@@ -92,24 +93,43 @@ def page_size(width: int, height: int, limits: PageLimits) -> tuple[int, int]:
 
     Both sides are multiples of `limits.factor`, the area is within the limits, and the aspect ratio changes as
     little as possible. This is the rule of Qwen2-VL's image processor (arXiv 2409.12191, section 2.1), so the
-    processor does not resize a prepared page a second time.
+    processor does not resize a prepared page a second time. For very long pages, the processor's own rule can
+    exceed `max_pixels`, and give a size that the processor itself rejects, because the shorter side becomes a
+    whole number of visual tokens. Here the longer side is then reduced.
 
     Raises `InputError` for an aspect ratio above `MAX_ASPECT_RATIO`.
     """
     factor, min_pixels, max_pixels = limits
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise InputError(
-            f"the page image has {width} × {height} pixels, an aspect ratio above {MAX_ASPECT_RATIO}:1; "
-            "crop or split the page"
-        )
+    _check_aspect_ratio(width, height, "the page image")
     sides = [max(factor, round(side / factor) * factor) for side in (width, height)]
-    if sides[0] * sides[1] > max_pixels:
+    too_large = sides[0] * sides[1] > max_pixels
+    if too_large:
         scale = math.sqrt(width * height / max_pixels)
         sides = [max(factor, math.floor(side / scale / factor) * factor) for side in (width, height)]
     elif sides[0] * sides[1] < min_pixels:
         scale = math.sqrt(min_pixels / (width * height))
         sides = [math.ceil(side * scale / factor) * factor for side in (width, height)]
-    return sides[0], sides[1]
+    # Where rounding changed the shorter side much, the processor would reject the page, or it would be too large.
+    longest = MAX_ASPECT_RATIO * min(sides)
+    if too_large:
+        longest = min(longest, max(factor, max_pixels // min(sides) // factor * factor))
+    return min(sides[0], longest), min(sides[1], longest)
+
+
+def _check_aspect_ratio(width: int, height: int, name: object) -> None:
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise InputError(
+            f"{name} has {width} × {height} pixels, an aspect ratio above {MAX_ASPECT_RATIO}:1; crop or split "
+            "the page"
+        )
+
+
+def visual_tokens(width: int, height: int, limits: PageLimits) -> int:
+    """Visual tokens of a page image of width × height pixels. Raises `InputError` as `page_size` does."""
+    # The second call is what the processor does with a prepared page. It changes nothing, unless the limits are so
+    # close that no image size of this shape is between them.
+    shown = page_size(*page_size(width, height, limits), limits)
+    return shown[0] * shown[1] // limits.factor**2
 
 
 def prepare_page(image: Image.Image, limits: PageLimits) -> Image.Image:
@@ -209,7 +229,24 @@ def open_image(source: Path | io.BytesIO, name: object = None) -> Image.Image:
 
     Raises `InputError` for an image that can't be decoded or has more than `MAX_DECODED_PIXELS`.
     """
-    name = name or source
+    with _open_header(source, name or source) as image:
+        image.load()
+        return image.copy()
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a page image file in pixels, from its header.
+
+    Raises `InputError`, which names the file, if `open_image` or `page_size` would raise it.
+    """
+    with _open_header(path, path) as image:
+        _check_aspect_ratio(*image.size, path)
+        return image.size
+
+
+@contextmanager
+def _open_header(source: Path | io.BytesIO, name: object) -> Iterator[Image.Image]:
+    """An image whose pixels are not decoded yet. Errors inside the block also become `InputError`."""
     try:
         with Image.open(source) as image:
             if image.width * image.height > MAX_DECODED_PIXELS:
@@ -217,8 +254,7 @@ def open_image(source: Path | io.BytesIO, name: object = None) -> Image.Image:
                     f"{name}: expected at most {MAX_DECODED_PIXELS:,} pixels, found {image.width} × "
                     f"{image.height}; render the page at a lower resolution"
                 )
-            image.load()
-            return image.copy()
+            yield image
     except FileNotFoundError:
         raise InputError(f"{name}: no such page image; build the data again, or correct the path") from None
     except IMAGE_ERRORS as error:

@@ -5,7 +5,7 @@ import io
 import pypdfium2
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
@@ -14,12 +14,14 @@ from mmr5_train.common.files import InputError
 from mmr5_train.models.pages import (
     MAX_PAGE_PIXELS,
     PageLimits,
+    image_size,
     load_page,
     open_pages,
     page_limits,
     page_size,
     prepare_page,
     render_pdf_pages,
+    visual_tokens,
 )
 
 LIMITS = PageLimits(factor=28, min_pixels=4 * 28 * 28, max_pixels=500_000)
@@ -66,14 +68,46 @@ def test_page_size_is_within_the_limits_and_stable(width, height):
 )
 @pytest.mark.parametrize("factor", [28, 32])
 def test_page_size_equals_that_of_the_transformers_image_processor(factor, min_pixels, max_pixels):
-    """From half a visual token up: below, the processor rounds a side to 0."""
+    """From half a visual token up, where the processor rounds no side to 0, and where it respects max_pixels."""
     limits = PageLimits(factor, min_pixels, max_pixels)
     sides = [17, 28, 31, 41, 42, 43, 100, 255, 777, 1024, 1654, 2339, 4096]
+    compared = 0
     for width in sides:
         for height in sides:
             if max(width, height) <= 200 * min(width, height):
                 expected = smart_resize(height, width, factor, min_pixels, max_pixels)
-                assert page_size(width, height, limits) == expected[::-1], (width, height)
+                is_valid = max(expected) <= 200 * min(expected) and expected[0] * expected[1] <= max_pixels
+                if is_valid or max_pixels < 2 * min_pixels:
+                    compared += 1
+                    assert page_size(width, height, limits) == expected[::-1], (width, height)
+    assert compared > 100
+
+
+@pytest.mark.parametrize("factor", [28, 32])
+@pytest.mark.parametrize("tokens", [1, 2, 12, 40, 100, 199, 512, 16_384])
+def test_long_pages_are_within_the_limits(factor, tokens):
+    """The processor's own rule exceeds max_pixels for a page of 150:1 if it allows fewer than 150 tokens.
+
+    It also rejects some of its own sizes: 39 × 7800 pixels would become 28 × 7812, which is above 200:1.
+    """
+    limits = PageLimits(factor, factor**2, tokens * factor**2 + 100)
+    for shorter in (1, 13, 20, 28, 39, 60, 700):
+        for ratio in (1, 3, 11, 13, 41, 99, 150, 199, 200):
+            for width, height in ((shorter, shorter * ratio), (shorter * ratio, shorter)):
+                size = page_size(width, height, limits)
+                assert size[0] % factor == size[1] % factor == 0
+                assert factor**2 <= size[0] * size[1] <= limits.max_pixels, (width, height)
+                assert smart_resize(size[1], size[0], *limits) == size[::-1], "the processor resizes it again"
+
+
+@given(width=SIDES, height=SIDES, low=st.integers(1, 60), spread=st.integers(0, 60))
+def test_visual_tokens_are_those_that_the_processor_computes(width, height, low, spread):
+    """Also with limits so close that the processor resizes a prepared page again."""
+    limits = PageLimits(28, low * 784, (low + spread) * 784)
+    assume(max(width, height) <= 100 * min(width, height))
+    prepared = page_size(width, height, limits)
+    rows, columns = (side // 28 for side in smart_resize(prepared[1], prepared[0], *limits))
+    assert visual_tokens(width, height, limits) == rows * columns
 
 
 def test_processor_does_not_resize_a_prepared_page(processor):
@@ -113,6 +147,17 @@ def test_load_page_names_an_unreadable_file(tmp_path, limits):
     (tmp_path / "truncated.jpg").write_bytes(complete.read_bytes()[:2000])
     with pytest.raises(InputError, match=r"truncated\.jpg: not a readable page image"):
         load_page(tmp_path / "truncated.jpg", limits)
+
+
+def test_image_size_reads_the_header_and_names_the_file(red, tmp_path):
+    assert image_size(red) == (60, 80)
+    (tmp_path / "truncated.png").write_bytes(red.read_bytes()[:60])
+    assert image_size(tmp_path / "truncated.png") == (60, 80)
+    Image.new("RGB", (4000, 10)).save(tmp_path / "strip.png")
+    with pytest.raises(InputError, match=r"strip\.png has 4000 × 10 pixels, an aspect ratio above 200:1"):
+        image_size(tmp_path / "strip.png")
+    with pytest.raises(InputError, match=r"nowhere\.png: no such page image"):
+        image_size(tmp_path / "nowhere.png")
 
 
 def test_only_small_pages_are_cached(red):

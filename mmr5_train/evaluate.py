@@ -46,11 +46,12 @@ from mmr5_train.common.files import (
 )
 from mmr5_train.evaluation.scoring import results_table, score_rankings
 from mmr5_train.evaluation.trec import write_trec
+from mmr5_train.inference.fit import check_prompts_fit
 from mmr5_train.inference.remote import ServerConfig
 from mmr5_train.inference.reranker import RankingOptions, Reranker
 from mmr5_train.inference.tasks import batch_seed
-from mmr5_train.models.inputs import check_images
-from mmr5_train.models.loading import ModelConfig, is_adapter, resolve_checkpoint
+from mmr5_train.models.lengths import image_sizes
+from mmr5_train.models.loading import ModelConfig, adapter_base, is_adapter, load_processor, resolve_checkpoint
 from mmr5_train.models.pages import load_page
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import (
@@ -151,7 +152,7 @@ def main(config: EvaluateStage) -> None:
         if not is_adapter(checkpoint):
             resolve_checkpoint(checkpoint)
     if config.systems:
-        check_images((page for task in tasks for page in task.candidates), source)
+        check_lengths(tasks, config)
     inputs = [config.data, source / "pages.jsonl"]
     if processes.is_main_process:
         prepare_output(config, [*inputs, *map(Path, checkpoints)])
@@ -161,6 +162,23 @@ def main(config: EvaluateStage) -> None:
     processes.wait_for_everyone()
     if processes.is_main_process:
         write_results(config, tasks, pages, inputs)
+
+
+def check_lengths(tasks: Sequence[RankingTask], config: EvaluateStage) -> None:
+    """Raises `InputError` for an unreadable page image, and for questions that do not fit a system's context.
+
+    The context of a model on a server is unknown.
+    """
+    sizes = image_sizes((page for task in tasks for page in task.candidates), config.data.parent)
+    prompted = [task.in_prompt_order(config.order, config.seed) for task in tasks]
+    for name, system in config.systems.items():
+        if system.checkpoint is None or system.server is not None:
+            continue
+        adapter = system.base is not None or is_adapter(system.checkpoint)
+        path = system.base or adapter_base(system.checkpoint) if adapter else system.checkpoint
+        processor = load_processor(config.model, path)
+        options = RankingOptions(**ranking_options(system, config))
+        check_prompts_fit(f"systems.{name}", path, processor, config.prompt, options, prompted, sizes)
 
 
 def prepare_output(config: EvaluateStage, input_paths: Sequence[Path]) -> None:
@@ -275,10 +293,7 @@ def read_finished_batches(out: Path, name: str) -> dict[int, Batch]:
 
 
 def load_system(system: System, config: EvaluateStage, device: str) -> Reranker:
-    """The reranker of a system. Options that are not set for the system have the stage's values."""
-    system_options = system.model_dump(exclude_unset=True, exclude={"checkpoint", "base", "server"})
-    stage_options = config.model_dump(include={"constrain", "max_new_tokens", "batch_size"})
-    mode = "reason" if config.think else "direct"
+    """The reranker of a system."""
     return Reranker(
         system.checkpoint,
         base=system.base,
@@ -286,8 +301,15 @@ def load_system(system: System, config: EvaluateStage, device: str) -> Reranker:
         model=config.model,
         prompt=config.prompt,
         device=device,
-        **{"mode": mode, "window": None, **stage_options, **system_options},
+        **ranking_options(system, config),
     )
+
+
+def ranking_options(system: System, config: EvaluateStage) -> dict[str, Any]:
+    """How a system ranks: its own options, and the stage's for those that it does not set."""
+    own = system.model_dump(exclude_unset=True, exclude={"checkpoint", "base", "server"})
+    options = config.model_dump(include={"constrain", "max_new_tokens", "batch_size"})
+    return {"mode": "reason" if config.think else "direct", "window": None, **options, **own}
 
 
 def rank_batch(

@@ -22,7 +22,15 @@ from trl import GRPOConfig, GRPOTrainer
 from mmr5_train.common.config import run_stage
 from mmr5_train.common.files import InputError, read_records
 from mmr5_train.evaluation.alarms import Action, read_alarms
-from mmr5_train.models.inputs import check_images
+from mmr5_train.models.lengths import (
+    TokenLimit,
+    context_limit,
+    count_tokens,
+    image_sizes,
+    leave_out_too_long,
+    lowest,
+    setting_limit,
+)
 from mmr5_train.models.loading import load_model, load_processor, vision_token_ids, writes_verdicts
 from mmr5_train.ranking.answer import Defect, parse_answer
 from mmr5_train.ranking.notes import page_verdicts
@@ -53,6 +61,11 @@ class GrpoStage(TrainingStage):
     think: bool = Field(default=True, description="whether the model was trained to write a think block")
     order: Order = Field(default="shuffled", description="order of the candidates in a prompt")
     reward: RewardConfig
+    max_prompt_length: int | None = Field(
+        default=None,
+        gt=0,
+        description="largest number of tokens of a prompt; null: what the model's context allows",
+    )
     shared_prefix: Literal["auto", "always", "never"] = Field(
         default="auto",
         description="compute each prompt once for its group of completions. auto: if the settings allow it; "
@@ -64,21 +77,25 @@ class GrpoStage(TrainingStage):
 
 def main(config: GrpoStage) -> None:
     tasks = read_records(config.data, RankingTask)[: config.limit]
-    check_images((page for task in tasks for page in task.candidates), config.data.parent)
+    prompted = [task.in_prompt_order(config.order, config.seed) for task in tasks]
+    sizes = image_sizes((page for p in prompted for page in p.shown), config.data.parent)
     processor = load_processor(config.model)
     arguments = grpo_arguments(config, processor)
     verdicts = writes_verdicts(config.model.path) if config.think else False
     config.reward.check_verdicts(verdicts, config.model.path)
-    run = start_run("grpo", config, arguments, processor, think=config.think, verdicts=verdicts)
+    lengths = count_tokens(processor, config.prompt, [t.query for t in tasks], [p.shown for p in prompted], sizes)
+    query_ids, limit = [task.query_id for task in tasks], prompt_limit(config, arguments)
+    fitting = leave_out_too_long(config.data, query_ids, lengths, limit, config.max_too_long)
+    prompted = [prompted[i] for i in fitting.indices]
+    run = start_run("grpo", config, arguments, processor, fitting, think=config.think, verdicts=verdicts)
 
     model = load_model(config.model)
-    prompted = [task.in_prompt_order(config.order, config.seed) for task in tasks]
     dataset = prompt_dataset(
         [
             {"query_id": p.task.query_id, "pages": len(p.shown), "positives": list(p.local_positives)}
             for p in prompted
         ],
-        [task.query for task in tasks],
+        [p.task.query for p in prompted],
         [p.shown for p in prompted],
         config.data.parent,
         config.prompt,
@@ -103,8 +120,19 @@ def main(config: GrpoStage) -> None:
         trainer.add_callback(AlarmCallback(config.out, config.alarms))
 
     train(run, trainer, progress={"reward": "reward", "kl": "kl", "entropy": "entropy"})
-    counts = {"tasks": len(tasks), "alarms": len(read_alarms(config.out))}
+    counts = {"tasks": len(prompted), "alarms": len(read_alarms(config.out))}
     finish_run(run, trainer, counts=counts, metric="reward")
+
+
+def prompt_limit(config: GrpoStage, arguments: GRPOConfig) -> TokenLimit | None:
+    """The largest number of tokens of a prompt: its completions need space in the model's context, too."""
+    completion = {"trainer.max_completion_length": arguments.max_completion_length or 0}
+    vllm_length = arguments.vllm_max_model_length if arguments.use_vllm else None
+    return lowest(
+        setting_limit("max_prompt_length", config.max_prompt_length),
+        context_limit(config.model.path, completion),
+        setting_limit("trainer.vllm_max_model_length", vllm_length, completion),
+    )
 
 
 def grpo_arguments(config: GrpoStage, processor: Any) -> GRPOConfig:

@@ -22,6 +22,7 @@ from pydantic import Field
 from data_construction.corpus.training_set import TrainingSet
 from mmr5_train.common.config import run_stage
 from mmr5_train.common.files import InputError, read_json_lines, read_records
+from mmr5_train.distill import check_recipe
 from mmr5_train.forecast import forecasts
 from mmr5_train.models.loading import ModelConfig
 from mmr5_train.models.pages import PageLimits, page_size, shrink_factor
@@ -114,6 +115,7 @@ def plan(config: PlanStage) -> dict[str, list[str]]:
     """Training stage → the lines of its estimate."""
     stages: dict[str, Any] = compose_stages(stage_overrides(config))
     check_verdicts(stages)
+    check_recipe(stages)
     gpu = GPUS[config.gpu]
     report: dict[str, list[str]] = {}
     if "candidates" in stages:

@@ -164,6 +164,7 @@ def run_stages(overrides_by_stage: Mapping[str, list[str]], config: RecipeStage)
     inputs_changed = config.overwrite
     stages = compose_stages(overrides_by_stage)
     check_verdicts(stages)
+    distill.check_recipe(stages)
     records = {}
     forecast_shown = False
     for name, overrides in overrides_by_stage.items():
@@ -178,6 +179,8 @@ def run_stages(overrides_by_stage: Mapping[str, list[str]], config: RecipeStage)
             inputs_changed = True  # of all later stages
             resume = not config.overwrite and is_unfinished(stage.out, entry)
             stage = stage.model_copy(update={"overwrite": not resume})
+            if name == "teach":
+                distill.check_recipe(stages)
             seconds = run_one_stage(name, stage, overrides, launch)
         records[name] = {"out": str(stage.out), "seconds": seconds}
     config.out.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ Reads a `RankingTask` file and the pages.jsonl next to it. Writes
 
 - questions.jsonl: the selected questions, in their original order
 - rollouts.jsonl: the sampled answers, if a model was run
+- skipped.jsonl: the questions that have too many tokens for that model, if there are any
 - manifest.json: the number of removed questions by reason, and histograms by resolution and by difficulty, before
   and after the selection, without empty groups
 
@@ -56,12 +57,13 @@ from mmr5_train.inference.rollouts import (
     PARTIAL,
     ROLLOUTS,
     RolloutConfig,
+    leave_out_long_questions,
     load_sampler,
     read_rollouts,
     rollout_rewards,
     sample_rollouts,
 )
-from mmr5_train.ranking.records import Page, PageId, RankingTask, Rollouts, Trace, rebase_images
+from mmr5_train.ranking.records import Page, PageId, RankingTask, Rollouts, Skipped, Trace, rebase_images
 from mmr5_train.ranking.rewards import RewardConfig
 
 GROUPS = 10
@@ -69,6 +71,8 @@ GROUPS = 10
 
 REWARD_EDGES = [i / 10 for i in range(11)]
 """Edges of the groups by mean reward."""
+
+SKIPPED = "skipped.jsonl"
 
 SEEN, NOT_DRAWN = "document seen by SFT", "not drawn"
 """Reasons for removing a question."""
@@ -108,6 +112,13 @@ class SelectStage(StageConfig):
         description="the data that SFT was trained on: traces.jsonl, or the train.jsonl of its questions",
     )
     difficulty: Difficulty | None = None
+    max_too_long: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="largest share of questions that are left out because they have too many tokens for the model "
+        "of `difficulty`; with more, the stage stops before it loads the model",
+    )
     balanced: Balanced | None = None
     reward: RewardConfig
 
@@ -126,7 +137,11 @@ def main(config: SelectStage) -> None:
         check_remaining(remaining, dropped, "give questions about other documents, or seen=null")
 
     mean_rewards: dict[str, float] = {}
+    skipped: list[Skipped] = []
     if config.difficulty:
+        skipped = long_questions(config, config.difficulty, remaining)
+        too_long = {skip.query_id: skip.reason for skip in skipped}
+        remaining = keep(remaining, lambda task: too_long.get(task.query_id), dropped)
         rollouts = read_or_sample_rollouts(config, config.difficulty, remaining, inputs)
         rewards = {
             task.query_id: rollout_rewards(rollouts[task.query_id], task, config.reward.weights)
@@ -149,6 +164,8 @@ def main(config: SelectStage) -> None:
     write_records(out / "questions.jsonl", rebase_images(remaining, config.questions.parent, out))
     if (out / PARTIAL).is_file():
         (out / PARTIAL).rename(out / ROLLOUTS)
+    if skipped:
+        write_records(out / SKIPPED, skipped)
     selected = {task.query_id for task in remaining}
     reward_group = {query_id: group_of(value, REWARD_EDGES) for query_id, value in mean_rewards.items()}
     counts = {
@@ -195,6 +212,21 @@ def check_remaining(remaining: Sequence[RankingTask], dropped: Mapping[str, int]
         raise InputError(f"no question is left ({_format_counts(dropped)}); {advice}")
 
 
+def long_questions(config: SelectStage, difficulty: Difficulty, tasks: Sequence[RankingTask]) -> list[Skipped]:
+    """The questions that have no rollouts because they do not fit the checkpoint's context.
+
+    With `difficulty.rollouts`, they are listed in skipped.jsonl next to that file. Raises `InputError` if more
+    than `max_too_long` of the questions do not fit.
+    """
+    if difficulty.rollouts is None:
+        fitting = leave_out_long_questions(difficulty, tasks, config.questions, config.max_too_long)
+        if fitting.message:
+            print(f"select: {fitting.message}; listed in {config.out / SKIPPED}")
+        return fitting.skipped
+    path = difficulty.rollouts.with_name(SKIPPED)
+    return read_records(path, Skipped) if path.is_file() else []
+
+
 def read_or_sample_rollouts(
     config: SelectStage, difficulty: Difficulty, tasks: Sequence[RankingTask], inputs: list[Path]
 ) -> dict[str, Rollouts]:
@@ -207,7 +239,7 @@ def read_or_sample_rollouts(
         inputs.append(difficulty.rollouts)
         return read_rollouts(difficulty.rollouts, tasks)
     folder, partial = config.questions.parent, config.out / PARTIAL
-    backend = load_sampler(difficulty, tasks, folder, config.reward)
+    backend = load_sampler(difficulty, config.reward)
     settings = difficulty.model_dump(mode="json", exclude={"min_reward", "max_reward", "rollouts"})
     settings |= {"seed": config.seed, "questions": file_hash(config.questions)}
     settings |= {"seen": file_hash(config.seen) if config.seen else None}

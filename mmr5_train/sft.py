@@ -20,7 +20,14 @@ from trl import SFTConfig
 
 from mmr5_train.common.config import run_stage
 from mmr5_train.common.files import read_records
-from mmr5_train.models.inputs import check_images
+from mmr5_train.models.lengths import (
+    context_limit,
+    count_tokens,
+    image_sizes,
+    leave_out_too_long,
+    lowest,
+    setting_limit,
+)
 from mmr5_train.models.loading import load_model, load_processor
 from mmr5_train.ranking.notes import page_verdicts
 from mmr5_train.ranking.prompt import render_completion
@@ -42,20 +49,25 @@ class SftStage(TrainingStage):
 
 def main(config: SftStage) -> None:
     traces = read_records(config.data, Trace)[: config.limit]
-    check_images((page for trace in traces for page in trace.shown), config.data.parent)
+    sizes = image_sizes((page for trace in traces for page in trace.shown), config.data.parent)
     processor = load_processor(config.model)
     arguments = trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=config.model)
+    completions = [render_completion(trace.think if config.think else None, trace.answer) for trace in traces]
+    queries, shown = [trace.query for trace in traces], [trace.shown for trace in traces]
+    lengths = count_tokens(processor, config.prompt, queries, shown, sizes, completions)
+    limit = lowest(setting_limit("trainer.max_length", arguments.max_length), context_limit(config.model.path))
+    query_ids = [trace.query_id for trace in traces]
+    fitting = leave_out_too_long(config.data, query_ids, lengths, limit, config.max_too_long)
+    traces = [traces[i] for i in fitting.indices]
     with_verdicts = sum(states_verdicts(trace) for trace in traces) if config.think else 0
-    run = start_run(
-        "sft", config, arguments, processor, think=config.think, verdicts=2 * with_verdicts > len(traces)
-    )
+    states_them = 2 * with_verdicts > len(traces)
+    run = start_run("sft", config, arguments, processor, fitting, think=config.think, verdicts=states_them)
 
     model = load_model(config.model)
-    completions = [render_completion(trace.think if config.think else None, trace.answer) for trace in traces]
     dataset = prompt_dataset(
-        [{"completion": [{"role": "assistant", "content": text}]} for text in completions],
-        [trace.query for trace in traces],
-        [trace.shown for trace in traces],
+        [{"completion": [{"role": "assistant", "content": completions[i]}]} for i in fitting.indices],
+        [queries[i] for i in fitting.indices],
+        [shown[i] for i in fitting.indices],
         config.data.parent,
         config.prompt,
         processor,

@@ -126,6 +126,7 @@ FACTS = (
     Fact("grpo", "trainer.max_steps", -1, PAPER),
     Fact("grpo", "trainer.learning_rate", 1e-5, PAPER),
     Fact("grpo", "trainer.max_completion_length", 2048, PAPER),
+    Fact("grpo", "max_prompt_length", 32_768, CODE),
     Fact("grpo", "trainer.gradient_checkpointing", True, PAPER),
     Fact("grpo", "trainer.epsilon", 0.2, VLM_R1),
     Fact("grpo", "trainer.epsilon_high", None, VLM_R1),

@@ -22,6 +22,7 @@ from mmr5_train.ranking.rewards import REWARDS, RewardConfig
 
 if TYPE_CHECKING:
     from mmr5_train.inference.local import LocalBackend
+    from mmr5_train.models.lengths import Fitting
 
 ROLLOUTS, PARTIAL = "rollouts.jsonl", "rollouts.partial.jsonl"
 
@@ -48,20 +49,37 @@ class RolloutConfig(BaseModel):
         return self
 
 
-def load_sampler(
-    config: RolloutConfig, tasks: Sequence[RankingTask], folder: Path, reward: RewardConfig
-) -> LocalBackend:
+def leave_out_long_questions(
+    config: RolloutConfig, tasks: Sequence[RankingTask], source: Path, max_share: float
+) -> Fitting:
+    """The tasks whose prompt and answer fit the checkpoint's context. `source` is their file.
+
+    Raises `InputError` for a page image that can't be read, and if more than `max_share` of the tasks do not fit.
+    """
+    from mmr5_train.models.lengths import context_limit, count_tokens, image_sizes, leave_out_too_long
+    from mmr5_train.models.loading import load_processor, read_settings
+
+    checkpoint = str(config.checkpoint)
+    settings = read_settings(checkpoint)
+    if settings is None:
+        raise InputError(f"difficulty.checkpoint: {checkpoint} was not trained by sft or grpo of this project")
+    sizes = image_sizes((page for task in tasks for page in task.candidates), source.parent)
+    processor = load_processor(settings.to_model_config(checkpoint))
+    queries, shown = [task.query for task in tasks], [task.candidates for task in tasks]
+    counts = count_tokens(processor, settings.prompt, queries, shown, sizes)
+    limit = context_limit(checkpoint, {"difficulty.max_new_tokens": config.max_new_tokens})
+    return leave_out_too_long(source, [task.query_id for task in tasks], counts, limit, max_share)
+
+
+def load_sampler(config: RolloutConfig, reward: RewardConfig) -> LocalBackend:
     """The backend that samples.
 
-    Raises `InputError` if the checkpoint or a page image can't be used, or if the checkpoint writes no verdicts
-    and `reward` needs them.
+    Raises `InputError` if the checkpoint can't be used, or if it writes no verdicts and `reward` needs them.
     """
     from mmr5_train.inference.local import load_backend
-    from mmr5_train.models.inputs import check_images
     from mmr5_train.models.loading import writes_verdicts
 
     reward.check_verdicts(writes_verdicts(str(config.checkpoint)), str(config.checkpoint))
-    check_images((page for task in tasks for page in task.candidates), folder)
     return load_backend(str(config.checkpoint), max_new_tokens=config.max_new_tokens)
 
 

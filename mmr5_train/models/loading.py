@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import cached_file, is_bitsandbytes_available, is_flash_attn_2_available
 
 from mmr5_train.common.files import InputError, validation_message
@@ -139,6 +139,16 @@ def load_processor(config: ModelConfig, path: str | Path | None = None) -> Any:
     processor.image_processor.size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     processor.tokenizer.padding_side = "left"
     return processor
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The checkpoint's tokenizer. Raises `InputError` if it can't be loaded."""
+    source = resolve_checkpoint(path)
+    _load_config(source)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise _loading_error(source, "tokenizer", error) from None
 
 
 def default_model_config(path: str) -> ModelConfig:

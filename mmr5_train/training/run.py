@@ -1,6 +1,6 @@
 """The steps that SFT, GRPO and distillation share, in the order in which each stage calls them.
 
-run = start_run("sft", config, arguments, processor)             # settings, output folder, checkpoint to resume
+run = start_run("sft", config, arguments, processor, fitting)    # settings, output folder, checkpoint to resume
 trainer = …                                                      # differs between the stages
 train(run, trainer, progress={"loss": "loss"})
 finish_run(run, trainer, counts={"traces": 100}, metric="loss")  # checkpoint, manifest, one line on stdout
@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from pydantic import Field
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from trl import GRPOTrainer
 from trl.trainer import utils as trl_utils
 
 from mmr5_train.common.config import StageConfig
-from mmr5_train.common.files import InputError, write_manifest
+from mmr5_train.common.files import InputError, write_manifest, write_records
+from mmr5_train.models.lengths import Fitting, check_all_fit, context_limit, count_tokens, image_sizes
 from mmr5_train.models.loading import ModelConfig, writes_verdicts
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.training.adapters import count_trainable_parameters
@@ -43,6 +45,13 @@ class TrainingStage(StageConfig):
 
     data: Path
     limit: int | None = Field(default=None, gt=0, description="use only the first records")
+    max_too_long: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="largest share of examples that are left out because they have too many tokens; with more, "
+        "the stage stops before it loads the model",
+    )
     model: ModelConfig
     prompt: Prompt
     heldout: HeldOutConfig | None = None
@@ -61,6 +70,7 @@ class TrainingRun:
     settings: dict[str, Any]  # must be equal in a stopped run and the run that resumes it
     checkpoint: Path | None  # the checkpoint to resume from
     held_out: HeldOutCallback | None
+    fitting: Fitting  # the examples that are not too long
 
 
 def start_run(
@@ -68,6 +78,7 @@ def start_run(
     config: TrainingStage,
     arguments: Any,
     processor: Any,
+    fitting: Fitting,
     *,
     think: bool = True,
     verdicts: bool | None = None,
@@ -75,14 +86,30 @@ def start_run(
     """Opens the output folder, or finds the checkpoint to resume from in the folder of a stopped run.
 
     Without `verdicts`, the value that the base checkpoint records is kept. Call it after all checks of the user's
-    settings, because with overwrite=true it deletes an earlier result.
+    settings, because with overwrite=true it deletes an earlier result. The examples that `fitting` leaves out are
+    listed in skipped.jsonl.
     """
     held_out = held_out_callback(config.heldout, arguments, processor, config.prompt, think)
+    if held_out is not None:
+        check_held_out_lengths(held_out, config.model.path, processor, config.prompt)
     settings = run_settings(config)
     inputs = [config.data, Path(config.model.path)]
     verdicts = writes_verdicts(config.model.path) if verdicts is None else verdicts
     checkpoint = open_training_output(config.out, config.overwrite, inputs, stage, settings)
-    return TrainingRun(stage, config, think, verdicts, processor, settings, checkpoint, held_out)
+    if fitting.skipped and PartialState().is_main_process:
+        write_records(config.out / "skipped.jsonl", fitting.skipped)
+        print(f"{stage}: {fitting.message}; listed in {config.out / 'skipped.jsonl'}", flush=True)
+    return TrainingRun(stage, config, think, verdicts, processor, settings, checkpoint, held_out, fitting)
+
+
+def check_held_out_lengths(held_out: HeldOutCallback, path: str, processor: Any, prompt: Prompt) -> None:
+    """Raises `InputError` if a held-out question and its answer do not fit the context of the model at `path`."""
+    config, prompted = held_out.config, held_out.prompted
+    queries, shown = [p.task.query for p in prompted], [p.shown for p in prompted]
+    sizes = image_sizes((page for pages in shown for page in pages), config.data.parent)
+    counts = count_tokens(processor, prompt, queries, shown, sizes)
+    limit = context_limit(path, {"heldout.max_new_tokens": config.max_new_tokens})
+    check_all_fit(f"heldout: {config.data}", [p.task.query_id for p in prompted], counts, limit)
 
 
 def normalize_loss_by_tokens(trainer: Trainer) -> None:
@@ -161,7 +188,7 @@ def finish_run(run: TrainingRun, trainer: Trainer, counts: dict[str, Any], metri
         stage=run.stage,
         config=config.model_dump(mode="json"),
         inputs=[config.data],
-        counts=counts | facts | best_checkpoint_counts(trainer),
+        counts=counts | facts | run.fitting.counts | best_checkpoint_counts(trainer),
     )
     values = [entry[metric] for entry in state.log_history if metric in entry]
     change = f"{metric.replace('_', ' ')} {values[0]:.3f} → {values[-1]:.3f}, " if values else ""

@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,13 +11,24 @@ from sample_runs import make_evaluation
 
 from mmr5_train import distill
 from mmr5_train.common.config import compose_stage
-from mmr5_train.common.files import InputError, read_records, write_records
-from mmr5_train.distill import append_hints, listwise_loss, rank_targets, sample_hint_tokens, verdict_loss
+from mmr5_train.common.files import InputError, read_manifest, read_records, write_records
+from mmr5_train.distill import sample_hint_tokens
 from mmr5_train.evaluation.metrics import is_complete
 from mmr5_train.inference.reranker import Reranker
 from mmr5_train.models.inputs import append_list_open, encode, page_id_tokens
+from mmr5_train.ranking.answer import to_model_answer
 from mmr5_train.ranking.page_subsets import NO_VERDICT, sample_subsets, sort_pairs_first
-from mmr5_train.ranking.records import Ranking
+from mmr5_train.ranking.prompt import render_completion
+from mmr5_train.ranking.records import Ranking, Skipped
+from mmr5_train.training.distillation import (
+    Collator,
+    append_hints,
+    listwise_loss,
+    rank_targets,
+    rows_with_completion,
+    score_tokens,
+    verdict_loss,
+)
 
 SHORT = ["trainer.logging_steps=1", "trainer.warmup_steps=0", "trainer.learning_rate=1e-3"]
 
@@ -32,6 +44,11 @@ def run(data, out, *overrides):
     config = compose_stage(distill.DistillStage, "distill", [f"data={data}", f"out={out}", *SHORT, *overrides])
     distill.main(config)
     return [entry for entry in json.loads((out / "log_history.json").read_text()) if "loss" in entry]
+
+
+def arguments(batch_size=16, processes=1):
+    """The fields of TRL's config that the data set depends on."""
+    return SimpleNamespace(train_batch_size=batch_size, world_size=processes)
 
 
 def test_targets_fall_geometrically_with_the_rank():
@@ -92,9 +109,61 @@ def test_accumulation_does_not_change_a_step(rankings, tmp_path):
     )
 
 
+@pytest.mark.parametrize("share", [0.25, 0.3, 1, 0.01])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+@pytest.mark.parametrize("processes", [1, 2, 8])
+def test_the_share_of_completions_holds_and_all_processes_train_equally_many(share, batch_size, processes):
+    rows = 600 * batch_size * processes
+    flags = rows_with_completion(rows, share, batch_size, processes)
+    assert sum(flags) == pytest.approx(share * rows, abs=batch_size * processes)
+    batches = [flags[i : i + batch_size] for i in range(0, rows, batch_size)]
+    counts = [[sum(batch) for batch in batches[i : i + processes]] for i in range(0, len(batches), processes)]
+    assert all(len(set(micro_batch)) == 1 for micro_batch in counts)
+    windows = [sum(count[0] for count in counts[i : i + 20]) for i in range(0, len(counts) - 20, 20)]
+    assert max(windows) - min(windows) <= 1, "completions are spread evenly"
+
+
+def test_processes_get_equally_many_rows(rankings, processor):
+    config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}", "subsets=1"])
+    three = [ranking for ranking in read_records(rankings, Ranking) if is_complete(ranking.greedy)][:3]
+    one, two = (
+        distill.subset_dataset(three, config, processor, arguments(batch_size=1, processes=n))[:] for n in (1, 4)
+    )
+    assert len(one["query"]) == 6
+    assert two["query"] == one["query"] + one["query"][:2]
+    assert two["trains_completion"] == [False] * 8, "a quarter of the micro-batches: the fourth, eighth, …"
+
+
+def test_batch_size_1_trains_the_share_of_completions_with_the_loss_of_larger_batches(
+    rankings, tmp_path, monkeypatch
+):
+    batches = []
+    collate = Collator.__call__
+    monkeypatch.setattr(
+        Collator,
+        "__call__",
+        lambda self, rows: batches.append(sum(r["trains_completion"] for r in rows)) or collate(self, rows),
+    )
+    settings = ["trainer.max_steps=2", "completion_share=0.25", "trainer.learning_rate=0"]
+    one, eight = (
+        run(
+            rankings,
+            tmp_path / str(size),
+            *settings,
+            f"trainer.per_device_train_batch_size={size}",
+            f"trainer.gradient_accumulation_steps={8 // size}",
+        )
+        for size in (1, 8)
+    )
+    assert batches[:16] == [0, 0, 0, 1] * 4
+    for name in ("listwise_loss", "verdict_loss"):
+        assert [e[name] for e in one] == pytest.approx([e[name] for e in eight], abs=1e-4)
+    weighted = [e["loss"] - 0.4 * e["listwise_loss"] - 0.8 * e["verdict_loss"] for e in (*one, *eight)]
+    assert weighted == pytest.approx([weighted[0]] * 4, rel=0.3), "the completion loss has weight 1 in each step"
+
+
 def test_training_and_inference_score_at_the_same_position(rankings, tiny, prompt, processor):
     """The loss reads page ids after the same tokens and pixels as the mode `logits`."""
-    from mmr5_train.distill import Collator, subset_dataset
     from mmr5_train.models.inputs import load_pages
 
     config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}", "subsets=1", "hint_share=0"])
@@ -103,8 +172,8 @@ def test_training_and_inference_score_at_the_same_position(rankings, tiny, promp
         [(ranking, subset) for ranking in first_two for subset in sample_subsets(ranking, 1, config.seed)],
         config.seed,
     )
-    dataset = subset_dataset(first_two, config, processor)
-    collator = Collator(processor, lambda rows: {}, config.prompt, config.decay, config.completion_share)
+    dataset = distill.subset_dataset(first_two, config, processor, arguments())
+    collator = Collator(processor, lambda rows: {}, config.prompt, config.decay)
     scoring = collator([dataset[i] for i in range(4)])["scoring"]
     pages = [
         load_pages([ranking.shown[position - 1] for position in subset.positions], rankings.parent, processor)
@@ -158,7 +227,7 @@ def test_later_prompts_have_fewer_hint_tokens(rankings, tiny, processor):
     assert sample_hint_tokens(["a red bar chart, so it"], 0, processor.tokenizer, random.Random(0)) == [[]]
     config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}", "subsets=4", "hint_share=0.5"])
     complete = [ranking for ranking in read_records(rankings, Ranking) if is_complete(ranking.greedy)]
-    dataset = distill.subset_dataset(complete, config, processor)
+    dataset = distill.subset_dataset(complete, config, processor, arguments())
     mean_tokens = [sum(map(len, row["hints"])) / len(row["hints"]) for row in dataset]
     quarters = [sum(mean_tokens[i * len(mean_tokens) // 4 : (i + 1) * len(mean_tokens) // 4]) for i in range(4)]
     assert quarters[0] > 1.5 * quarters[1] > 0
@@ -181,3 +250,54 @@ def test_unusable_rankings_are_rejected(rankings, tmp_path):
     ):
         run(rankings.with_name("many.jsonl"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_refused_page_counts_name_their_source(qwen_tokenizer):
+    """On the real tokenizer, ids are digits, so 1 and 10 begin alike."""
+    assert len(score_tokens(qwen_tokenizer, 9, "x").identifiers) == 9
+    with pytest.raises(
+        InputError, match=r"candidates=10: prompts have up to 10 pages, .* use at most 9 candidates"
+    ):
+        score_tokens(qwen_tokenizer, 10, "candidates=10")
+
+
+def test_a_random_order_of_the_prompts_is_refused(rankings, tmp_path):
+    with pytest.raises(InputError, match=r"expected train_sampling_strategy=sequential .* found random"):
+        run(rankings, tmp_path / "out", "trainer.train_sampling_strategy=random")
+
+
+def test_rankings_whose_hints_or_completions_are_too_long_are_left_out(rankings, tmp_path):
+    complete = [ranking for ranking in read_records(rankings, Ranking) if is_complete(ranking.greedy)][:4]
+    long = complete[1].greedy.completion.replace("</think>", "water " * 900 + "</think>")
+    greedy = complete[1].greedy.model_copy(update={"completion": long})
+    complete[1] = complete[1].model_copy(update={"greedy": greedy})
+    path = rankings.with_name("one_long.jsonl")
+    write_records(path, complete)
+    with pytest.raises(InputError, match=rf"1 of 4 examples .* {complete[1].query_id}: "):
+        run(path, tmp_path / "out", "trainer.max_length=600")
+    run(path, tmp_path / "out", "trainer.max_length=600", "max_too_long=0.3", "trainer.max_steps=1", "subsets=0")
+    assert [skipped.query_id for skipped in read_records(tmp_path / "out/skipped.jsonl", Skipped)] == [
+        complete[1].query_id
+    ]
+
+
+@pytest.mark.parametrize("refined", [False, True])
+def test_the_stand_in_distils_at_batch_size_1(refined, rankings, standin, tmp_path, capsys):
+    """Refined reasoning has no verdicts: without hints and the verdict loss, the order is still trained."""
+    complete = [ranking for ranking in read_records(rankings, Ranking) if is_complete(ranking.greedy)][:4]
+    if refined:
+        for i, ranking in enumerate(complete):
+            think = "Image 2 shows the table that the question asks for. The other images differ."
+            greedy = to_model_answer(render_completion(think, ranking.greedy.order), len(ranking.shown))
+            complete[i] = ranking.model_copy(update={"greedy": greedy})
+    path = rankings.with_name("standin.jsonl")
+    write_records(path, complete)
+    model = ["model=qwen2_5_vl_7b", f"model.path={standin}", "model.dtype=float32", "model.max_pixels=9500"]
+    batch = ["trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=8"]
+    history = run(path, tmp_path / "out", *model, *batch, "trainer.save_strategy=no")
+    assert len(history) == 2, "4 rankings × 4 prompts, 8 in a step"
+    assert all(entry["listwise_loss"] > 0 for entry in history)
+    assert all(("verdict_loss" in entry) is not refined for entry in history)
+    counts = read_manifest(tmp_path / "out")["counts"]
+    assert (counts["pages"], counts["pages_with_verdict"]) == (20, 0 if refined else 20)
+    assert ("the reasoning states no verdict on any page" in capsys.readouterr().out) is refined

@@ -165,6 +165,16 @@ def test_a_missing_checkpoint_is_named_before_anything_is_written(data: Path, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_questions_that_do_not_fit_a_system_are_listed_before_anything_is_written(
+    data: Path, tmp_path: Path
+) -> None:
+    """An evaluation leaves no question out, because that would change its figures."""
+    systems = "systems={a:{checkpoint:tiny,max_new_tokens:20},b:{checkpoint:tiny,max_new_tokens:32750}}"
+    with pytest.raises(InputError, match=r"systems\.b: \d+ of \d+ prompts .* less max_new_tokens 32,750.*; lower"):
+        main(config(data, tmp_path / "out", systems))
+    assert not (tmp_path / "out").exists()
+
+
 def test_missing_pages_are_named(data: Path, tmp_path: Path) -> None:
     tasks_path = tmp_path / "heldout.jsonl"
     write_records(tasks_path, read_records(data, RankingTask))

@@ -10,9 +10,10 @@ from transformers import AutoModelForImageTextToText
 
 from mmr5_train import grpo
 from mmr5_train.common.config import compose_stage
-from mmr5_train.common.files import InputError
+from mmr5_train.common.files import InputError, read_manifest, read_records, write_records
 from mmr5_train.models.loading import SETTINGS, TINY, read_settings, vision_token_ids
 from mmr5_train.ranking.answer import Defect
+from mmr5_train.ranking.records import RankingTask, Skipped
 from mmr5_train.ranking.rewards import REWARDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,3 +118,24 @@ def test_reward_functions_return_the_rewards_of_the_registry(tasks):
         assert reward.__name__ == name
         values = reward(completions, pages=[3] * 3, positives=[[2], [1, 3], [1]], query_id=["a", "b", "c"])
         assert values == [score(texts[0], 3, [2]), score(texts[1], 3, [1, 3]), score(texts[2], 3, [1])]
+
+
+def test_questions_that_leave_no_space_for_a_completion_are_left_out(questions, tmp_path, capsys):
+    tasks = read_records(questions, RankingTask)
+    tasks[1] = tasks[1].model_copy(update={"query": "water " * 600})
+    path = questions.with_name("one_long.jsonl")
+    write_records(path, tasks)
+    with pytest.raises(
+        InputError, match=rf"1 of 4 examples .*\(max_prompt_length\).* {tasks[1].query_id}: .* lower"
+    ):
+        run(path, tmp_path / "out", "max_prompt_length=500")
+    run(path, tmp_path / "out", "max_prompt_length=500", "max_too_long=0.3")
+    assert [skipped.query_id for skipped in read_records(tmp_path / "out/skipped.jsonl", Skipped)] == [
+        tasks[1].query_id
+    ]
+    assert read_manifest(tmp_path / "out")["counts"]["tasks"] == 3
+    assert "grpo: 1 of 4 examples have more than 500 tokens" in capsys.readouterr().out
+    with pytest.raises(
+        InputError, match=r"the model's context of 32,768 less trainer\.max_completion_length 32,700"
+    ):
+        run(questions, tmp_path / "no_space", "trainer.max_completion_length=32700")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from trl import GRPOConfig
 
-from mmr5_train import plan, sft
+from mmr5_train import distill, plan, recipe, sft
 from mmr5_train.common.config import CONFIGS, USER_CONFIGS, compose_stage
-from mmr5_train.common.files import InputError, write_json
+from mmr5_train.common.files import InputError, write_json, write_records
 from mmr5_train.departures import departures as find_departures
 from mmr5_train.departures import resolved_settings, trainer_defaults
 from mmr5_train.evaluation.published_settings import FACTS, VLM_R1
@@ -234,3 +234,29 @@ def test_launch_accepts_an_option_or_a_file(tmp_path):
     assert launch_file(str(file)) == file
     with pytest.raises(InputError, match=r"launch: no such file as zero9 \(choices: cpu, ddp, "):
         launch_file("zero9")
+
+
+def test_distillation_of_more_pages_than_the_tokenizer_scores_is_refused_before_anything_runs(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(recipe, "run_one_stage", lambda *_: pytest.fail("a stage ran"))
+    distilled = ["experiment=[recommended,distilled]", "size=tiny", f"out={tmp_path}/out"]
+    with pytest.raises(
+        InputError, match=r"stages\.candidates\.candidates=10: prompts have up to 10 pages, but only 9"
+    ):
+        recipe.main(compose(*distilled, "stages.candidates.candidates=10"))
+
+
+def test_distillation_is_checked_again_with_the_questions_that_teach_ranks(tmp_path, tasks, capsys):
+    (tmp_path / "out/data").mkdir(parents=True)
+    many = [tasks[0].candidates[0].model_copy(update={"page": i}) for i in range(12)]
+    write_records(tmp_path / "out/data/train.jsonl", [tasks[0].model_copy(update={"candidates": tuple(many)})])
+    overrides = stage_overrides(compose("experiment=distilled", "size=tiny", f"out={tmp_path}/out"))
+    stages = recipe.compose_stages(overrides)
+    with pytest.raises(InputError, match=r"train\.jsonl: prompts have up to 12 pages"):
+        distill.check_recipe(stages)
+    assert not capsys.readouterr().out
+    stages["traces"] = stages["traces"].model_copy(update={"refine": True})
+    with pytest.raises(InputError):
+        distill.check_recipe(stages)
+    assert "distill: the reasoning states no verdict on any page" in capsys.readouterr().out

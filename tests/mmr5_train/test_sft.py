@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl.trainer import utils as trl_utils
 
@@ -14,9 +15,10 @@ from mmr5_train import sft
 from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import InputError, read_manifest, read_records, write_json, write_records
 from mmr5_train.inference.reranker import Reranker
+from mmr5_train.models.lengths import count_tokens, image_sizes
 from mmr5_train.models.loading import TINY, read_settings
 from mmr5_train.ranking.prompt import render_completion
-from mmr5_train.ranking.records import Trace
+from mmr5_train.ranking.records import Skipped, Trace
 from mmr5_train.training.checkpoints import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,3 +192,60 @@ def test_a_full_disk_keeps_the_last_complete_checkpoint(traces, tmp_path):
     assert f"{out}: the disk is full, a checkpoint can't be written" in result.stderr
     assert f"{out}/checkpoint-1 is complete" in result.stderr
     assert last_checkpoint(out) == out / "checkpoint-1"
+
+
+def test_five_pages_of_2000_by_2600_pixels_do_not_stop_a_run_at_their_step(
+    traces, standin, tmp_path, monkeypatch, capsys
+):
+    """They have 33,015 visual tokens, more than the published max_length. The sizes are read before any step."""
+    Image.new("L", (2000, 2600), 200).save(tmp_path / "scan.png")
+    short, long = read_records(traces, Trace)[:2]
+    small = [page.model_copy(update={"image": str(traces.parent / page.image)}) for page in short.shown]
+    shown = [page.model_copy(update={"image": "scan.png", "page": i}) for i, page in enumerate([small[0]] * 5)]
+    fields = {"shown": shown, "notes": ["a scan"] * 5, "answer": [1, 2, 3, 4, 5], "positive_ids": [1]}
+    long = Trace.model_validate(long.model_dump() | fields)
+    write_records(tmp_path / "traces.jsonl", [short.model_copy(update={"shown": tuple(small)}), long])
+    model = ["model=qwen2_5_vl_7b", f"model.path={standin}", "model.dtype=float32", "model.max_pixels=12845056"]
+    settings = [*model, "trainer.max_steps=1", "trainer.save_strategy=no"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "load_model", lambda *_: pytest.fail("the model was loaded"))
+        with pytest.raises(
+            InputError, match=rf"1 of 2 examples have more than 32,768 .* {long.query_id}: 33,\d+ tokens"
+        ):
+            run(tmp_path / "traces.jsonl", tmp_path / "out", *settings)
+    assert not (tmp_path / "out").exists()
+    history = run(tmp_path / "traces.jsonl", tmp_path / "out", *settings, "max_too_long=0.5")
+    assert history[0]["loss"] > 1
+    [skipped] = read_records(tmp_path / "out/skipped.jsonl", Skipped)
+    assert (skipped.query_id, skipped.reason) == (long.query_id, "too many tokens")
+    assert "(pages 33,015 + text" in skipped.detail
+    counts = read_manifest(tmp_path / "out")["counts"]
+    assert (counts["traces"], counts["too many tokens"]) == (1, 1)
+    printed = capsys.readouterr().out
+    assert "raise trainer.max_length, or lower model.max_pixels, or use fewer candidates" in printed
+    assert str(tmp_path / "out/skipped.jsonl") in printed
+
+
+def test_completions_that_would_be_cut_are_not_trained(traces, processor, prompt, tmp_path):
+    """TRL cuts them without a message, and a run in which no label is left reports a loss of 0."""
+    records = read_records(traces, Trace)
+    sizes = image_sizes(records[0].shown + records[1].shown + records[2].shown + records[3].shown, traces.parent)
+    counts = count_tokens(processor, prompt, [t.query for t in records], [t.shown for t in records], sizes)
+    longest = max(count.prompt for count in counts)
+    with pytest.raises(
+        InputError, match=rf"4 of 4 examples have more than {longest} tokens .* \+ completion \d+\)"
+    ):
+        run(traces, tmp_path / "out", f"trainer.max_length={longest}", "max_too_long=1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_held_out_questions_must_fit_the_context(traces, questions, tmp_path):
+    with pytest.raises(
+        InputError, match=r"heldout: .*questions\.jsonl: 2 of 2 prompts .* less heldout\.max_new_tokens"
+    ):
+        run(
+            traces,
+            tmp_path / "out",
+            f"heldout={{data:{questions},limit:2,max_new_tokens:32700}}",
+            "trainer.save_total_limit=3",
+        )

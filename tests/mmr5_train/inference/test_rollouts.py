@@ -12,7 +12,7 @@ import pytest
 from mmr5_train.common.files import InputError, read_manifest, read_records, write_records
 from mmr5_train.inference import rollouts as rollouts_module
 from mmr5_train.inference.rollouts import PARTIAL, ROLLOUTS, rollout_rewards
-from mmr5_train.ranking.records import Page, RankingTask, Rollouts
+from mmr5_train.ranking.records import Page, RankingTask, Rollouts, Skipped
 from mmr5_train.select import SelectStage, main
 
 WEIGHTS = {"reranking": 1.0}
@@ -32,12 +32,38 @@ def data(page_folder: Path, tasks: list[RankingTask], tmp_path: Path) -> Path:
     return folder / "select.jsonl"
 
 
-def select(data: Path, model: Path, out: Path, overwrite: bool = False, **difficulty: Any) -> Path:
-    difficulty = {"checkpoint": str(model), "samples": 4, "batch_size": 16, "max_new_tokens": 40} | difficulty
+def select(
+    data: Path, model: Path, out: Path, overwrite: bool = False, max_too_long: float = 0.01, **difficulty: Any
+) -> Path:
+    difficulty = {"samples": 4, "batch_size": 16, "max_new_tokens": 40} | difficulty
+    if "rollouts" not in difficulty:
+        difficulty["checkpoint"] = str(model)
     reward = {"name": "reranking", "weights": WEIGHTS}
     settings = {"questions": data, "out": out, "overwrite": overwrite, "difficulty": difficulty, "reward": reward}
-    main(SelectStage.model_validate(settings))
+    main(SelectStage.model_validate(settings | {"max_too_long": max_too_long}))
     return out
+
+
+def test_questions_that_do_not_fit_the_context_are_left_out(
+    data: Path, guessing_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = read_records(data, RankingTask)
+    tasks[3] = tasks[3].model_copy(update={"query": "water " * 33_000})
+    write_records(data, tasks)
+    with pytest.raises(
+        InputError, match=rf"1 of 10 examples .* less difficulty\.max_new_tokens 40.*{tasks[3].query_id}:"
+    ):
+        select(data, guessing_model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    out = select(data, guessing_model, tmp_path / "out", max_too_long=0.1)
+    assert [skipped.query_id for skipped in read_records(out / "skipped.jsonl", Skipped)] == [tasks[3].query_id]
+    assert read_manifest(out)["counts"]["dropped"]["too many tokens"] == 1
+    assert len(read_records(out / ROLLOUTS, Rollouts)) == 9
+    assert (
+        "lower model.max_pixels or difficulty.max_new_tokens, or use fewer candidates" in capsys.readouterr().out
+    )
+    again = select(data, guessing_model, tmp_path / "again", rollouts=out / ROLLOUTS)
+    assert (again / "questions.jsonl").read_text() == (out / "questions.jsonl").read_text()
 
 
 def interrupt_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:

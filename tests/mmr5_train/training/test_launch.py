@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sample_runs import make_evaluation
 from transformers import AutoModelForImageTextToText
 
 from mmr5_train.common.files import read_manifest
@@ -47,3 +48,18 @@ def test_stage_trains_with_two_deepspeed_processes(stage, launch_file, lora, tra
     assert [entry["step"] for entry in history if "heldout/recall@1" in entry] == [0, 2]
     for folder in ("model", "best"):
         AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / folder)
+
+
+def test_distillation_at_batch_size_1_under_zero3(tmp_path):
+    """A quarter of the prompts train a completion, in the same micro-batches on both processes."""
+    make_evaluation(tmp_path / "evaluation", questions=5, draws=10)
+    trainer = "trainer={per_device_train_batch_size:1,gradient_accumulation_steps:3,logging_steps:1}"
+    data = f"data={tmp_path}/evaluation/rankings/sft+grpo.jsonl"
+    result = launch(
+        "distill", "zero3", 2, tmp_path / "out", data, trainer, "subsets=2", "model.lora={r:4,alpha:8}"
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    history = json.loads((tmp_path / "out/log_history.json").read_text())
+    steps = [entry for entry in history if "listwise_loss" in entry]
+    # The fourth micro-batch of each process, which is the first one of the second step, has the completions.
+    assert ["mean_token_accuracy" in entry for entry in steps][:2] == [False, True]

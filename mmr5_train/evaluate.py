@@ -24,15 +24,11 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterable, Sequence
-from datetime import timedelta
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
-from pydantic import Field, ValidationError, field_serializer, field_validator
-from tqdm import tqdm
+from pydantic import Field, field_serializer, field_validator
 
 from mmr5_train.common.config import StageConfig, run_stage
 from mmr5_train.common.files import (
@@ -47,11 +43,24 @@ from mmr5_train.common.files import (
 from mmr5_train.evaluation.scoring import results_table, score_rankings
 from mmr5_train.evaluation.trec import write_trec
 from mmr5_train.inference.fit import check_prompts_fit
+from mmr5_train.inference.processes import (
+    finished_batches,
+    on_main_process,
+    run_unfinished,
+    start_inference_processes,
+)
 from mmr5_train.inference.remote import ServerConfig
 from mmr5_train.inference.reranker import RankingOptions, Reranker
-from mmr5_train.inference.tasks import batch_seed
+from mmr5_train.inference.tasks import Batch, batch_seed
 from mmr5_train.models.lengths import image_sizes
-from mmr5_train.models.loading import ModelConfig, adapter_base, is_adapter, load_processor, resolve_checkpoint
+from mmr5_train.models.loading import (
+    ModelConfig,
+    adapter_base,
+    is_adapter,
+    load_processor,
+    read_settings,
+    resolve_checkpoint,
+)
 from mmr5_train.models.pages import load_page
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import (
@@ -62,7 +71,6 @@ from mmr5_train.ranking.records import (
     PromptedTask,
     Ranking,
     RankingTask,
-    Record,
     rebase_images,
 )
 from mmr5_train.training.checkpoints import check_settings, run_settings
@@ -82,10 +90,9 @@ class System(RankingOptions):
     server: ServerConfig | None = None
 
 
-class Batch(Record):
+class RankedBatch(Batch):
     """One system's rankings of one batch of questions: a line of a partial file."""
 
-    start: int = Field(ge=0, description="index of the first question")
     seconds: float
     sampling_seconds: float
     rankings: tuple[Ranking, ...]
@@ -143,7 +150,7 @@ class EvaluateStage(StageConfig):
 
 
 def main(config: EvaluateStage) -> None:
-    processes = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    processes = start_inference_processes()
     tasks = read_records(config.data, RankingTask)[: config.limit]
     source = config.data.parent
     pages = candidate_pages(tasks, source / "pages.jsonl")
@@ -154,12 +161,9 @@ def main(config: EvaluateStage) -> None:
     if config.systems:
         check_lengths(tasks, config)
     inputs = [config.data, source / "pages.jsonl"]
-    if processes.is_main_process:
-        prepare_output(config, [*inputs, *map(Path, checkpoints)])
-    processes.wait_for_everyone()
+    on_main_process(lambda: prepare_output(config, [*inputs, *map(Path, checkpoints)]))
     for name in config.systems:
-        rank_share(name, tasks, config, processes)
-    processes.wait_for_everyone()
+        rank_share(name, tasks, config, str(processes.device))
     if processes.is_main_process:
         write_results(config, tasks, pages, inputs)
 
@@ -199,7 +203,7 @@ def write_results(
     out, source = config.out, config.data.parent
     rankings, timing = {FIRST_STAGE: [first_stage(task) for task in tasks]}, {}
     for name in config.systems:
-        batches = read_finished_batches(out, name)
+        batches = finished_batches(out / PARTIAL, name, RankedBatch)
         rankings[name] = [ranking for start in sorted(batches) for ranking in batches[start].rankings]
         timing[name] = cost(list(batches.values()))
     for name, system_rankings in rankings.items():
@@ -210,15 +214,26 @@ def write_results(
     write_json(out / "results.json", results)
     write_trec(out / "trec", rankings)
     write_json(out / "timing.json", timing)
-    counts = {"questions": len(tasks), "systems": len(rankings), "samples": config.samples}
+    origins = checkpoint_origins(config.systems)
+    counts: dict[str, Any] = {"questions": len(tasks), "systems": len(rankings), "samples": config.samples}
+    counts |= {"checkpoints": origins} if origins else {}
     settings = config.model_dump(mode="json")
     write_manifest(out, stage="evaluate", config=settings, inputs=inputs, counts=counts)
     shutil.rmtree(out / PARTIAL)
     print(results_table(results))
+    for name, origin in origins.items():
+        print(f" {name}: {config.systems[name].checkpoint}, {origin}")
     print(f"evaluate: {', '.join(rankings)} on {len(tasks)} questions in {out}")
 
 
-def cost(batches: Sequence[Batch]) -> dict[str, float]:
+def checkpoint_origins(systems: Mapping[str, System]) -> dict[str, str]:
+    """System → which checkpoint of its training run it is, such as "step 50 of 100", where that is known."""
+    checkpoints = {name: system.checkpoint for name, system in systems.items() if system.checkpoint}
+    settings = {name: read_settings(checkpoint) for name, checkpoint in checkpoints.items()}
+    return {name: found.origin for name, found in settings.items() if found and found.origin}
+
+
+def cost(batches: Sequence[RankedBatch]) -> dict[str, float]:
     """A system's time and tokens.
 
     `seconds` is the total and includes sampling. `seconds_per_question` and the mean token counts are those of the
@@ -255,41 +270,14 @@ def first_stage(task: RankingTask) -> Ranking:
     return _ranking(FIRST_STAGE, task.in_prompt_order("score"), ModelAnswer(completion="", order=order))
 
 
-def rank_share(name: str, tasks: Sequence[RankingTask], config: EvaluateStage, processes: PartialState) -> None:
-    """Ranks this process's share of the batches that are not finished, and appends each to its partial file.
+def rank_share(name: str, tasks: Sequence[RankingTask], config: EvaluateStage, device: str) -> None:
+    """Ranks this process's share of the batches of a system that are not finished. Call on all processes."""
 
-    Neither interruptions nor the number of processes change the batches, so they do not change the rankings.
-    """
-    starts = range(0, len(tasks), config.batch_size)
-    finished = read_finished_batches(config.out, name)
-    processes.wait_for_everyone()  # no process may write before all have read
-    unfinished = [start for start in starts if start not in finished]
-    share = unfinished[processes.process_index :: processes.num_processes]
-    if not share:
-        return
-    reranker = load_system(config.systems[name], config, str(processes.device))
-    progress = tqdm(share, desc=name, unit="batch", disable=not processes.is_main_process)
-    path = config.out / PARTIAL / f"{name}.{processes.process_index}.jsonl"
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write("\n")  # ends the incomplete line that an interruption may have left
-        for start in progress:
-            batch = rank_batch(name, start, tasks[start : start + config.batch_size], reranker, config)
-            stream.write(batch.model_dump_json() + "\n")
-            stream.flush()
+    def load() -> Callable[[int], RankedBatch]:
+        reranker = load_system(config.systems[name], config, device)
+        return lambda start: rank_batch(name, start, tasks[start : start + config.batch_size], reranker, config)
 
-
-def read_finished_batches(out: Path, name: str) -> dict[int, Batch]:
-    """The batches of a system that any process has finished, by `start`. Incomplete lines are ignored."""
-    batches = {}
-    for path in sorted((out / PARTIAL).glob(f"{name}.*.jsonl")):
-        if re.fullmatch(re.escape(name) + r"\.\d+\.jsonl", path.name):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    batch = Batch.model_validate_json(line)
-                except ValidationError:
-                    continue
-                batches[batch.start] = batch
-    return batches
+    run_unfinished(config.out / PARTIAL, name, RankedBatch, range(0, len(tasks), config.batch_size), load)
 
 
 def load_system(system: System, config: EvaluateStage, device: str) -> Reranker:
@@ -314,7 +302,7 @@ def ranking_options(system: System, config: EvaluateStage) -> dict[str, Any]:
 
 def rank_batch(
     name: str, start: int, tasks: Sequence[RankingTask], reranker: Reranker, config: EvaluateStage
-) -> Batch:
+) -> RankedBatch:
     """Ranks a batch of tasks with a system: greedy answers, then samples. `start` is the first task's index."""
     prompted = [task.in_prompt_order(config.order, config.seed) for task in tasks]
     queries, folder, backend = [task.query for task in tasks], config.data.parent, reranker.backend
@@ -336,7 +324,7 @@ def rank_batch(
                 temperature=config.temperature,
                 seed=batch_seed(config.seed, start + i),
             )
-    return Batch(
+    return RankedBatch(
         start=start,
         seconds=sampling_start - greedy_start,
         sampling_seconds=time.monotonic() - sampling_start,

@@ -33,7 +33,7 @@ class PublishStage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    checkpoint: Path = Field(description="checkpoint folder model/ or best/ of sft or grpo")
+    checkpoint: Path = Field(description="checkpoint folder model/ of sft, grpo or distill")
     evaluation: Path | None = Field(default=None, description="evaluate folder that ranked with it")
     license: str = Field(description="license identifier; must be compatible with the base model's")
     data: str = Field(default="", description="the training data in a sentence")
@@ -54,7 +54,7 @@ def model_card(config: PublishStage) -> ModelCard:
     """The card with its metadata. Raises `InputError` if the folder is not a checkpoint of this project."""
     if not (config.checkpoint / SETTINGS).is_file():
         raise InputError(
-            f"checkpoint: {config.checkpoint} has no {SETTINGS}; give model/ or best/ of an sft or grpo folder"
+            f"checkpoint: {config.checkpoint} has no {SETTINGS}; give model/ of an sft, grpo or distill folder"
         )
     settings = json.loads((config.checkpoint / SETTINGS).read_text(encoding="utf-8"))
     stages = training_stages(config.checkpoint)

@@ -68,6 +68,9 @@ STAGES: dict[str, Stage] = {
 CANDIDATE_STAGES = ("corpus", "heldout", "candidates")
 # Stages that run under `accelerate launch` if `launch` is set.
 LAUNCHED = ("sft", "grpo")
+# Stages that share their questions over as many processes. They only run a model, so they don't use DeepSpeed:
+# --multi_gpu takes precedence over the type in the launch file.
+SHARED = ("select", "evaluate", "teach", "modes")
 
 
 class RecipeStage(StageConfig):
@@ -76,7 +79,9 @@ class RecipeStage(StageConfig):
     name: str
     shared: Path = Field(description="folder of the stages that recipes share")
     folders: dict[str, Path] = Field(description="output folders of the stages that recipes may share")
-    launch: str | None = Field(default=None, description="accelerate's config for sft and grpo: a name or a file")
+    launch: str | None = Field(
+        default=None, description="accelerate's config for the stages that run a model: a name or a file"
+    )
     leave_out: list[str] = Field(default=[], description="stages that don't run")
     stages: dict[str, dict[str, Any] | None] = Field(
         description="stage → the values that differ from its own config; null: the stage doesn't run"
@@ -223,9 +228,10 @@ def run_one_stage(name: str, stage: StageConfig, overrides: list[str], launch: P
     """Prints a stage's command and runs it, in this process or under `accelerate launch`. Returns the seconds."""
     module = STAGES[name].module
     started = time.monotonic()
-    if launch and name in LAUNCHED:
-        command = ["accelerate.commands.launch", "--config_file", str(launch), "-m", module.__name__]
-        command += [*overrides, to_override("overwrite", stage.overwrite)]
+    if launch and is_launched(name, stage):
+        command = ["accelerate.commands.launch", "--config_file", str(launch)]
+        command += ["--multi_gpu"] if name in SHARED else []
+        command += ["-m", module.__name__, *overrides, to_override("overwrite", stage.overwrite)]
         print(f"\n{name}: {shlex.join(['python', '-m', *command])}", flush=True)
         process = subprocess.run([sys.executable, "-m", *command])
         if process.returncode:
@@ -234,6 +240,14 @@ def run_one_stage(name: str, stage: StageConfig, overrides: list[str], launch: P
         print(f"\n{name}: {shlex.join(['python', '-m', module.__name__, *overrides])}", flush=True)
         module.main(stage)
     return round(time.monotonic() - started, 1)
+
+
+def is_launched(name: str, stage: StageConfig) -> bool:
+    """Whether a stage runs in the processes of a launch: it runs a model, and not one that needs all GPUs."""
+    if isinstance(stage, select.SelectStage):
+        return stage.difficulty is not None and stage.difficulty.rollouts is None
+    model = getattr(stage, "model", None)
+    return name in (*LAUNCHED, *SHARED) and (model is None or model.device_map is None)
 
 
 def launch_file(name: str) -> Path:

@@ -129,6 +129,7 @@ def render(
         trained=trained_text(config.sft, config.grpo),
         **provenance(evaluated),
         temperature=(evaluated.get("config") or {}).get("temperature", "?"),
+        checkpoints=(evaluated.get("counts") or {}).get("checkpoints", {}),
         breakdowns=groups,
         training=training,
         cases=[_case_view(i, case, pages_by_id, pictures) for i, case in enumerate(cases, 1)],

@@ -23,13 +23,16 @@ Reads a `RankingTask` file and the pages.jsonl next to it. Writes
 - manifest.json: the number of removed questions by reason, and histograms by resolution and by difficulty, before
   and after the selection, without empty groups
 
-If the run is interrupted while the model answers, the same command resumes it.
+If the run is interrupted while the model answers, the same command resumes it. Under `accelerate launch`, the
+processes share the questions that the model answers.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import sys
 from bisect import bisect_left
 from collections import Counter
@@ -124,6 +127,9 @@ class SelectStage(StageConfig):
 
 
 def main(config: SelectStage) -> None:
+    sampling = config.difficulty is not None and config.difficulty.rollouts is None
+    if not sampling and not is_main_process():
+        return  # the processes of a launch share only the sampling
     pages_path = config.pages or config.questions.parent / "pages.jsonl"
     inputs = [path for path in (config.questions, pages_path, config.seen) if path]
     tasks = read_records(config.questions, RankingTask)
@@ -138,11 +144,14 @@ def main(config: SelectStage) -> None:
 
     mean_rewards: dict[str, float] = {}
     skipped: list[Skipped] = []
+    rollouts: dict[str, Rollouts] = {}
     if config.difficulty:
         skipped = long_questions(config, config.difficulty, remaining)
         too_long = {skip.query_id: skip.reason for skip in skipped}
         remaining = keep(remaining, lambda task: too_long.get(task.query_id), dropped)
         rollouts = read_or_sample_rollouts(config, config.difficulty, remaining, inputs)
+        if not is_main_process():
+            return
         rewards = {
             task.query_id: rollout_rewards(rollouts[task.query_id], task, config.reward.weights)
             for task in remaining
@@ -151,7 +160,7 @@ def main(config: SelectStage) -> None:
         bounds = config.difficulty.min_reward, config.difficulty.max_reward
         remaining = keep(remaining, lambda task: why_unsuitable(rewards[task.query_id], *bounds), dropped)
         check_remaining(remaining, dropped, "run again with other bounds; finished rollouts are reused")
-    if config.difficulty is None or config.difficulty.rollouts:  # sampling has already created the folder
+    if not sampling:  # sampling has already created the folder
         open_output(config.out, config.overwrite, inputs)
 
     if config.balanced:
@@ -162,8 +171,9 @@ def main(config: SelectStage) -> None:
 
     out = config.out
     write_records(out / "questions.jsonl", rebase_images(remaining, config.questions.parent, out))
-    if (out / PARTIAL).is_file():
-        (out / PARTIAL).rename(out / ROLLOUTS)
+    if sampling:
+        write_records(out / ROLLOUTS, rollouts.values())
+        shutil.rmtree(out / PARTIAL)
     if skipped:
         write_records(out / SKIPPED, skipped)
     selected = {task.query_id for task in remaining}
@@ -178,6 +188,11 @@ def main(config: SelectStage) -> None:
         counts |= {"difficulty": histogram(reward_group, REWARD_EDGES, selected, "reward")}
     write_manifest(out, stage="select", config=config.model_dump(mode="json"), inputs=inputs, counts=counts)
     print(summary(counts, out))
+
+
+def is_main_process() -> bool:
+    """Whether this is the first process of its launch. Unlike accelerate's state, it needs no torch."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def seen_documents(path: Path) -> set[str]:
@@ -233,26 +248,37 @@ def read_or_sample_rollouts(
     """The rollouts of each task, by query id: from `difficulty.rollouts`, or sampled into the output folder.
 
     The file `difficulty.rollouts` is added to `inputs`. If an interrupted run of the same command is in the output
-    folder, its finished rollouts are used.
+    folder, its finished rollouts are used. Call on all processes: they share the questions.
     """
     if difficulty.rollouts:
         inputs.append(difficulty.rollouts)
         return read_rollouts(difficulty.rollouts, tasks)
-    folder, partial = config.questions.parent, config.out / PARTIAL
-    backend = load_sampler(difficulty, config.reward)
+    from mmr5_train.inference.processes import on_main_process, start_inference_processes  # imports torch
+
+    processes = start_inference_processes()
+    folder = config.questions.parent
+    backend = load_sampler(difficulty, config.reward, str(processes.device))
+    on_main_process(lambda: prepare_output(config, difficulty, inputs))
+    try:
+        return sample_rollouts(backend, tasks, folder, config.out / PARTIAL, difficulty, config.seed)
+    except KeyboardInterrupt:
+        print(
+            f"finished rollouts are in {config.out / PARTIAL}; the same command resumes the run", file=sys.stderr
+        )
+        raise
+
+
+def prepare_output(config: SelectStage, difficulty: Difficulty, inputs: Sequence[Path]) -> None:
+    """Opens the output folder, or keeps that of an interrupted run with the same settings for the rollouts."""
     settings = difficulty.model_dump(mode="json", exclude={"min_reward", "max_reward", "rollouts"})
     settings |= {"seed": config.seed, "questions": file_hash(config.questions)}
     settings |= {"seen": file_hash(config.seen) if config.seen else None}
-    if partial.is_file() and not config.overwrite:
+    if (config.out / PARTIAL).is_dir() and not config.overwrite:
         check_rollout_settings(config.out, settings)
     else:
         open_output(config.out, config.overwrite, [*inputs, Path(str(difficulty.checkpoint))])
         write_json(config.out / MANIFEST, {"finished": False, "rollouts": settings})
-    try:
-        return sample_rollouts(backend, tasks, folder, partial, difficulty, config.seed)
-    except KeyboardInterrupt:
-        print(f"finished rollouts are in {partial}; the same command resumes the run", file=sys.stderr)
-        raise
+        (config.out / PARTIAL).mkdir()
 
 
 def check_rollout_settings(out: Path, settings: dict[str, Any]) -> None:

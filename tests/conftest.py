@@ -152,6 +152,13 @@ def traces(tasks, page_folder):
     return page_folder / "traces.jsonl"
 
 
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return int(unused.getsockname()[1])
+
+
 @pytest.fixture(scope="session")
 def openai_server(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest

@@ -34,6 +34,7 @@ from mmr5_train.models.loading import (
     vision_token_ids,
 )
 from mmr5_train.models.pages import PageLimits, page_limits
+from mmr5_train.models.placement import input_device, place_model
 from mmr5_train.ranking.answer import to_model_answer
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import LocalId, Mode, ModelAnswer
@@ -106,7 +107,7 @@ class LocalBackend:
             if samples:
                 raise InputError("mode logits: generates no text to sample; set samples=0")
             return [[answer] for answer in self._score_page_ids(queries, images)]
-        device = self.model.device
+        device = input_device(self.model)
         # Training calls this method between its steps, so the global random state must not change.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
@@ -116,7 +117,7 @@ class LocalBackend:
     def _generate_text(
         self, queries: Sequence[str], images: Sequence[Sequence[Image.Image]], samples: int, temperature: float
     ) -> list[list[ModelAnswer]]:
-        inputs = encode(self.processor, self.prompt, queries, images).to(self.model.device)
+        inputs = encode(self.processor, self.prompt, queries, images).to(input_device(self.model))
         config = copy.deepcopy(self.model.generation_config)
         config.update(do_sample=False, max_new_tokens=self.max_new_tokens, suppress_tokens=self.suppressed_ids)
         if samples:
@@ -188,7 +189,7 @@ class LocalBackend:
         A page's score is the probability that the answer's list begins with its id, among the ids of all pages.
         """
         inputs = encode(self.processor, self.prompt, queries, images)
-        inputs = append_list_open(inputs, self.processor.tokenizer).to(self.model.device)
+        inputs = append_list_open(inputs, self.processor.tokenizer).to(input_device(self.model))
         logits_BV = self.model(**inputs, logits_to_keep=1).logits[:, -1].float()
         answers = []
         for logits_V, page_images, counts in zip(
@@ -240,7 +241,7 @@ def load_backend(
     loaded = load_model(config) if adapter is None else load_merged(config, adapter)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return LocalBackend(
-        loaded.to(device).eval(),
+        place_model(loaded, config, device).eval(),
         load_processor(config),
         prompt,
         mode=mode or (settings.mode if settings else "reason"),

@@ -1,8 +1,8 @@
 """Rollouts for question selection: sampled answers to each question, and the rewards that GRPO would give them.
 
-Sampling takes long, so each finished batch of rollouts is appended to `PARTIAL`. Each batch has its own seed, so a
-resumed run ends with the same samples as an uninterrupted one. Torch is imported only for sampling; rollouts
-of an earlier run are read and scored without it.
+Sampling takes long, so the processes of a launch share it, and each saves its finished batches in the folder
+`PARTIAL`. Each batch has its own seed, so neither interruptions nor the number of processes change the samples.
+Torch is imported only for sampling; rollouts of an earlier run are read and scored without it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from tqdm import tqdm
 
-from mmr5_train.common.files import InputError, atomic_write, read_records
-from mmr5_train.inference.tasks import rank_tasks
+from mmr5_train.common.files import InputError, read_records
+from mmr5_train.inference.tasks import Batch, rank_tasks
 from mmr5_train.ranking.records import LocalId, ModelAnswer, Order, PromptedTask, RankingTask, Rollouts
 from mmr5_train.ranking.rewards import REWARDS, RewardConfig
 
@@ -24,7 +23,9 @@ if TYPE_CHECKING:
     from mmr5_train.inference.local import LocalBackend
     from mmr5_train.models.lengths import Fitting
 
-ROLLOUTS, PARTIAL = "rollouts.jsonl", "rollouts.partial.jsonl"
+ROLLOUTS = "rollouts.jsonl"
+PARTIAL = "partial"
+"""Folder in the output folder of an unfinished run, with its finished batches."""
 
 
 class RolloutConfig(BaseModel):
@@ -49,6 +50,12 @@ class RolloutConfig(BaseModel):
         return self
 
 
+class RolloutBatch(Batch):
+    """The rollouts of one batch of questions: a line of a partial file."""
+
+    rollouts: tuple[Rollouts, ...]
+
+
 def leave_out_long_questions(
     config: RolloutConfig, tasks: Sequence[RankingTask], source: Path, max_share: float
 ) -> Fitting:
@@ -71,7 +78,7 @@ def leave_out_long_questions(
     return leave_out_too_long(source, [task.query_id for task in tasks], counts, limit, max_share)
 
 
-def load_sampler(config: RolloutConfig, reward: RewardConfig) -> LocalBackend:
+def load_sampler(config: RolloutConfig, reward: RewardConfig, device: str) -> LocalBackend:
     """The backend that samples.
 
     Raises `InputError` if the checkpoint can't be used, or if it writes no verdicts and `reward` needs them.
@@ -80,64 +87,50 @@ def load_sampler(config: RolloutConfig, reward: RewardConfig) -> LocalBackend:
     from mmr5_train.models.loading import writes_verdicts
 
     reward.check_verdicts(writes_verdicts(str(config.checkpoint)), str(config.checkpoint))
-    return load_backend(str(config.checkpoint), max_new_tokens=config.max_new_tokens)
+    return load_backend(str(config.checkpoint), device=device, max_new_tokens=config.max_new_tokens)
 
 
 def sample_rollouts(
-    backend: LocalBackend, tasks: Sequence[RankingTask], folder: Path, path: Path, config: RolloutConfig, seed: int
+    backend: LocalBackend,
+    tasks: Sequence[RankingTask],
+    folder: Path,
+    partial: Path,
+    config: RolloutConfig,
+    seed: int,
 ) -> dict[str, Rollouts]:
-    """Samples the rollouts of each task and appends them to `path`. Returns all of them by query id.
+    """Samples the rollouts of each task into the folder `partial`. Returns all of them by query id.
 
-    Tasks whose rollouts are already in `path` are skipped. Page paths are relative to `folder`. The same seed and
-    batch size give the same samples.
+    Call on all processes. Batches that are already in `partial` are skipped. Page paths are relative to `folder`.
+    The same seed and batch size give the same samples.
     """
+    from mmr5_train.inference.processes import finished_batches, run_unfinished
+
     prompted = [task.in_prompt_order(config.order, seed) for task in tasks]
     size = max(1, config.batch_size // config.samples)
-    rollouts = read_finished_batches(path, len(tasks), size)
-    if rollouts:
-        print(f"rollouts: {len(rollouts)} of {len(tasks)} questions are already done")
-    with (
-        path.open("a", encoding="utf-8") as stream,
-        tqdm(total=len(tasks), initial=len(rollouts), desc="rollouts", unit="question") as bar,
-    ):
-        for start in range(len(rollouts), len(tasks), size):
-            batch = prompted[start : start + size]
-            answers = rank_tasks(
-                backend,
-                batch,
-                folder,
-                batch_size=size,
-                samples=config.samples,
-                temperature=config.temperature,
-                # Depends only on the batch, so that a resumed run samples the same.
-                seed=random.Random(f"{seed}/{start}").getrandbits(32),
-            )
-            records = [_record(*row, backend.think) for row in zip(batch, answers, strict=True)]
-            stream.writelines(record.model_dump_json() + "\n" for record in records)
-            stream.flush()
-            rollouts += records
-            bar.update(len(batch))
-    return {record.query_id: record for record in rollouts}
+
+    def sample(start: int) -> RolloutBatch:
+        batch = prompted[start : start + size]
+        answers = rank_tasks(
+            backend,
+            batch,
+            folder,
+            batch_size=size,
+            samples=config.samples,
+            temperature=config.temperature,
+            # Depends only on the batch, so that a resumed run samples the same.
+            seed=random.Random(f"{seed}/{start}").getrandbits(32),
+        )
+        records = tuple(_record(*row, backend.think) for row in zip(batch, answers, strict=True))
+        return RolloutBatch(start=start, rollouts=records)
+
+    run_unfinished(partial, "rollouts", RolloutBatch, range(0, len(tasks), size), lambda: sample)
+    batches = finished_batches(partial, "rollouts", RolloutBatch)
+    return {record.query_id: record for start in sorted(batches) for record in batches[start].rollouts}
 
 
 def _record(prompted: PromptedTask, samples: Sequence[ModelAnswer], think: bool) -> Rollouts:
     shown = tuple(page.id for page in prompted.shown)
     return Rollouts(query_id=prompted.task.query_id, shown=shown, think=think, samples=tuple(samples))
-
-
-def read_finished_batches(path: Path, total: int, size: int) -> list[Rollouts]:
-    """The rollouts of all complete batches in `path`. The lines of an incomplete batch are removed from the file.
-
-    `total` is the number of questions, `size` the number of questions per batch.
-    """
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8") as stream:
-        lines = [line for line in stream if line.endswith("\n")]
-    complete = lines if len(lines) == total else lines[: len(lines) // size * size]
-    with atomic_write(path) as stream:
-        stream.writelines(complete)
-    return read_records(path, Rollouts) if complete else []
 
 
 def read_rollouts(path: Path, tasks: Sequence[RankingTask]) -> dict[str, Rollouts]:

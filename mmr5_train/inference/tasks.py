@@ -6,12 +6,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import Field
+
 from mmr5_train.models.pages import load_page
-from mmr5_train.ranking.records import ModelAnswer, PromptedTask
+from mmr5_train.ranking.records import ModelAnswer, PromptedTask, Record
 
 if TYPE_CHECKING:  # imports torch, which `select` does not need when it reads rollouts of an earlier run
     from mmr5_train.inference.local import LocalBackend
     from mmr5_train.inference.remote import RemoteBackend
+
+
+class Batch(Record):
+    """The results of one batch of questions: a line of a partial file. Stages add their own fields."""
+
+    start: int = Field(ge=0, description="index of the first question")
 
 
 def batch_seed(seed: int, start: int) -> int:

@@ -57,12 +57,19 @@ class ModelConfig(BaseModel):
     load_in_4bit: bool = Field(
         default=False, description="QLoRA (arXiv 2305.14314): base model in NF4, vision tower not quantized"
     )
+    device_map: Literal["auto"] | None = Field(
+        default=None,
+        description="auto: spread a model that does not fit one GPU over all of them, in one process, and what is "
+        "left over CPU memory; null: the whole model on one device",
+    )
     lora: LoraSettings | None = None
 
     @model_validator(mode="after")
     def _limits_are_in_order(self) -> Self:
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels must be at most max_pixels ({self.max_pixels})")
+        if self.device_map and self.load_in_4bit:
+            raise ValueError("load_in_4bit and device_map exclude each other; 4 bits need a quarter of the memory")
         return self
 
 
@@ -78,11 +85,25 @@ class RerankerSettings(Record):
         description="whether its think block states a verdict on each page (`notes.read_verdict`); null: unknown",
     )
     prompt: Prompt = Field(description="the prompt it was trained with")
+    step: int | None = Field(default=None, description="optimizer step of the checkpoint")
+    steps: int | None = Field(default=None, description="optimizer steps of its training run")
+    heldout_recall: float | None = Field(
+        default=None, description="recall@1 on the held-out questions by which it was chosen; null: not chosen"
+    )
 
     @property
     def mode(self) -> Mode:
         """The default inference mode."""
         return "reason" if self.think else "direct"
+
+    @property
+    def origin(self) -> str:
+        """Which checkpoint of its training run this is, in words; empty if unknown."""
+        if self.step is None:
+            return ""
+        recall = self.heldout_recall
+        chosen = "" if recall is None else f", the best by held-out recall@1 ({recall:.3f})"
+        return f"step {self.step} of {self.steps}{chosen}"
 
     def to_model_config(self, path: str) -> ModelConfig:
         """The config that loads the checkpoint, which is at `path`."""

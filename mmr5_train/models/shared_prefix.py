@@ -101,6 +101,8 @@ def unsupported_reason(model: Any) -> str | None:
         return "it has attention layers that are not full attention"
     if getattr(text_config, "attention_dropout", 0):
         return "its attention has dropout"
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return "it is spread over several devices"
     return None
 
 

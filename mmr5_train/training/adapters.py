@@ -1,4 +1,4 @@
-"""LoRA adapters and LoRA+, with PEFT."""
+"""What is trained: LoRA adapters and LoRA+ with PEFT, and the precision of the trained weights."""
 
 from __future__ import annotations
 
@@ -51,6 +51,20 @@ def use_lora_plus(trainer: Trainer, model: ModelConfig) -> None:
     # PEFT adds a parameter group for embeddings that is usually empty. DeepSpeed rejects empty groups.
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     trainer.optimizer = optimizer
+
+
+def keep_float32_weights(trainer: Trainer, model: ModelConfig) -> None:
+    """Converts the trained weights to float32. The forward pass still computes in the dtype of `model`.
+
+    A 16-bit weight ignores updates that are small against it: bfloat16 those below 1/512 of the weight, which at a
+    learning rate of 1e-5 are most of them. DeepSpeed keeps float32 copies itself.
+    """
+    if trainer.is_deepspeed_enabled or model.dtype == "float32":
+        return
+    network: Any = trainer.model
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def count_trainable_parameters(trainer: Trainer) -> int:

@@ -6,10 +6,12 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from accelerate.utils import gather_object
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
@@ -19,6 +21,7 @@ from mmr5_train.common.files import InputError, read_records, write_json
 from mmr5_train.evaluation.alarms import ALARMS, Action, Alarm, raised_alarms, read_alarms
 from mmr5_train.evaluation.metrics import is_complete, recall_at_k
 from mmr5_train.inference.local import LocalBackend
+from mmr5_train.inference.processes import on_main_process
 from mmr5_train.inference.tasks import rank_tasks
 from mmr5_train.models.inputs import check_images
 from mmr5_train.ranking.prompt import Prompt
@@ -30,18 +33,45 @@ from mmr5_train.training.shared_grpo import SharedPrefixGRPOTrainer
 HELD_OUT = "heldout/recall@1"
 
 
+# What torch reports if it samples from probabilities that are not finite. On a GPU a later operation raises the
+# error, and other checks fail with the same words.
+NOT_FINITE = {
+    "probability tensor contains": "next-token probabilities are not finite",
+    "device-side assert": "next-token probabilities are not finite, or another check on the GPU failed "
+    "(CUDA_LAUNCH_BLOCKING=1 shows which)",
+}
+
+
 class FiniteTrainer(Trainer):
-    """Raises `InputError` at a non-finite loss or gradient norm. Existing checkpoints stay unchanged."""
+    """Raises `InputError` at a non-finite loss or gradient norm. Existing checkpoints stay unchanged.
+
+    All ranks raise it if the loss of one is not finite. If sampling fails on one rank, that rank raises it, and
+    the launcher stops the others.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         try:
             loss = super().training_step(*args, **kwargs)
+            self._check_losses(loss)
         except RuntimeError as error:
-            if "probability tensor contains" not in str(error):
+            cause = next((cause for text, cause in NOT_FINITE.items() if text in str(error)), None)
+            if cause is None:
                 raise
-            raise self._not_finite("next-token probabilities are not finite") from error
-        self._check_finite("loss", loss)
+            raise self._not_finite(cause) from error
         return loss
+
+    def _check_losses(self, loss: Tensor) -> None:
+        """Checks the losses of all ranks, once per optimizer step and before it."""
+        self._losses.append(loss.detach().float())
+        if self.accelerator.sync_gradients:
+            losses = self.accelerator.gather(torch.stack(self._losses))
+            self._losses.clear()
+            for value in losses.tolist():
+                self._check_finite("loss", value)
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
@@ -85,6 +115,9 @@ class HeldOutConfig(BaseModel):
     batch_size: int = Field(default=8, gt=0, description="questions per batch on each process")
     max_new_tokens: int = Field(default=2048, gt=0)
     order: Order = "score"
+    choose: Literal["best", "last"] = Field(
+        default="best", description="the checkpoint that becomes model/: the one that ranks best, or the last one"
+    )
 
 
 class HeldOutCallback(TrainerCallback):
@@ -116,21 +149,27 @@ class HeldOutCallback(TrainerCallback):
 
     def _rank(self) -> float:
         """Ranks the questions and logs the metrics. Returns recall@1. Call on all ranks."""
-        accelerator = self.trainer.accelerator
-        self.trainer.model.eval()  # the next training step switches back to training mode
-        checkpointing = self.trainer.args.gradient_checkpointing_kwargs
+        trainer, accelerator = self.trainer, self.trainer.accelerator
+        trainer.model.eval()  # the next training step switches back to training mode
+        # Under ZeRO-3 generation is collective, so every rank ranks equally many questions: some rank one twice.
+        # transformers lets a rank that has finished its answers continue until all ranks have.
+        shard = self.prompted[accelerator.process_index :: accelerator.num_processes]
+        size = math.ceil(len(self.prompted) / accelerator.num_processes)
+        padded = [*shard, *self.prompted[: size - len(shard)]]
         with unwrap_model_for_generation(
-            self.trainer.model_wrapped, accelerator, gradient_checkpointing_kwargs=checkpointing
+            trainer.model_wrapped,
+            accelerator,
+            gather_deepspeed3_params=getattr(trainer.args, "ds3_gather_for_generation", True),
+            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
         ) as model:
             self.backend.model = model.get_base_model() if hasattr(model, "get_base_model") else model
-            shard = self.prompted[accelerator.process_index :: accelerator.num_processes]
             folder, batch_size = self.config.data.parent, self.config.batch_size
-            answers = rank_tasks(self.backend, shard, folder, batch_size=batch_size)
+            answers = list(rank_tasks(self.backend, padded, folder, batch_size=batch_size))[: len(shard)]
             metrics = [_metrics(prompted, answer) for prompted, [answer] in zip(shard, answers, strict=True)]
         recalls, complete = zip(*gather_object(metrics), strict=True)
         # Call transformers' log method, because TRL's would write the current step's completions again.
         values = {HELD_OUT: mean(recalls), "heldout/complete_permutations": mean(complete)}
-        Trainer.log(self.trainer, {**values, "heldout/questions": len(recalls)})
+        Trainer.log(trainer, {**values, "heldout/questions": len(recalls)})
         return mean(recalls)
 
 
@@ -154,7 +193,8 @@ class AlarmCallback(TrainerCallback):
                 tqdm.write(f"grpo: alarm at {alarm}")
             if new:
                 write_json(self.out / ALARMS, [asdict(alarm) for alarm in self.raised.values()])
-        if new and self.action == "stop":
+        # The main process decides: a rank that stopped without the others would leave them waiting.
+        if self.action == "stop" and on_main_process(lambda: bool(new)):
             control.should_training_stop = True
 
 
@@ -173,7 +213,10 @@ def held_out_callback(
     """
     if config is None:
         return None
-    if arguments.save_strategy == "no" or (arguments.save_total_limit or MIN_CHECKPOINTS + 1) <= MIN_CHECKPOINTS:
+    if (
+        arguments.save_strategy != "steps"
+        or (arguments.save_total_limit or MIN_CHECKPOINTS + 1) <= MIN_CHECKPOINTS
+    ):
         raise InputError(
             f"heldout: the run keeps the best checkpoint in addition to the last {MIN_CHECKPOINTS}; set "
             f"trainer.save_strategy=steps and trainer.save_total_limit={MIN_CHECKPOINTS + 1} or more, found "

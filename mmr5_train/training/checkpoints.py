@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOConfig
 from trl.trainer.utils import RepeatSampler
 
-from mmr5_train.common.files import InputError, file_hash, is_unfinished, open_output, write_json
+from mmr5_train.common.files import MANIFEST, InputError, file_hash, is_unfinished, open_output, write_json
+from mmr5_train.inference.processes import on_main_process, raise_on_all, wait_for
 
 COMPLETE = "complete.json"
 MIN_CHECKPOINTS = 2  # with 1, the last complete checkpoint would be deleted before the next one is complete
@@ -37,21 +39,36 @@ def open_training_output(
 ) -> Path | None:
     """Creates or empties the output folder, or keeps the folder of a stopped run. Call on all ranks.
 
-    The main process does the work while the others wait. Returns the checkpoint to resume from, or None. Raises
-    `InputError` if the stopped run had other settings.
+    Returns the checkpoint to resume from, or None. The main process decides it for all ranks, because file systems
+    can show a checkpoint later on another machine. Raises `InputError` on all ranks if the stopped run had other
+    settings, or if a rank does not see the folder.
     """
-    processes = PartialState()
-    if processes.is_main_process:
-        checkpoint = last_checkpoint(out)
-        if overwrite or checkpoint is None or not is_unfinished(out, stage):
-            open_output(out, overwrite, inputs=inputs, stage=stage)
-        else:
-            check_settings(out, json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")), settings)
-            for folder in out.glob("checkpoint-*"):
-                if not (folder / COMPLETE).is_file():
-                    shutil.rmtree(folder)
-    processes.wait_for_everyone()
-    return last_checkpoint(out)
+    name = on_main_process(lambda: _open_or_resume(out, overwrite, inputs, stage, settings))
+    checkpoint = None if name is None else out / name
+    expected = out / MANIFEST if checkpoint is None else checkpoint / COMPLETE
+    problem = None
+    if not wait_for(expected.is_file):
+        problem = (
+            f"{expected}: rank {PartialState().process_index} on {socket.gethostname()} can't see this file, but "
+            "the main process can; put out on a file system that all machines share"
+        )
+    raise_on_all(problem)
+    return checkpoint
+
+
+def _open_or_resume(
+    out: Path, overwrite: bool, inputs: Sequence[Path], stage: str, settings: dict[str, Any]
+) -> str | None:
+    """Opens the folder on the main process. Returns the name of the checkpoint to resume from, or None."""
+    checkpoint = last_checkpoint(out)
+    if overwrite or checkpoint is None or not is_unfinished(out, stage):
+        open_output(out, overwrite, inputs=inputs, stage=stage)
+        return None
+    check_settings(out, json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")), settings)
+    for folder in out.glob("checkpoint-*"):
+        if not (folder / COMPLETE).is_file():
+            shutil.rmtree(folder)
+    return checkpoint.name
 
 
 def last_checkpoint(out: Path) -> Path | None:

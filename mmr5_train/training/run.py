@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import PartialState
-from pydantic import Field
+from pydantic import Field, model_validator
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from trl import GRPOTrainer
 from trl.trainer import utils as trl_utils
@@ -22,9 +22,9 @@ from trl.trainer import utils as trl_utils
 from mmr5_train.common.config import StageConfig
 from mmr5_train.common.files import InputError, write_manifest, write_records
 from mmr5_train.models.lengths import Fitting, check_all_fit, context_limit, count_tokens, image_sizes
-from mmr5_train.models.loading import ModelConfig, writes_verdicts
+from mmr5_train.models.loading import ModelConfig, RerankerSettings, writes_verdicts
 from mmr5_train.ranking.prompt import Prompt
-from mmr5_train.training.adapters import count_trainable_parameters
+from mmr5_train.training.adapters import count_trainable_parameters, keep_float32_weights
 from mmr5_train.training.callbacks import HeldOutCallback, HeldOutConfig, held_out_callback
 from mmr5_train.training.checkpoints import (
     MarkComplete,
@@ -56,6 +56,14 @@ class TrainingStage(StageConfig):
     prompt: Prompt
     heldout: HeldOutConfig | None = None
     trainer: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _is_not_spread(self) -> Self:
+        if self.model.device_map is not None:
+            raise ValueError(
+                "model.device_map is for inference; to train a model that does not fit one GPU, launch with zero3"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,7 @@ def train(run: TrainingRun, trainer: Trainer, progress: dict[str, str]) -> None:
         trainer.add_callback(run.held_out)
     if isinstance(trainer, GRPOTrainer):
         trainer.add_callback(ResumeSampler())
+    keep_float32_weights(trainer, run.config.model)
     keep_parameter_names(trainer.model)
     if _trl_rule is not None:
         trl_utils._use_triton = labeled_positions_only  # TRL has no setting for it
@@ -170,15 +179,14 @@ def finish_run(run: TrainingRun, trainer: Trainer, counts: dict[str, Any], metri
     """
     config, state = run.config, trainer.state
     parameters = count_trainable_parameters(trainer)
-    save_result(
-        trainer,
-        run.processor,
-        config.model,
-        config.prompt,
-        config.out,
+    settings = RerankerSettings(
+        **config.model.model_dump(include={"min_pixels", "max_pixels", "dtype"}),
         think=run.think,
         verdicts=run.verdicts,
+        prompt=config.prompt,
     )
+    choose = config.heldout.choose if config.heldout else "last"
+    result = save_result(trainer, run.processor, config.model, settings, config.out, choose)
     if not trainer.accelerator.is_main_process:
         return
     facts = {"steps": state.global_step, "trained_parameters": parameters}
@@ -188,14 +196,15 @@ def finish_run(run: TrainingRun, trainer: Trainer, counts: dict[str, Any], metri
         stage=run.stage,
         config=config.model_dump(mode="json"),
         inputs=[config.data],
-        counts=counts | facts | run.fitting.counts | best_checkpoint_counts(trainer),
+        counts=counts | facts | run.fitting.counts | {"model_step": result.step} | best_checkpoint_counts(trainer),
     )
     values = [entry[metric] for entry in state.log_history if metric in entry]
     change = f"{metric.replace('_', ' ')} {values[0]:.3f} → {values[-1]:.3f}, " if values else ""
     name, size = next(iter(counts.items()))
+    chosen = f"{result.origin} " if config.heldout else ""
     print(
         f"{run.stage}: {size} {name}, {state.global_step} steps, {parameters:,} parameters, "
-        f"{change}in {config.out / MODEL}"
+        f"{change}{chosen}in {config.out / MODEL}"
     )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.models import unwrap_model_for_generation
@@ -42,6 +43,11 @@ PIXEL_FIELDS = ("pixel_values", "image_grid_thw")
 
 def unsupported(model: Any, args: Any) -> str | None:
     """The reason why a run with these settings (`args` is a GRPOConfig) can't share prompts, or None."""
+    if is_deepspeed_zero3_enabled() and not args.ds3_gather_for_generation:
+        return (
+            "trainer.ds3_gather_for_generation=false: every forward pass of sampling is collective under ZeRO-3, "
+            "but the groups of different ranks end after different numbers of passes"
+        )
     if getattr(args, "use_transformers_continuous_batching", False):
         return "transformers' continuous batching samples the rollouts"
     return sharing_of(args).nothing_to_share or unsupported_reason(model)

@@ -107,7 +107,7 @@ def test_push_to_hub_uploads_the_checkpoint(trained, monkeypatch, capsys):
 
 
 def test_invalid_input_is_an_error(trained, monkeypatch):
-    with pytest.raises(InputError, match=rf"has no {SETTINGS}; give model/ or best/"):
+    with pytest.raises(InputError, match=rf"has no {SETTINGS}; give model/ of an sft"):
         run(f"checkpoint={trained}/grpo")
     best = trained / "grpo/best"
     best.mkdir()

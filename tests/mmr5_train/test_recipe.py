@@ -1,12 +1,14 @@
 """Recipes: composing the stages, reporting departures from the paper, skipping stages that are up to date."""
 
 import re
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from trl import GRPOConfig
 
-from mmr5_train import distill, plan, recipe, sft
+from mmr5_train import distill, evaluate, plan, recipe, sft
 from mmr5_train.common.config import CONFIGS, USER_CONFIGS, compose_stage
 from mmr5_train.common.files import InputError, write_json, write_records
 from mmr5_train.departures import departures as find_departures
@@ -19,8 +21,10 @@ from mmr5_train.recipe import (
     check_verdicts,
     compose_stages,
     departures,
+    is_launched,
     launch_file,
     main,
+    run_one_stage,
     stage_overrides,
     stage_settings,
     to_override,
@@ -260,3 +264,34 @@ def test_distillation_is_checked_again_with_the_questions_that_teach_ranks(tmp_p
     with pytest.raises(InputError):
         distill.check_recipe(stages)
     assert "distill: the reasoning states no verdict on any page" in capsys.readouterr().out
+
+
+def launched_stages(*overrides):
+    """The stages that run under a launcher."""
+    stages = stage_overrides(compose("experiment=[recommended,distilled]", *overrides))
+    configs = {n: compose_stage(STAGES[n].model, STAGES[n].entry, values) for n, values in stages.items()}
+    return {name for name, config in configs.items() if is_launched(name, config)}
+
+
+def test_all_stages_with_a_model_are_launched():
+    launched = launched_stages()
+    assert launched == {"sft", "grpo", "evaluate", "teach", "modes"}
+    difficulty = "+stages.select.difficulty={checkpoint:outputs/sft/model}"
+    assert launched_stages(difficulty) == launched | {"select"}
+    assert launched_stages("+stages.select.difficulty={rollouts:outputs/rollouts.jsonl}") == launched
+    assert launched_stages("+stages.evaluate={model.device_map:auto}") == launched - {"evaluate"}
+
+
+def test_a_launched_stage_runs_in_the_processes_of_the_launch_file(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda command: commands.append(command) or SimpleNamespace(returncode=0)
+    )
+    overrides = [f"data={tmp_path}/heldout.jsonl", f"out={tmp_path}/out", "systems={a:tiny}"]
+    stage = compose_stage(evaluate.EvaluateStage, "evaluate", overrides)
+    run_one_stage("evaluate", stage, overrides, launch_file("zero3"))
+    [command] = commands
+    assert command[1:8] == [
+        "-m", "accelerate.commands.launch", "--config_file", str(launch_file("zero3")), "--multi_gpu",
+        "-m", "mmr5_train.evaluate",
+    ]  # fmt: skip

@@ -235,7 +235,7 @@ def long_questions(config: SelectStage, difficulty: Difficulty, tasks: Sequence[
     """
     if difficulty.rollouts is None:
         fitting = leave_out_long_questions(difficulty, tasks, config.questions, config.max_too_long)
-        if fitting.message:
+        if fitting.message and is_main_process():
             print(f"select: {fitting.message}; listed in {config.out / SKIPPED}")
         return fitting.skipped
     path = difficulty.rollouts.with_name(SKIPPED)

@@ -133,8 +133,8 @@ def instrument() -> tuple[Counter[str], list[float]]:
     """Counts how often each page file is opened, and times the training process where it opens or waits."""
     from threading import current_thread, main_thread
 
-    from mmr5_train.training import rollout_pages
-    from mmr5_train.training.dataset import PageFile
+    from mmr5_train.models import inputs
+    from mmr5_train.training import dataset, rollout_pages
 
     opened: Counter[str] = Counter()
     waited: list[float] = []
@@ -149,11 +149,11 @@ def instrument() -> tuple[Counter[str], list[float]]:
 
         return call
 
-    def count(page: PageFile, open_page: Any = PageFile.open) -> Any:
-        opened[page.path.name] += 1
-        return open_page(page)
+    def count(path: Path, limits: Any, load_page: Any = inputs.load_page) -> Any:
+        opened[path.name] += 1
+        return load_page(path, limits)
 
-    PageFile.open = timed(count)  # type: ignore[method-assign]
+    inputs.load_page = dataset.load_page = timed(count)
     rollout_pages.wait_for_pages = timed(rollout_pages.wait_for_pages)
     return opened, waited
 

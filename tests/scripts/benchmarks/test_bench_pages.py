@@ -8,11 +8,12 @@ import pytest
 
 @pytest.mark.parametrize(("way", "openings"), [("at each reading", 32), ("once", 1)])
 def test_counts_how_often_a_page_is_opened_in_a_rollout_cycle(way, openings, tmp_path, monkeypatch):
-    from mmr5_train.training import rollout_pages
-    from mmr5_train.training.dataset import PageFile
+    from mmr5_train.models import inputs
+    from mmr5_train.training import dataset, rollout_pages
 
     # The script replaces these functions. monkeypatch restores them after the test.
-    monkeypatch.setattr(PageFile, "open", PageFile.open)
+    monkeypatch.setattr(inputs, "load_page", inputs.load_page)
+    monkeypatch.setattr(dataset, "load_page", dataset.load_page)
     monkeypatch.setattr(rollout_pages, "wait_for_pages", rollout_pages.wait_for_pages)
     # Larger than the pages that are cached for the whole run.
     args = Namespace(rollouts=1, tokens=100, width=300, height=400, threads=1)

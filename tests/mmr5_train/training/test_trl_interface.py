@@ -17,6 +17,7 @@ from trl.trainer.utils import RepeatSampler
 GRPO = "mmr5_train/training/shared_grpo.py"
 FINITE = "mmr5_train/training/callbacks.py"
 RUN = "mmr5_train/training/run.py"
+DISTILLATION = "mmr5_train/training/distillation.py"
 OVERRIDDEN = {
     (GRPOTrainer, "training_step"): (GRPO, "(self, model, inputs, num_items_in_batch)"),
     (GRPOTrainer, "_prepare_inputs"): (GRPO, "(self, generation_batch)"),
@@ -36,9 +37,10 @@ OVERRIDDEN = {
         "mm_token_type_ids=None, image_position_ids=None)",
     ),
     (SFTTrainer, "compute_loss"): (
-        "mmr5_train/distill.py",
+        DISTILLATION,
         "(self, model, inputs, return_outputs=False, num_items_in_batch=None)",
     ),
+    (Trainer, "_get_num_items_in_batch"): (DISTILLATION, "(self, batch_samples, device)"),
     (Trainer, "training_step"): (FINITE, "(self, model, inputs, num_items_in_batch=None)"),
     (Trainer, "_get_grad_norm"): (FINITE, "(self, model, grad_norm=None)"),
     (utils, "_use_triton"): (RUN, "(device)"),

@@ -234,7 +234,7 @@ def long_questions(config: SelectStage, difficulty: Difficulty, tasks: Sequence[
     than `max_too_long` of the questions do not fit.
     """
     if difficulty.rollouts is None:
-        fitting = leave_out_long_questions(difficulty, tasks, config.questions, config.max_too_long)
+        fitting = leave_out_long_questions(difficulty, tasks, config.questions, config.reward, config.max_too_long)
         if fitting.message and is_main_process():
             print(f"select: {fitting.message}; listed in {config.out / SKIPPED}")
         return fitting.skipped
@@ -257,7 +257,7 @@ def read_or_sample_rollouts(
 
     processes = start_inference_processes()
     folder = config.questions.parent
-    backend = load_sampler(difficulty, config.reward, str(processes.device))
+    backend = load_sampler(difficulty, str(processes.device))
     on_main_process(lambda: prepare_output(config, difficulty, inputs))
     try:
         return sample_rollouts(backend, tasks, folder, config.out / PARTIAL, difficulty, config.seed)

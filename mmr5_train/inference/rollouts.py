@@ -57,20 +57,25 @@ class RolloutBatch(Batch):
 
 
 def leave_out_long_questions(
-    config: RolloutConfig, tasks: Sequence[RankingTask], source: Path, max_share: float
+    config: RolloutConfig, tasks: Sequence[RankingTask], source: Path, reward: RewardConfig, max_share: float
 ) -> Fitting:
     """The tasks whose prompt and answer fit the checkpoint's context. `source` is their file.
 
-    Raises `InputError` for a page image that can't be read, and if more than `max_share` of the tasks do not fit.
+    Raises `InputError` for a page image that can't be read, if the checkpoint writes no verdicts and `reward`
+    needs them, and if more than `max_share` of the tasks do not fit.
     """
     from mmr5_train.models.lengths import context_limit, count_tokens, image_sizes, leave_out_too_long
-    from mmr5_train.models.loading import load_processor, read_settings
+    from mmr5_train.models.loading import load_processor, read_settings, writes_verdicts
 
     checkpoint = str(config.checkpoint)
+    reward.check_verdicts(writes_verdicts(checkpoint), checkpoint)
+    sizes = image_sizes((page for task in tasks for page in task.candidates), source.parent)
     settings = read_settings(checkpoint)
     if settings is None:
-        raise InputError(f"difficulty.checkpoint: {checkpoint} was not trained by sft or grpo of this project")
-    sizes = image_sizes((page for task in tasks for page in task.candidates), source.parent)
+        raise InputError(
+            f"difficulty.checkpoint: {checkpoint} has no reranker.json, so the prompt it was trained with is "
+            "unknown; give a checkpoint that sft or grpo wrote"
+        )
     processor = load_processor(settings.to_model_config(checkpoint))
     queries, shown = [task.query for task in tasks], [task.candidates for task in tasks]
     counts = count_tokens(processor, settings.prompt, queries, shown, sizes)
@@ -78,15 +83,10 @@ def leave_out_long_questions(
     return leave_out_too_long(source, [task.query_id for task in tasks], counts, limit, max_share)
 
 
-def load_sampler(config: RolloutConfig, reward: RewardConfig, device: str) -> LocalBackend:
-    """The backend that samples.
-
-    Raises `InputError` if the checkpoint can't be used, or if it writes no verdicts and `reward` needs them.
-    """
+def load_sampler(config: RolloutConfig, device: str) -> LocalBackend:
+    """The backend that samples. Raises `InputError` if the checkpoint can't be used."""
     from mmr5_train.inference.local import load_backend
-    from mmr5_train.models.loading import writes_verdicts
 
-    reward.check_verdicts(writes_verdicts(str(config.checkpoint)), str(config.checkpoint))
     return load_backend(str(config.checkpoint), device=device, max_new_tokens=config.max_new_tokens)
 
 

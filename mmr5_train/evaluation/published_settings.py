@@ -118,6 +118,10 @@ FACTS = (
         "with dropout, the ratio of new to old probabilities is noise before the first update, and the "
         "completions of a prompt can't share its computation",
     ),
+    Fact(
+        "grpo", "model.lora.target_modules", "all linear layers outside the vision tower, with lm_head", VLM_R1,
+        "the linear layers of the language model, as in SFT; an adapter on lm_head needs far more memory",
+    ),
     Fact("grpo", "trainer.per_device_train_batch_size", 1, PAPER),
     Fact("grpo", "trainer.gradient_accumulation_steps", 2, PAPER),
     Fact("grpo", "trainer.num_generations", 4, PAPER),
@@ -137,6 +141,10 @@ FACTS = (
     Fact("grpo", "trainer.mask_truncated_completions", False, VLM_R1),
     Fact("grpo", "trainer.temperature", 1.0, VLM_R1),
     Fact("grpo", "trainer.top_p", 1.0, VLM_R1),
+    Fact(
+        "grpo", "trainer.top_k", 50, VLM_R1,
+        "off: GRPO's ratios are those of the whole distribution, and samples of its 50 likeliest tokens are not",
+    ),
     Fact("grpo", "trainer.repetition_penalty", 1.0, VLM_R1),
     Fact("grpo", "trainer.lr_scheduler_type", "linear", VLM_R1),
     Fact("grpo", "trainer.warmup_steps", 0, VLM_R1),

@@ -76,8 +76,10 @@ def test_departures_of_mm_r5_are_listed_with_their_reasons(mm_r5):
         "sft.prompt.name",
         "grpo.model.attention",
         "grpo.model.lora.dropout",
+        "grpo.model.lora.target_modules",
         "grpo.prompt.images_first",
         "grpo.prompt.name",
+        "grpo.trainer.top_k",
         "evaluate.decoding",
         "evaluate.max_new_tokens",
     ]

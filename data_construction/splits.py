@@ -63,16 +63,21 @@ class Draw:
         self.per_domain = per_domain
         self.seed = seed
         self.not_drawn: Counter[str] = Counter()
-        self._drawn: dict[str, list[tuple[int, str]]] = {}  # domain → heap of (−hash, line)
+        self._drawn: dict[str, list[tuple[int, int, str]]] = {}  # domain → heap of (−hash, position, line)
 
     def add(self, task: RankingTask) -> None:
-        digest = hashlib.sha256(f"draw/{self.seed}/{task.query_id}".encode()).digest()
         heap = self._drawn.setdefault(task.domain, [])
-        heapq.heappush(heap, (-int.from_bytes(digest), task.model_dump_json()))
+        line = task.model_dump_json()
+        heapq.heappush(heap, (-self._hash("draw", task), self._hash("position", task), line))
         if len(heap) > self.per_domain:
             heapq.heappop(heap)
             self.not_drawn[task.domain] += 1
 
     def lines(self) -> list[str]:
-        """The drawn tasks as JSON, ordered by their hash, which mixes the domains."""
-        return [line for _, line in sorted(chain.from_iterable(self._drawn.values()), reverse=True)]
+        """The drawn tasks as JSON, shuffled, so that the first of them are a sample of all domains."""
+        # By another hash: that of the draw is smaller in a domain with many tasks than in one with few.
+        drawn = sorted((position, line) for _, position, line in chain.from_iterable(self._drawn.values()))
+        return [line for _, line in drawn]
+
+    def _hash(self, purpose: str, task: RankingTask) -> int:
+        return int.from_bytes(hashlib.sha256(f"{purpose}/{self.seed}/{task.query_id}".encode()).digest())

@@ -128,7 +128,8 @@ def rank_questions(
     images = {page.page: page.image for page in pages}
     ids = {page.page: page.id for page in pages}
     for question, ranked in zip(document.questions, rank(document), strict=True):
-        order = [ids[page.page] for page, _ in ranked]
+        first = [ids[page.page] for page, _ in ranked[: FIRST_STAGE_KS[-1]]]
+        relevant = {page.page for page in question.positives}
         # The best n_irrelevant irrelevant pages are among the first n_irrelevant + (number of relevant) pages.
         reach = max(n_first, n_irrelevant + len(question.positives))
         yield RankedQuestion(
@@ -136,9 +137,9 @@ def rank_questions(
             ranked=tuple(
                 Candidate(doc_name=page.doc_name, page=page.page, image=images[page.page], score=score)
                 for i, (page, score) in enumerate(ranked)
-                if i < reach or ids[page.page] in question.positives
+                if i < reach or page.page in relevant
             ),
-            recall=tuple(recall_at_k(order, question.positives, k) for k in FIRST_STAGE_KS),
+            recall=tuple(recall_at_k(first, question.positives, k) for k in FIRST_STAGE_KS),
         )
 
 

@@ -214,7 +214,7 @@ def show_forecast(stages: Mapping[str, Any], paid: bool) -> None:
     """
     found = forecasts(stages)
     for name, forecast in found.items():
-        print(f"\n{name}: {forecast}", flush=True)
+        print(f"examples of {name}: {forecast}", flush=True)
     short = [forecast for forecast in found.values() if forecast.is_short]
     if short and paid and stages["traces"].teacher.name == "openai":
         accepted = " ".join(f"{forecast.setting}={forecast.available.number}" for forecast in short)

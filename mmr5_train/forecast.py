@@ -72,48 +72,58 @@ class Forecast:
 def forecasts(stages: Stages) -> dict[str, Forecast]:
     """The examples of `sft` and `grpo`, for those that the recipe runs."""
     found = {}
+    splits = split_counts(stages)
     if "sft" in stages:
-        found["sft"] = Forecast("traces", _traces(stages), stages["sft"].limit, "stages.sft.limit")
+        available = _traces(stages, splits["train"])
+        found["sft"] = Forecast("traces", available, stages["sft"].limit, "stages.sft.limit")
     if "grpo" in stages:
         balanced = stages["select"].balanced if "select" in stages else None
         wanted, setting = stages["grpo"].limit, "stages.grpo.limit"
         if balanced and (wanted is None or balanced.count <= wanted):
             wanted, setting = balanced.count, "stages.select.balanced.count"
-        found["grpo"] = Forecast("questions", _selected(stages), wanted, setting)
+        found["grpo"] = Forecast("questions", _selected(stages, splits["select"]), wanted, setting)
     return found
 
 
-def _traces(stages: Stages) -> Count:
+def _traces(stages: Stages, tasks: Count) -> Count:
     path = stages["sft"].data
     if (number := _records(path, stages.get("traces"))) is not None:
         return Count(number, True, str(path))
-    tasks = split_count(stages, "train")
     return Count(tasks.number, False, f"{tasks.source}; questions that fail the teacher or a check are dropped")
 
 
-def _selected(stages: Stages) -> Count:
+def _selected(stages: Stages, tasks: Count) -> Count:
     path, select = stages["grpo"].data, stages.get("select")
     if (number := _records(path, select)) is not None:
         return Count(number, True, str(path))
-    tasks = split_count(stages, "select")
     if select is None or select.difficulty is None:
         return tasks
     return Count(tasks.number, False, f"{tasks.source}; select drops questions by difficulty")
 
 
-def split_count(stages: Stages, split: str) -> Count:
-    """The number of questions in a split of the recipe's candidates."""
+def split_counts(stages: Stages) -> dict[str, Count]:
+    """The numbers of train and select questions that the recipe's candidates have, or will have."""
     candidates = stages.get("candidates")
     if candidates is None:
-        return Count(None, False, "the recipe makes no candidates")
-    path = candidates.out / f"{split}.jsonl"
-    if (number := _records(path, candidates)) is not None:
-        return Count(number, True, str(path))
+        return dict.fromkeys(("train", "select"), Count(None, False, "the recipe makes no candidates"))
+    paths = {split: candidates.out / f"{split}.jsonl" for split in ("train", "select")}
+    numbers = {split: _records(path, candidates) for split, path in paths.items()}
+    annotated = None
+    if None in numbers.values():
+        annotated = annotated_questions(candidates, stages.get("heldout"))
+    return {
+        split: Count(number, True, str(paths[split]))
+        if number is not None
+        else _bound(candidates, annotated[split] if annotated else None, split)
+        for split, number in numbers.items()
+    }
+
+
+def _bound(candidates: CandidatesStage, annotated: Counter[str] | None, split: str) -> Count:
+    """An upper bound of the questions of a split, from the annotated ones per domain, or from the rule."""
     per_domain = candidates.train_per_domain if split == "train" else None
-    annotated = annotated_questions(candidates, stages.get("heldout"))
     if annotated is not None:
-        counts = annotated[split].values()
-        number = sum(min(count, per_domain or count) for count in counts)
+        number = sum(min(count, per_domain or count) for count in annotated.values())
         drawn = f", at most {per_domain:,} per domain" if per_domain else ""
         return Count(number, False, f"annotated {split} questions in {candidates.corpus.folder}{drawn}")
     if per_domain and isinstance(candidates.corpus, TrainingSet):

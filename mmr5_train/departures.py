@@ -22,7 +22,18 @@ Settings = dict[str, dict[str, Any]]
 """Stage → dotted name of a setting → its value."""
 
 # Settings that are not compared with those of the recipe `mm_r5`: paths and seeds.
-NOT_COMPARED = ("out", "data", "overwrite", "seed", "model.path", "seen", "questions", "systems", "exclude")
+NOT_COMPARED = (
+    "out",
+    "data",
+    "overwrite",
+    "seed",
+    "model.path",
+    "seen",
+    "questions",
+    "systems",
+    "exclude",
+    "override_checkpoint",
+)
 TRAINER_ARGUMENTS = {"sft": SFTConfig, "grpo": GRPOConfig, "distill": SFTConfig}
 
 

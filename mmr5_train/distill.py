@@ -52,12 +52,13 @@ from mmr5_train.models.lengths import (
 from mmr5_train.models.loading import load_model, load_processor, load_tokenizer
 from mmr5_train.ranking.answer_constraints import LIST_OPEN
 from mmr5_train.ranking.page_subsets import NO_VERDICT, PageSubset, sample_subsets, sort_pairs_first
+from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Ranking, RankingTask
 from mmr5_train.training.adapters import lora_config
 from mmr5_train.training.arguments import rejected_settings_as_input_errors, trainer_arguments
 from mmr5_train.training.dataset import prompt_dataset
 from mmr5_train.training.distillation import Collator, DistillTrainer, rows_with_completion, score_tokens
-from mmr5_train.training.run import TrainingStage, finish_run, start_run, train
+from mmr5_train.training.run import TrainingStage, finish_run, policy_settings, start_run, train
 
 NO_VERDICTS = (
     "the reasoning states no verdict on any page, as refined reasoning does not: the verdict loss and the hints "
@@ -86,22 +87,23 @@ class DistillStage(TrainingStage):
 
 def main(config: DistillStage) -> None:
     rankings = read_rankings(config)
+    policy = policy_settings("distill", config)
     sizes = image_sizes((page for ranking in rankings for page in ranking.shown), config.data.parent)
-    processor = load_processor(config.model)
+    processor = load_processor(policy.model)
     tokens = score_tokens(processor.tokenizer, max(len(ranking.shown) for ranking in rankings), config.data)
-    arguments = trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=config.model)
+    arguments = trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=policy.model)
     check_order(arguments)
-    lengths = longest_sequences(rankings, config, processor, sizes)
+    lengths = longest_sequences(rankings, policy.prompt, processor, sizes)
     limit = lowest(setting_limit("trainer.max_length", arguments.max_length), context_limit(config.model.path))
     query_ids = [ranking.query_id for ranking in rankings]
     fitting = leave_out_too_long(config.data, query_ids, lengths, limit, config.max_too_long)
     rankings = [rankings[i] for i in fitting.indices]
     verdicts = verdict_counts(rankings)
-    run = start_run("distill", config, arguments, processor, fitting)
+    run = start_run("distill", config, policy, arguments, processor, fitting)
     if PartialState().is_main_process and (note := describe_verdicts(verdicts)):
         print(f"distill: {note}", flush=True)
 
-    model = load_model(config.model)
+    model = load_model(policy.model)
     completions = DataCollatorForVisionLanguageModeling(
         processor, max_length=arguments.max_length, completion_only_loss=True
     )
@@ -109,10 +111,10 @@ def main(config: DistillStage) -> None:
         trainer = DistillTrainer(
             model=model,
             args=arguments,
-            train_dataset=subset_dataset(rankings, config, processor, arguments),
-            data_collator=Collator(processor, completions, config.prompt, config.decay),
+            train_dataset=subset_dataset(rankings, config, policy.prompt, processor, arguments),
+            data_collator=Collator(processor, completions, policy.prompt, config.decay),
             processing_class=processor,
-            peft_config=lora_config(config.model),
+            peft_config=lora_config(policy.model),
             score_tokens=tokens,
             completion_share=config.completion_share,
             listwise_weight=config.listwise_weight,
@@ -192,13 +194,11 @@ def describe_verdicts(counts: dict[str, int]) -> str:
     return ""
 
 
-def longest_sequences(
-    rankings: Sequence[Ranking], config: DistillStage, processor: Any, sizes: Any
-) -> list[TokenCount]:
+def longest_sequences(rankings: Sequence[Ranking], prompt: Prompt, processor: Any, sizes: Any) -> list[TokenCount]:
     """The tokens of each ranking's longest sequence: all its pages, and either the completion or all hints."""
     completions = [ranking.greedy.completion for ranking in rankings]
     queries, shown = [ranking.query for ranking in rankings], [ranking.shown for ranking in rankings]
-    counts = count_tokens(processor, config.prompt, queries, shown, sizes, completions)
+    counts = count_tokens(processor, prompt, queries, shown, sizes, completions)
     list_open = len(processor.tokenizer(LIST_OPEN, add_special_tokens=False)["input_ids"])
     longest = []
     for ranking, count in zip(rankings, counts, strict=True):
@@ -212,7 +212,7 @@ def _all_pages(ranking: Ranking) -> PageSubset:
 
 
 def subset_dataset(
-    rankings: Sequence[Ranking], config: DistillStage, processor: Any, arguments: SFTConfig
+    rankings: Sequence[Ranking], config: DistillStage, prompt: Prompt, processor: Any, arguments: SFTConfig
 ) -> Dataset:
     """One row per subset: its pages, order, verdicts and hints, and the completion on all pages.
 
@@ -249,7 +249,7 @@ def subset_dataset(
         [subsets[i][0].query for i in indices],
         [subsets[i][0].shown for i in indices],
         config.data.parent,
-        config.prompt,
+        prompt,
         processor,
     )
 

@@ -52,17 +52,12 @@ from mmr5_train.inference.processes import (
 from mmr5_train.inference.remote import ServerConfig
 from mmr5_train.inference.reranker import RankingOptions, Reranker
 from mmr5_train.inference.tasks import Batch, batch_seed
+from mmr5_train.models.config import MAX_NEW_TOKENS, CheckpointOptions
 from mmr5_train.models.lengths import image_sizes
-from mmr5_train.models.loading import (
-    ModelConfig,
-    adapter_base,
-    is_adapter,
-    load_processor,
-    read_settings,
-    resolve_checkpoint,
-)
+from mmr5_train.models.loading import load_processor, read_settings
 from mmr5_train.models.pages import load_page
-from mmr5_train.ranking.prompt import Prompt
+from mmr5_train.models.settings import Settings, resolve_settings
+from mmr5_train.ranking.prompt import read_prompt
 from mmr5_train.ranking.records import (
     LocalId,
     ModelAnswer,
@@ -88,6 +83,7 @@ class System(RankingOptions):
     )
     base: str | None = Field(default=None, description="the checkpoint that an adapter belongs to")
     server: ServerConfig | None = None
+    prompt: str | None = Field(default=None, description="an option of configs/prompt or a file, for this system")
 
 
 class RankedBatch(Batch):
@@ -98,7 +94,7 @@ class RankedBatch(Batch):
     rankings: tuple[Ranking, ...]
 
 
-class EvaluateStage(StageConfig):
+class EvaluateStage(StageConfig, CheckpointOptions):
     """`python -m mmr5_train.evaluate` (configs/evaluate.yaml)."""
 
     data: Path = Field(description="ranking tasks, e.g. heldout.jsonl, with pages.jsonl in the same folder")
@@ -107,16 +103,13 @@ class EvaluateStage(StageConfig):
     )
     limit: int | None = Field(default=None, gt=0, description="use only the first questions, at most this many")
     order: Order = Field(default="score", description="order of the candidates in a prompt")
-    think: bool = Field(default=True, description="whether the models were trained with a think block")
     constrain: bool = Field(
         default=False, description="constrain answers to a list of all pages; false: count malformed answers"
     )
     batch_size: int = Field(gt=0, description="completions per batch")
     samples: int = Field(default=0, ge=0, description="sampled answers per question, besides the greedy one")
     temperature: float = Field(default=1.0, gt=0, description="of the sampled answers")
-    max_new_tokens: int = Field(gt=0)
-    model: ModelConfig
-    prompt: Prompt
+    max_new_tokens: int = Field(default=MAX_NEW_TOKENS, gt=0)
 
     @field_validator("systems", mode="before")
     @classmethod
@@ -154,35 +147,37 @@ def main(config: EvaluateStage) -> None:
     tasks = read_records(config.data, RankingTask)[: config.limit]
     source = config.data.parent
     pages = candidate_pages(tasks, source / "pages.jsonl")
+    resolved = {  # checks all systems now, because one may be loaded hours later
+        name: resolve_settings(system.checkpoint, system_options(system, config), base=system.base)
+        for name, system in config.systems.items()
+        if system.checkpoint
+    }
     checkpoints = [system.checkpoint for system in config.systems.values() if system.checkpoint]
-    for checkpoint in checkpoints:  # check all paths now, because a system may be loaded hours later
-        if not is_adapter(checkpoint):
-            resolve_checkpoint(checkpoint)
     if config.systems:
-        check_lengths(tasks, config)
+        check_lengths(tasks, config, resolved)
     inputs = [config.data, source / "pages.jsonl"]
     on_main_process(lambda: prepare_output(config, [*inputs, *map(Path, checkpoints)]))
     for name in config.systems:
         rank_share(name, tasks, config, str(processes.device))
     if processes.is_main_process:
-        write_results(config, tasks, pages, inputs)
+        write_results(config, resolved, tasks, pages, inputs)
 
 
-def check_lengths(tasks: Sequence[RankingTask], config: EvaluateStage) -> None:
+def check_lengths(tasks: Sequence[RankingTask], config: EvaluateStage, resolved: Mapping[str, Settings]) -> None:
     """Raises `InputError` for an unreadable page image, and for questions that do not fit a system's context.
 
     The context of a model on a server is unknown.
     """
     sizes = image_sizes((page for task in tasks for page in task.candidates), config.data.parent)
     prompted = [task.in_prompt_order(config.order, config.seed) for task in tasks]
-    for name, system in config.systems.items():
-        if system.checkpoint is None or system.server is not None:
+    for name, settings in resolved.items():
+        system = config.systems[name]
+        if system.server is not None:
             continue
-        adapter = system.base is not None or is_adapter(system.checkpoint)
-        path = system.base or adapter_base(system.checkpoint) if adapter else system.checkpoint
-        processor = load_processor(config.model, path)
+        processor = load_processor(settings.model)
         options = RankingOptions(**ranking_options(system, config))
-        check_prompts_fit(f"systems.{name}", path, processor, config.prompt, options, prompted, sizes)
+        source, path = f"systems.{name}", settings.model.path
+        check_prompts_fit(source, path, processor, settings.prompt, options, prompted, sizes)
 
 
 def prepare_output(config: EvaluateStage, input_paths: Sequence[Path]) -> None:
@@ -197,9 +192,16 @@ def prepare_output(config: EvaluateStage, input_paths: Sequence[Path]) -> None:
 
 
 def write_results(
-    config: EvaluateStage, tasks: Sequence[RankingTask], pages: list[Page], inputs: list[Path]
+    config: EvaluateStage,
+    resolved: dict[str, Settings],
+    tasks: Sequence[RankingTask],
+    pages: list[Page],
+    inputs: list[Path],
 ) -> None:
-    """Scores the finished batches of all systems, and writes the stage's files."""
+    """Scores the finished batches of all systems, and writes the stage's files.
+
+    `resolved` are the settings of each system with a checkpoint.
+    """
     out, source = config.out, config.data.parent
     rankings, timing = {FIRST_STAGE: [first_stage(task) for task in tasks]}, {}
     for name in config.systems:
@@ -217,8 +219,14 @@ def write_results(
     origins = checkpoint_origins(config.systems)
     counts: dict[str, Any] = {"questions": len(tasks), "systems": len(rankings), "samples": config.samples}
     counts |= {"checkpoints": origins} if origins else {}
-    settings = config.model_dump(mode="json")
-    write_manifest(out, stage="evaluate", config=settings, inputs=inputs, counts=counts)
+    write_manifest(
+        out,
+        stage="evaluate",
+        config=config.model_dump(mode="json"),
+        inputs=inputs,
+        counts=counts,
+        resolved={name: settings.to_record().model_dump(mode="json") for name, settings in resolved.items()},
+    )
     shutil.rmtree(out / PARTIAL)
     print(results_table(results))
     for name, origin in origins.items():
@@ -282,12 +290,14 @@ def rank_share(name: str, tasks: Sequence[RankingTask], config: EvaluateStage, d
 
 def load_system(system: System, config: EvaluateStage, device: str) -> Reranker:
     """The reranker of a system."""
+    options = system_options(system, config)
     return Reranker(
         system.checkpoint,
         base=system.base,
         server=system.server,
-        model=config.model,
-        prompt=config.prompt,
+        model=options.model,
+        prompt=options.prompt,
+        override_checkpoint=options.override_checkpoint,
         device=device,
         **ranking_options(system, config),
     )
@@ -295,9 +305,16 @@ def load_system(system: System, config: EvaluateStage, device: str) -> Reranker:
 
 def ranking_options(system: System, config: EvaluateStage) -> dict[str, Any]:
     """How a system ranks: its own options, and the stage's for those that it does not set."""
-    own = system.model_dump(exclude_unset=True, exclude={"checkpoint", "base", "server"})
-    options = config.model_dump(include={"constrain", "max_new_tokens", "batch_size"})
-    return {"mode": "reason" if config.think else "direct", "window": None, **options, **own}
+    options = {"window": None, **config.model_dump(include={"constrain", "max_new_tokens", "batch_size"})}
+    if config.think is not None:
+        options["mode"] = "reason" if config.think else "direct"
+    return options | system.model_dump(include=set(RankingOptions.model_fields), exclude_unset=True)
+
+
+def system_options(system: System, config: EvaluateStage) -> CheckpointOptions:
+    """The stage's settings of checkpoints, with the system's own prompt."""
+    options = CheckpointOptions.model_validate(config.model_dump(include=set(CheckpointOptions.model_fields)))
+    return options.model_copy(update={"prompt": read_prompt(system.prompt)}) if system.prompt else options
 
 
 def rank_batch(

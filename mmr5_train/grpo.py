@@ -11,6 +11,7 @@ MM-R5, section 3.3. The reward formulas are in mmr5_train/ranking/rewards.py.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -31,7 +32,9 @@ from mmr5_train.models.lengths import (
     lowest,
     setting_limit,
 )
-from mmr5_train.models.loading import load_model, load_processor, vision_token_ids, writes_verdicts
+from mmr5_train.models.loading import load_model, load_processor
+from mmr5_train.models.sampling import end_token_ids, rollout_settings
+from mmr5_train.models.settings import Settings
 from mmr5_train.ranking.answer import Defect, parse_answer
 from mmr5_train.ranking.notes import page_verdicts
 from mmr5_train.ranking.records import LocalId, Order, RankingTask
@@ -44,7 +47,7 @@ from mmr5_train.training.arguments import (
 )
 from mmr5_train.training.callbacks import AlarmCallback, FiniteGRPOTrainer, FiniteSharedGRPOTrainer
 from mmr5_train.training.dataset import prompt_dataset
-from mmr5_train.training.run import TrainingStage, finish_run, start_run, train
+from mmr5_train.training.run import TrainingStage, finish_run, policy_settings, start_run, train
 from mmr5_train.training.shared_grpo import unsupported
 from mmr5_train.training.sharing import sharing_of
 
@@ -58,7 +61,6 @@ class GrpoStage(TrainingStage):
     """`python -m mmr5_train.grpo` (configs/grpo.yaml)."""
 
     data: Path = Field(description="ranking tasks, e.g. questions.jsonl of mmr5_train.select")
-    think: bool = Field(default=True, description="whether the model was trained to write a think block")
     order: Order = Field(default="shuffled", description="order of the candidates in a prompt")
     reward: RewardConfig
     max_prompt_length: int | None = Field(
@@ -78,18 +80,21 @@ class GrpoStage(TrainingStage):
 def main(config: GrpoStage) -> None:
     tasks = read_records(config.data, RankingTask)[: config.limit]
     prompted = [task.in_prompt_order(config.order, config.seed) for task in tasks]
+    policy = policy_settings("grpo", config)
+    policy = policy if policy.think else replace(policy, verdicts=False)
+    config.reward.check_verdicts(policy.verdicts, config.model.path)
     sizes = image_sizes((page for p in prompted for page in p.shown), config.data.parent)
-    processor = load_processor(config.model)
-    arguments = grpo_arguments(config, processor)
-    verdicts = writes_verdicts(config.model.path) if config.think else False
-    config.reward.check_verdicts(verdicts, config.model.path)
-    lengths = count_tokens(processor, config.prompt, [t.query for t in tasks], [p.shown for p in prompted], sizes)
+    processor = load_processor(policy.model)
+    arguments = grpo_arguments(config, policy, processor)
+    lengths = count_tokens(processor, policy.prompt, [t.query for t in tasks], [p.shown for p in prompted], sizes)
     query_ids, limit = [task.query_id for task in tasks], prompt_limit(config, arguments)
     fitting = leave_out_too_long(config.data, query_ids, lengths, limit, config.max_too_long)
     prompted = [prompted[i] for i in fitting.indices]
-    run = start_run("grpo", config, arguments, processor, fitting, think=config.think, verdicts=verdicts)
+    run = start_run("grpo", config, policy, arguments, processor, fitting)
 
-    model = load_model(config.model)
+    model = load_model(policy.model)
+    end_ids = end_token_ids(processor.tokenizer)
+    model.generation_config.eos_token_id = end_ids  # TRL ends completions at these tokens
     dataset = prompt_dataset(
         [
             {"query_id": p.task.query_id, "pages": len(p.shown), "positives": list(p.local_positives)}
@@ -98,23 +103,25 @@ def main(config: GrpoStage) -> None:
         [p.task.query for p in prompted],
         [p.shown for p in prompted],
         config.data.parent,
-        config.prompt,
+        policy.prompt,
         processor,
         open_pages=False,
     )
-    end_ids = {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id}
-    rewards = [reward_function(name, config.think) for name in config.reward.weights]
+    rewards = [reward_function(name, policy.think) for name in config.reward.weights]
     with rejected_settings_as_input_errors("grpo"):
         trainer = trainer_class(config.shared_prefix, model, arguments)(
             model=model,
-            reward_funcs=[*rewards, answer_logger(config.think, verdicts, config.order == "shuffled", end_ids)],
+            reward_funcs=[
+                *rewards,
+                answer_logger(policy.think, policy.verdicts, config.order == "shuffled", set(end_ids)),
+            ],
             args=arguments,
             train_dataset=dataset,
             processing_class=processor,
-            peft_config=lora_config(config.model),
+            peft_config=lora_config(policy.model),
         )
-    use_lora_plus(trainer, config.model)
-    if verdicts is False and trainer.accelerator.is_main_process:
+    use_lora_plus(trainer, policy.model)
+    if policy.verdicts is False and trainer.accelerator.is_main_process:
         print("grpo: the model writes no verdicts on pages: they are not logged, and no alarm watches them")
     if config.alarms != "off":
         trainer.add_callback(AlarmCallback(config.out, config.alarms))
@@ -135,8 +142,8 @@ def prompt_limit(config: GrpoStage, arguments: GRPOConfig) -> TokenLimit | None:
     )
 
 
-def grpo_arguments(config: GrpoStage, processor: Any) -> GRPOConfig:
-    """TRL's config: the user's fields, the reward weights, and the tokens that must not be sampled.
+def grpo_arguments(config: GrpoStage, policy: Settings, processor: Any) -> GRPOConfig:
+    """TRL's config: the user's fields, the reward weights, and how rollouts are sampled.
 
     Raises `InputError` for settings that can't work.
     """
@@ -148,15 +155,10 @@ def grpo_arguments(config: GrpoStage, processor: Any) -> GRPOConfig:
         )
     values = {
         "log_multimodal": False,  # TRL would send all page images to all ranks
-        **config.trainer,
+        **rollout_settings(config.trainer, processor),
         "reward_weights": [*config.reward.weights.values(), 0.0],  # the last one is `answer_logger`
-        "generation_kwargs": {
-            **(config.trainer.get("generation_kwargs") or {}),
-            # If a vision token were sampled, the next forward pass would expect image features and fail.
-            "suppress_tokens": vision_token_ids(processor),
-        },
     }
-    return trainer_arguments(GRPOConfig, values, out=config.out, seed=config.seed, model=config.model)
+    return trainer_arguments(GRPOConfig, values, out=config.out, seed=config.seed, model=policy.model)
 
 
 def trainer_class(choice: str, model: Any, arguments: GRPOConfig) -> type[GRPOTrainer]:

@@ -24,8 +24,10 @@ from mmr5_train.common.config import run_stage
 from mmr5_train.common.files import InputError, read_json_lines, read_records
 from mmr5_train.distill import check_recipe
 from mmr5_train.forecast import forecasts
-from mmr5_train.models.loading import ModelConfig
+from mmr5_train.inherited import inherit_settings
+from mmr5_train.models.config import ModelConfig
 from mmr5_train.models.pages import PageLimits, page_size, shrink_factor
+from mmr5_train.models.settings import complete_model
 from mmr5_train.models.shapes import empty_model
 from mmr5_train.ranking.records import RankingTask
 from mmr5_train.recipe import RecipeStage, check_verdicts, compose_stages, stage_overrides
@@ -113,7 +115,7 @@ def main(config: PlanStage) -> None:
 
 def plan(config: PlanStage) -> dict[str, list[str]]:
     """Training stage → the lines of its estimate."""
-    stages: dict[str, Any] = compose_stages(stage_overrides(config))
+    stages: dict[str, Any] = inherit_settings(compose_stages(stage_overrides(config)))
     check_verdicts(stages)
     check_recipe(stages)
     gpu = GPUS[config.gpu]
@@ -124,9 +126,10 @@ def plan(config: PlanStage) -> dict[str, list[str]]:
         stage = stages[name]
         # GRPO's checkpoint does not exist before SFT has run. It has the shape of SFT's base model.
         path = stages["sft"].model.path if name == "grpo" and "sft" in stages else stage.model.path
-        network = measure(stage.model.model_copy(update={"path": path}))
+        model = complete_model(stage.model.model_copy(update={"path": path}))
+        network = measure(model)
         prompts, source = prompt_tokens(
-            stages.get("candidates"), stage.model, "train" if name == "sft" else "select", network.token_side
+            stages.get("candidates"), model, "train" if name == "sft" else "select", network.token_side
         )
         examples = forecast.used or len(prompts)
         make_work = sft_work if name == "sft" else grpo_work

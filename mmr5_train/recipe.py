@@ -39,6 +39,7 @@ from mmr5_train.common.files import RECIPE, InputError, file_hash, is_unfinished
 from mmr5_train.departures import Settings, launch_settings, resolved_settings
 from mmr5_train.departures import departures as find_departures
 from mmr5_train.forecast import forecasts
+from mmr5_train.inherited import inherit_settings
 
 
 class Stage(NamedTuple):
@@ -90,6 +91,7 @@ class RecipeStage(StageConfig):
 
 def main(config: RecipeStage) -> None:
     overrides = stage_overrides(config)
+    inherit_settings(compose_stages(overrides))  # before anything runs, checks that no stage contradicts another
     print("settings that differ from MM-R5 as published:")
     for line in departures(config):
         print(f"  {line}")
@@ -168,8 +170,9 @@ def run_stages(overrides_by_stage: Mapping[str, list[str]], config: RecipeStage)
     recorded_seconds = _recorded_seconds(config.out / RECIPE)
     inputs_changed = config.overwrite
     stages = compose_stages(overrides_by_stage)
-    check_verdicts(stages)
-    distill.check_recipe(stages)
+    inherited = inherit_settings(stages)
+    check_verdicts(inherited)
+    distill.check_recipe(inherited)
     records = {}
     forecast_shown = False
     for name, overrides in overrides_by_stage.items():
@@ -284,9 +287,9 @@ def departures(config: RecipeStage) -> Iterator[str]:
 
 
 def stage_settings(config: RecipeStage) -> Settings:
-    """All settings of each stage that runs, with TRL's defaults, and those of the launch."""
+    """All settings of each stage that runs, with those of its checkpoint and TRL's defaults, and of the launch."""
     settings = {"launch": launch_settings(launch_file(config.launch) if config.launch else None)}
-    stages = compose_stages(stage_overrides(config))
+    stages = inherit_settings(compose_stages(stage_overrides(config)))
     return settings | {name: resolved_settings(name, stage) for name, stage in stages.items()}
 
 

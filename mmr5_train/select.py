@@ -66,6 +66,7 @@ from mmr5_train.inference.rollouts import (
     rollout_rewards,
     sample_rollouts,
 )
+from mmr5_train.models.config import CheckpointOptions
 from mmr5_train.ranking.records import Page, PageId, RankingTask, Rollouts, Skipped, Trace, rebase_images
 from mmr5_train.ranking.rewards import RewardConfig
 
@@ -103,7 +104,7 @@ class Balanced(BaseModel):
     groups: int = Field(default=GROUPS, gt=0, description="number of groups by resolution")
 
 
-class SelectStage(StageConfig):
+class SelectStage(StageConfig, CheckpointOptions):
     """`python -m mmr5_train.select` (configs/select.yaml)."""
 
     questions: Path = Field(description="RankingTask records")
@@ -234,7 +235,9 @@ def long_questions(config: SelectStage, difficulty: Difficulty, tasks: Sequence[
     than `max_too_long` of the questions do not fit.
     """
     if difficulty.rollouts is None:
-        fitting = leave_out_long_questions(difficulty, tasks, config.questions, config.reward, config.max_too_long)
+        fitting = leave_out_long_questions(
+            difficulty, config, tasks, config.questions, config.reward, config.max_too_long
+        )
         if fitting.message and is_main_process():
             print(f"select: {fitting.message}; listed in {config.out / SKIPPED}")
         return fitting.skipped
@@ -257,7 +260,7 @@ def read_or_sample_rollouts(
 
     processes = start_inference_processes()
     folder = config.questions.parent
-    backend = load_sampler(difficulty, str(processes.device))
+    backend = load_sampler(difficulty, config, str(processes.device))
     on_main_process(lambda: prepare_output(config, difficulty, inputs))
     try:
         return sample_rollouts(backend, tasks, folder, config.out / PARTIAL, difficulty, config.seed)

@@ -32,7 +32,9 @@ def load_reranker(config: ServeConfig) -> Ranker:
 
     settings = config.model_dump(include={"mode", "max_new_tokens", "window", "stride", "batch_size"})
     options = {name: value for name, value in settings.items() if value is not None}
-    return Reranker(config.checkpoint, prompt=config.prompt, **options)
+    return Reranker(
+        config.checkpoint, prompt=config.prompt, override_checkpoint=config.override_checkpoint, **options
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ stages read it there.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,40 +37,47 @@ from mmr5_train.training.adapters import lora_config, use_lora_plus
 from mmr5_train.training.arguments import rejected_settings_as_input_errors, trainer_arguments
 from mmr5_train.training.callbacks import FiniteSFTTrainer
 from mmr5_train.training.dataset import prompt_dataset
-from mmr5_train.training.run import TrainingStage, finish_run, normalize_loss_by_tokens, start_run, train
+from mmr5_train.training.run import (
+    TrainingStage,
+    finish_run,
+    normalize_loss_by_tokens,
+    policy_settings,
+    start_run,
+    train,
+)
 
 
 class SftStage(TrainingStage):
     """`python -m mmr5_train.sft` (configs/sft.yaml)."""
 
     data: Path = Field(description="traces.jsonl")
-    think: bool = Field(default=True, description="train on the think block; false: on the answer only")
     trainer: dict[str, Any] = Field(description="fields of trl.SFTConfig")
 
 
 def main(config: SftStage) -> None:
     traces = read_records(config.data, Trace)[: config.limit]
+    policy = policy_settings("sft", config)
     sizes = image_sizes((page for trace in traces for page in trace.shown), config.data.parent)
-    processor = load_processor(config.model)
-    arguments = trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=config.model)
-    completions = [render_completion(trace.think if config.think else None, trace.answer) for trace in traces]
+    processor = load_processor(policy.model)
+    arguments = trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=policy.model)
+    completions = [render_completion(trace.think if policy.think else None, trace.answer) for trace in traces]
     queries, shown = [trace.query for trace in traces], [trace.shown for trace in traces]
-    lengths = count_tokens(processor, config.prompt, queries, shown, sizes, completions)
+    lengths = count_tokens(processor, policy.prompt, queries, shown, sizes, completions)
     limit = lowest(setting_limit("trainer.max_length", arguments.max_length), context_limit(config.model.path))
     query_ids = [trace.query_id for trace in traces]
     fitting = leave_out_too_long(config.data, query_ids, lengths, limit, config.max_too_long)
     traces = [traces[i] for i in fitting.indices]
-    with_verdicts = sum(states_verdicts(trace) for trace in traces) if config.think else 0
-    states_them = 2 * with_verdicts > len(traces)
-    run = start_run("sft", config, arguments, processor, fitting, think=config.think, verdicts=states_them)
+    with_verdicts = sum(states_verdicts(trace) for trace in traces) if policy.think else 0
+    policy = replace(policy, verdicts=2 * with_verdicts > len(traces))
+    run = start_run("sft", config, policy, arguments, processor, fitting)
 
-    model = load_model(config.model)
+    model = load_model(policy.model)
     dataset = prompt_dataset(
         [{"completion": [{"role": "assistant", "content": completions[i]}]} for i in fitting.indices],
         [queries[i] for i in fitting.indices],
         [shown[i] for i in fitting.indices],
         config.data.parent,
-        config.prompt,
+        policy.prompt,
         processor,
     )
     with rejected_settings_as_input_errors("sft"):
@@ -78,10 +86,10 @@ def main(config: SftStage) -> None:
             args=arguments,
             train_dataset=dataset,
             processing_class=processor,
-            peft_config=lora_config(config.model),
+            peft_config=lora_config(policy.model),
         )
     normalize_loss_by_tokens(trainer)
-    use_lora_plus(trainer, config.model)
+    use_lora_plus(trainer, policy.model)
     if trainer.accelerator.is_main_process and with_verdicts < len(traces):
         print(f"sft: {with_verdicts} of {len(traces)} answers state a verdict on each page", flush=True)
 

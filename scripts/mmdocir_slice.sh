@@ -32,7 +32,8 @@ run data_construction.report data="$OUT/data" traces="$OUT/traces" select="$OUT/
 run mmr5_train.grpo data="$OUT/select/questions.jsonl" model.path="$OUT/sft/model" out="$OUT/grpo" overwrite=true \
     trainer.max_steps=3 trainer.per_device_train_batch_size=16 trainer.max_completion_length=96
 run mmr5_train.evaluate data="$OUT/data/heldout.jsonl" \
-    "systems={sft:$OUT/sft/model,sft+grpo:$OUT/grpo/model}" out="$OUT/evaluation" overwrite=true
+    "systems={sft:$OUT/sft/model,sft+grpo:$OUT/grpo/model}" batch_size=64 max_new_tokens=128 \
+    out="$OUT/evaluation" overwrite=true
 run mmr5_train.report evaluation="$OUT/evaluation" sft="$OUT/sft" grpo="$OUT/grpo" \
     "data=[$OUT/data,$OUT/traces,$OUT/select]" out="$OUT/report" overwrite=true
 echo; echo "open $OUT/data_report/data_report.html and $OUT/report/report.html"

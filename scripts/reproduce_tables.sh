@@ -16,7 +16,7 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
 fi
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
-MODEL=(model="${MODEL:-qwen2_5_vl_7b}" batch_size=4 max_new_tokens=2048)
+OPTIONS=(batch_size=4)
 CORPUS=(corpus=mmdocir corpus.folder="${CORPUS:-data/mmdocir}")
 
 run() { echo; echo "> $*"; "$PYTHON" -m "$@"; }
@@ -27,7 +27,7 @@ if [[ ${1:-} == --tiny ]]; then
     export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     is_complete "$OUT/corpus" || run data_construction.synthetic out="$OUT/corpus" documents=4 overwrite=true
     CORPUS=(corpus=synthetic corpus.folder="$OUT/corpus" corpus.page_cache="$OUT/pages")
-    MODEL=(model=tiny batch_size=16 max_new_tokens=64)
+    OPTIONS=(batch_size=16 max_new_tokens=64)
     # The second first stage reads the run file of the first one as its score file.
     set -- "$OUT" BM25 "BM25 run=$OUT/BM25/evaluation/trec/first_stage.run" -- 'MM-R5=tiny' 'SFT only=tiny'
 elif [[ $# -lt 4 ]]; then
@@ -59,7 +59,7 @@ for stage in "${stages[@]}"; do
     launch=(mmr5_train.evaluate)
     [[ ${PROCESSES:-1} -gt 1 ]] && launch=(accelerate.commands.launch --num_processes "$PROCESSES" -m mmr5_train.evaluate)
     is_complete "$folder/evaluation" || run "${launch[@]}" data="'$folder/candidates/heldout.jsonl'" "systems={$systems}" \
-        "${MODEL[@]}" out="'$folder/evaluation'"
+        "${OPTIONS[@]}" out="'$folder/evaluation'"
     evaluations+="${evaluations:+,}$name:'$folder/evaluation'"
 done
 run mmr5_train.tables "evaluations={$evaluations}" "rows={$rows}" out="$OUT/tables" overwrite=true

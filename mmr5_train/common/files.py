@@ -241,9 +241,11 @@ def write_manifest(
     config: dict[str, Any],
     inputs: Iterable[Path] = (),
     counts: dict[str, Any] | None = None,
+    resolved: dict[str, Any] | None = None,
 ) -> None:
     """Writes the finished manifest of an output folder: config, code and package versions, input hashes, counts.
 
+    `resolved` are the settings that the config leaves to a checkpoint.
     It contains no times or durations, so two identical runs write the same manifest.
     """
     write_json(
@@ -252,6 +254,7 @@ def write_manifest(
             "finished": True,
             "stage": stage,
             "config": config,
+            **({"resolved": resolved} if resolved else {}),
             "code": code_version(),
             "python": platform.python_version(),
             "packages": package_versions(),

@@ -6,8 +6,8 @@ a batch of queries with their prepared images and returns one or several `ModelA
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,13 @@ from mmr5_train.common.files import InputError
 from mmr5_train.inference.constrained import PermutationLogitsProcessor
 from mmr5_train.inference.vocabulary import Vocabulary
 from mmr5_train.models import shared_prefix
+from mmr5_train.models.config import CheckpointOptions
 from mmr5_train.models.inputs import append_list_open, encode, page_id_tokens
-from mmr5_train.models.loading import (
-    ModelConfig,
-    adapter_base,
-    default_model_config,
-    is_adapter,
-    load_merged,
-    load_model,
-    load_processor,
-    read_settings,
-    vision_token_ids,
-)
+from mmr5_train.models.loading import is_adapter, load_merged, load_model, load_processor
 from mmr5_train.models.pages import PageLimits, page_limits
 from mmr5_train.models.placement import input_device, place_model
+from mmr5_train.models.sampling import generation_config, token_settings, without_own_settings
+from mmr5_train.models.settings import resolve_mode, resolve_settings
 from mmr5_train.ranking.answer import to_model_answer
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import LocalId, Mode, ModelAnswer
@@ -62,8 +55,7 @@ class LocalBackend:
     ) -> None:
         self.model, self.processor, self.prompt = model, processor, prompt
         self.mode, self.max_new_tokens, self.constrain = mode, max_new_tokens, constrain
-        self.end_ids = {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id}
-        self.suppressed_ids = vision_token_ids(processor)  # computed once: it reads the whole vocabulary
+        self.tokens = token_settings(processor)  # computed once: it reads the whole vocabulary
 
     @property
     def limits(self) -> PageLimits:
@@ -118,20 +110,18 @@ class LocalBackend:
         self, queries: Sequence[str], images: Sequence[Sequence[Image.Image]], samples: int, temperature: float
     ) -> list[list[ModelAnswer]]:
         inputs = encode(self.processor, self.prompt, queries, images).to(input_device(self.model))
-        config = copy.deepcopy(self.model.generation_config)
-        config.update(do_sample=False, max_new_tokens=self.max_new_tokens, suppress_tokens=self.suppressed_ids)
-        if samples:
-            config.update(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+        config = generation_config(self.tokens, temperature if samples else None, self.max_new_tokens)
         page_counts = [len(page_images) for page_images in images]
         group_size, prompt_length = max(samples, 1), inputs["input_ids"].shape[1]
         constraint = self._constraint([n for n in page_counts for _ in range(group_size)], prompt_length)
         processors = LogitsProcessorList([] if constraint is None else [constraint])
-        if samples > 1 and shared_prefix.unsupported_reason(self.model) is None:
-            completions = self._generate_shared(inputs, page_counts, samples, config, processors)
-        else:
-            config.update(num_return_sequences=group_size)
-            sequences = self.model.generate(**inputs, generation_config=config, logits_processor=processors)
-            completions = sequences[:, prompt_length:]
+        with without_own_settings(self.model):
+            if samples > 1 and shared_prefix.unsupported_reason(self.model) is None:
+                completions = self._generate_shared(inputs, page_counts, samples, config, processors)
+            else:
+                config.update(num_return_sequences=group_size)
+                sequences = self.model.generate(**inputs, generation_config=config, logits_processor=processors)
+                completions = sequences[:, prompt_length:]
         token_counts = self._prompt_token_counts(inputs)
         answers = []
         for row, ids in enumerate(completions.tolist()):
@@ -155,8 +145,6 @@ class LocalBackend:
         self, inputs: Any, image_counts: list[int], samples: int, config: Any, processors: LogitsProcessorList
     ) -> Tensor:
         """Samples several completions of each prompt with one prefill per prompt. The tokens do not change."""
-        # Called only here, because greedy answers must use the attention that the model was loaded with.
-        shared_prefix.share_prefixes(self.model)
         is_token = inputs["attention_mask"].bool()
         ids, types = (
             [row[mask] for row, mask in zip(inputs[key], is_token, strict=True)]
@@ -164,7 +152,9 @@ class LocalBackend:
         )
         pixels = {key: inputs[key] for key in ("pixel_values", "image_grid_thw")}
         prompts = shared_prefix.shared_prompts(self.model, ids, types, pixels, image_counts)
-        return shared_prefix.generate(self.model, prompts, samples, config, processors)
+        with attention_restored(self.model):  # greedy answers must not depend on earlier samples
+            shared_prefix.share_prefixes(self.model)
+            return shared_prefix.generate(self.model, prompts, samples, config, processors)
 
     def _prompt_token_counts(self, inputs: Any) -> list[dict[str, int]]:
         """For each prompt of a batch, its tokens and how many of them are visual, as fields of `ModelAnswer`."""
@@ -174,7 +164,7 @@ class LocalBackend:
 
     def _read(self, ids: list[int], n_pages: int, closed_early: bool, token_counts: dict[str, int]) -> ModelAnswer:
         """Parses one completion. `closed_early` says whether the constraint closed its think block."""
-        end = next((i for i, token in enumerate(ids) if token in self.end_ids), None)
+        end = next((i for i, token in enumerate(ids) if token in self.tokens["eos_token_id"]), None)
         text = self.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
         counts = token_counts | {"tokens": len(ids) if end is None else end + 1}
         cut_off = end is None or closed_early
@@ -190,10 +180,10 @@ class LocalBackend:
         """
         inputs = encode(self.processor, self.prompt, queries, images)
         inputs = append_list_open(inputs, self.processor.tokenizer).to(input_device(self.model))
-        logits_BV = self.model(**inputs, logits_to_keep=1).logits[:, -1].float()
+        logits_BN = self._logits(inputs, self.page_id_tokens)
         answers = []
-        for logits_V, page_images, counts in zip(
-            logits_BV, images, self._prompt_token_counts(inputs), strict=True
+        for logits_N, page_images, counts in zip(
+            logits_BN, images, self._prompt_token_counts(inputs), strict=True
         ):
             n_pages = len(page_images)
             if n_pages > self.max_scored_pages:
@@ -201,7 +191,7 @@ class LocalBackend:
                     f"mode logits: with this tokenizer, only the page ids up to {self.max_scored_pages} start "
                     f"with distinct tokens, found {n_pages} pages; rank them in windows"
                 )
-            scores = logits_V[self.page_id_tokens[:n_pages]].softmax(-1).tolist()
+            scores = logits_N[:n_pages].softmax(-1).tolist()
             best_first = sorted(range(n_pages), key=lambda i, scores=scores: -scores[i])  # type: ignore[misc]
             order = tuple(LocalId(i + 1) for i in best_first)
             answers.append(
@@ -209,13 +199,34 @@ class LocalBackend:
             )
         return answers
 
+    def _logits(self, inputs: Any, tokens: list[int]) -> Tensor:
+        """(B, len(tokens)) the logits of `tokens` after each prompt, in float32.
+
+        The model's own head rounds logits to the model's dtype. In bfloat16, logits near 20 have steps of 0.125,
+        so pages would tie.
+        """
+        head = self.model.get_output_embeddings().weight
+        if head.is_meta:  # the weights of a spread model that are in CPU memory
+            return self.model(**inputs, logits_to_keep=1).logits[:, -1, tokens].float()
+        hidden_BH = self.model.base_model(**inputs).last_hidden_state[:, -1]
+        return hidden_BH.to(head.device, torch.float32) @ head[tokens].float().T
+
+
+@contextmanager
+def attention_restored(model: Any) -> Iterator[None]:
+    """After the block, the model's text part has the attention that it had before."""
+    earlier = model.config.get_text_config()._attn_implementation
+    try:
+        yield
+    finally:
+        model.set_attn_implementation({"text_config": earlier})
+
 
 def load_backend(
     checkpoint: str | Path,
+    options: CheckpointOptions | None = None,
     *,
     base: str | None = None,
-    prompt: Prompt | None = None,
-    model: ModelConfig | None = None,
     mode: Mode | None = None,
     device: str | None = None,
     max_new_tokens: int,
@@ -223,28 +234,20 @@ def load_backend(
 ) -> LocalBackend:
     """Loads a checkpoint, or an adapter merged into its base, as a backend.
 
-    `prompt`, `model` and `mode` default to the settings in the checkpoint (`reranker.json`). Without settings,
-    `model` defaults to the page sizes of the checkpoint's own processor. Raises `InputError` if no prompt is given
-    and the checkpoint has no settings.
+    The settings are the checkpoint's own where `options` and `mode` leave them open (`resolve_settings`, which
+    raises `InputError`).
     """
-    settings = read_settings(checkpoint)
-    prompt = prompt or (settings.prompt if settings else None)
-    if prompt is None:
-        raise InputError(
-            f"{checkpoint}: has no reranker.json, so the prompt it was trained with is unknown; give "
-            'prompt="default", or the path of the YAML file that scripts/import_prompt.py wrote'
-        )
-    adapter = checkpoint if base is not None or is_adapter(checkpoint) else None
-    path = str(checkpoint) if adapter is None else base or adapter_base(adapter)
-    config = model or (settings.to_model_config(path) if settings else default_model_config(path))
-    config = config.model_copy(update={"path": path})
-    loaded = load_model(config) if adapter is None else load_merged(config, adapter)
+    options = options or CheckpointOptions()
+    settings = resolve_settings(checkpoint, options, base=base)
+    mode = resolve_mode(mode, settings, checkpoint, override=options.override_checkpoint)
+    is_merged = base is None and not is_adapter(checkpoint)
+    loaded = load_model(settings.model) if is_merged else load_merged(settings.model, checkpoint)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return LocalBackend(
-        place_model(loaded, config, device).eval(),
-        load_processor(config),
-        prompt,
-        mode=mode or (settings.mode if settings else "reason"),
+        place_model(loaded, settings.model, device).eval(),
+        load_processor(settings.model),
+        settings.prompt,
+        mode=mode,
         max_new_tokens=max_new_tokens,
         constrain=constrain,
     )

@@ -5,6 +5,7 @@ It has the interface of `mmr5_train.inference.local`: `limits` and `generate`.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmr5_train.common.files import InputError
 from mmr5_train.models.inputs import openai_messages
 from mmr5_train.models.pages import PageLimits
+from mmr5_train.models.sampling import sampling_settings
 from mmr5_train.ranking.answer import to_model_answer
 from mmr5_train.ranking.answer_constraints import gbnf_grammar
 from mmr5_train.ranking.prompt import Prompt
@@ -35,6 +37,12 @@ class ServerConfig(BaseModel):
         default="none",
         description="server whose structured-output parameters constrain answers to a list of all pages; "
         "none: no constraint",
+    )
+    kind: Literal["openai", "transformers", "vllm", "sglang"] | None = Field(
+        default=None,
+        description="server whose request fields switch off the sampling settings in the checkpoint's "
+        "generation_config; openai: only the fields that every server accepts; null: the server of `structured`, "
+        "or openai",
     )
     concurrency: int = Field(default=16, gt=0, description="largest number of concurrent requests")
     timeout: float = Field(default=600, gt=0, description="seconds after which a request has failed")
@@ -93,8 +101,8 @@ class RemoteBackend:
 
         def send(numbered_request: tuple[int, int]) -> ModelAnswer:
             number, index = numbered_request
-            sampling = {"temperature": temperature, "seed": seed + number} if samples else {"temperature": 0.0}
-            return self._request(queries[index], images[index], sampling)
+            sampled = {"temperature": temperature, "seed": seed + number} if samples else {"temperature": 0.0}
+            return self._request(queries[index], images[index], sampled)
 
         with ThreadPoolExecutor(self.server.concurrency) as pool:
             try:
@@ -110,7 +118,9 @@ class RemoteBackend:
                 model=self.server.model,
                 messages=openai_messages(self.prompt, query, images),  # type: ignore[arg-type]
                 max_tokens=self.max_new_tokens,
-                extra_body=self._structured_outputs(len(images)),
+                top_p=1.0,
+                frequency_penalty=0.0,  # on `transformers serve`, it replaces the repetition penalty
+                extra_body=self._own_sampling(sampling["temperature"]) | self._structured_outputs(len(images)),
                 **sampling,
             )
             choice = response.choices[0]
@@ -138,10 +148,20 @@ class RemoteBackend:
             expect_think=self.mode == "reason",
         )
 
-    def _structured_outputs(self, n_pages: int) -> dict[str, Any] | None:
+    def _own_sampling(self, temperature: float) -> dict[str, Any]:
+        """The request's parameters that replace the sampling settings in the generation_config on the server."""
+        kind = self.server.kind or ("openai" if self.server.structured == "none" else self.server.structured)
+        if kind == "openai":
+            return {}
+        if kind == "transformers":
+            settings = sampling_settings(temperature or None, self.max_new_tokens)
+            return {"generation_config": json.dumps(settings)}
+        return {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+
+    def _structured_outputs(self, n_pages: int) -> dict[str, Any]:
         """The request's parameters that constrain the answer to a list of all pages."""
         if not self.constrain:
-            return None
+            return {}
         grammar = gbnf_grammar(n_pages, think=self.mode == "reason")
         return (
             {"structured_outputs": {"grammar": grammar}} if self.server.structured == "vllm" else {"ebnf": grammar}

@@ -33,8 +33,9 @@ from mmr5_train.common.files import InputError, validation_message
 from mmr5_train.inference.local import MAX_SCORED_PAGES, LocalBackend, load_backend
 from mmr5_train.inference.remote import RemoteBackend, ServerConfig
 from mmr5_train.inference.tasks import batch_seed
-from mmr5_train.models.loading import ModelConfig, read_settings
+from mmr5_train.models.config import MAX_NEW_TOKENS, CheckpointOptions, ModelOptions
 from mmr5_train.models.pages import PageInput, open_pages
+from mmr5_train.models.settings import resolve_mode, resolve_settings
 from mmr5_train.ranking.answer import parse_answer
 from mmr5_train.ranking.notes import split_notes
 from mmr5_train.ranking.prompt import Prompt, read_prompt
@@ -54,7 +55,7 @@ class RankingOptions(BaseModel):
         "null: as the checkpoint was trained (reason, or direct without think blocks)",
     )
     constrain: bool = Field(default=True, description="constrain answers to a list of all pages")
-    max_new_tokens: int = Field(default=2048, gt=0)
+    max_new_tokens: int = Field(default=MAX_NEW_TOKENS, gt=0)
     window: int | None = Field(
         default=20, ge=2, description="largest number of pages in one prompt; null: no limit"
     )
@@ -115,7 +116,8 @@ class Reranker:
         *,
         base: str | None = None,
         prompt: Prompt | str | Path | None = None,
-        model: ModelConfig | None = None,
+        model: ModelOptions | None = None,
+        override_checkpoint: bool = False,
         server: ServerConfig | dict[str, Any] | None = None,
         device: str | None = None,
         **options: Any,
@@ -129,6 +131,8 @@ class Reranker:
             prompt: an option of configs/prompt, a YAML file, or a `Prompt`. Required for a checkpoint that this
                 project did not write.
             model: page sizes, dtype and attention; by default the checkpoint's own.
+            override_checkpoint: use `prompt`, `model` and mode "reason" where the checkpoint says otherwise.
+                Without it, a contradiction is an error.
             server: the server that runs the model. No weights are loaded then.
             device: "cuda", "cpu", …; by default a GPU if one is available.
             **options: the fields of `RankingOptions`.
@@ -137,17 +141,19 @@ class Reranker:
         """
         self.options = _validated(RankingOptions, options)
         backend_options = self.options.model_dump(include={"mode", "max_new_tokens", "constrain"})
-        prompt = prompt if prompt is None or isinstance(prompt, Prompt) else read_prompt(prompt)
+        settings = CheckpointOptions(
+            model=model or ModelOptions(),
+            prompt=prompt if prompt is None or isinstance(prompt, Prompt) else read_prompt(prompt),
+            override_checkpoint=override_checkpoint,
+        )
         self.backend: LocalBackend | RemoteBackend
         if server is not None:
             config = server if isinstance(server, ServerConfig) else _validated(ServerConfig, server)
-            self.backend = _remote_backend(config, checkpoint, prompt, model, backend_options)
+            self.backend = _remote_backend(config, checkpoint, settings, backend_options)
         elif checkpoint is None:
             raise InputError("checkpoint: give a folder, a hub id, or a server")
         else:
-            self.backend = load_backend(
-                checkpoint, base=base, prompt=prompt, model=model, device=device, **backend_options
-            )
+            self.backend = load_backend(checkpoint, settings, base=base, device=device, **backend_options)
 
     @property
     def mode(self) -> Mode:
@@ -235,10 +241,13 @@ class Reranker:
 
 
 class QueryReranker:
-    """The interface of MM-R5's own inference class: `QueryReranker(model).rerank(query, image_paths)`."""
+    """The interface of MM-R5's own inference class: `QueryReranker(model_path=…).rerank(query, image_list)`.
 
-    def __init__(self, model: str | Path, **options: Any) -> None:
-        self.reranker = Reranker(model, **options)
+    `options` are the arguments of `Reranker`. The released checkpoint needs `prompt`.
+    """
+
+    def __init__(self, model_path: str | Path, **options: Any) -> None:
+        self.reranker = Reranker(model_path, **options)
 
     def rerank(self, query: str, image_list: Sequence[PageInput]) -> list[int]:
         """Indices of all images, from 0, best first."""
@@ -280,21 +289,26 @@ def _results(
 def _remote_backend(
     server: ServerConfig,
     checkpoint: str | Path | None,
-    prompt: Prompt | None,
-    model: ModelConfig | None,
+    options: CheckpointOptions,
     backend_options: dict[str, Any],
 ) -> RemoteBackend:
-    settings = None if checkpoint is None else read_settings(checkpoint)
-    prompt = prompt or (settings.prompt if settings else None)
-    sizes = model or (settings.to_model_config(server.model) if settings else None)
-    if prompt is None or sizes is None:
+    model, prompt, mode = options.model, options.prompt, backend_options["mode"]
+    if checkpoint is not None:
+        settings = resolve_settings(checkpoint, options)
+        model, prompt = settings.model, settings.prompt
+        mode = resolve_mode(mode, settings, checkpoint, override=options.override_checkpoint)
+    if prompt is None or model.min_pixels is None or model.max_pixels is None:
         raise InputError(
             "server: the prompt and page sizes that its model was trained with are unknown; give the checkpoint "
-            'as well (no weights are loaded), or prompt="default" and model=ModelConfig(…)'
+            'as well (no weights are loaded), or prompt="default" and a model with min_pixels and max_pixels'
         )
-    mode = backend_options["mode"] or (settings.mode if settings else "reason")
-    page_sizes = {"min_pixels": sizes.min_pixels, "max_pixels": sizes.max_pixels}
-    return RemoteBackend(server, prompt, **{**backend_options, **page_sizes, "mode": mode})
+    return RemoteBackend(
+        server,
+        prompt,
+        **backend_options | {"mode": mode or "reason"},
+        min_pixels=model.min_pixels,
+        max_pixels=model.max_pixels,
+    )
 
 
 def _validated(kind: type[Any], values: dict[str, Any]) -> Any:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mmr5_train.common.files import InputError, read_records
 from mmr5_train.inference.tasks import Batch, rank_tasks
+from mmr5_train.models.config import MAX_NEW_TOKENS, CheckpointOptions
 from mmr5_train.ranking.records import LocalId, ModelAnswer, Order, PromptedTask, RankingTask, Rollouts
 from mmr5_train.ranking.rewards import REWARDS, RewardConfig
 
@@ -41,7 +42,7 @@ class RolloutConfig(BaseModel):
     temperature: float = Field(default=1.0, gt=0)
     order: Order = Field(default="shuffled", description="order of the candidates in a prompt, as in grpo")
     batch_size: int = Field(default=64, gt=0, description="answers per batch")
-    max_new_tokens: int = Field(default=2048, gt=0, description="largest number of tokens in an answer")
+    max_new_tokens: int = Field(default=MAX_NEW_TOKENS, gt=0, description="largest number of tokens in an answer")
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Self:
@@ -57,7 +58,12 @@ class RolloutBatch(Batch):
 
 
 def leave_out_long_questions(
-    config: RolloutConfig, tasks: Sequence[RankingTask], source: Path, reward: RewardConfig, max_share: float
+    config: RolloutConfig,
+    options: CheckpointOptions,
+    tasks: Sequence[RankingTask],
+    source: Path,
+    reward: RewardConfig,
+    max_share: float,
 ) -> Fitting:
     """The tasks whose prompt and answer fit the checkpoint's context. `source` is their file.
 
@@ -65,29 +71,27 @@ def leave_out_long_questions(
     needs them, and if more than `max_share` of the tasks do not fit.
     """
     from mmr5_train.models.lengths import context_limit, count_tokens, image_sizes, leave_out_too_long
-    from mmr5_train.models.loading import load_processor, read_settings, writes_verdicts
+    from mmr5_train.models.loading import load_processor
+    from mmr5_train.models.settings import resolve_settings
 
-    checkpoint = str(config.checkpoint)
-    reward.check_verdicts(writes_verdicts(checkpoint), checkpoint)
+    settings = resolve_settings(str(config.checkpoint), options)
+    reward.check_verdicts(settings.verdicts, str(config.checkpoint))
     sizes = image_sizes((page for task in tasks for page in task.candidates), source.parent)
-    settings = read_settings(checkpoint)
-    if settings is None:
-        raise InputError(
-            f"difficulty.checkpoint: {checkpoint} has no reranker.json, so the prompt it was trained with is "
-            "unknown; give a checkpoint that sft or grpo wrote"
-        )
-    processor = load_processor(settings.to_model_config(checkpoint))
+    processor = load_processor(settings.model)
     queries, shown = [task.query for task in tasks], [task.candidates for task in tasks]
     counts = count_tokens(processor, settings.prompt, queries, shown, sizes)
-    limit = context_limit(checkpoint, {"difficulty.max_new_tokens": config.max_new_tokens})
+    limit = context_limit(settings.model.path, {"difficulty.max_new_tokens": config.max_new_tokens})
     return leave_out_too_long(source, [task.query_id for task in tasks], counts, limit, max_share)
 
 
-def load_sampler(config: RolloutConfig, device: str) -> LocalBackend:
-    """The backend that samples. Raises `InputError` if the checkpoint can't be used."""
+def load_sampler(config: RolloutConfig, options: CheckpointOptions, device: str) -> LocalBackend:
+    """The backend that samples. The settings of the checkpoint are its own, unless `options` override them.
+
+    Raises `InputError` if the checkpoint can't be used.
+    """
     from mmr5_train.inference.local import load_backend
 
-    return load_backend(str(config.checkpoint), device=device, max_new_tokens=config.max_new_tokens)
+    return load_backend(str(config.checkpoint), options, device=device, max_new_tokens=config.max_new_tokens)
 
 
 def sample_rollouts(

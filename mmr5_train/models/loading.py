@@ -4,110 +4,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
 from transformers.utils import cached_file, is_bitsandbytes_available, is_flash_attn_2_available
 
 from mmr5_train.common.files import InputError, validation_message
-from mmr5_train.ranking.prompt import Prompt
-from mmr5_train.ranking.records import Mode, Record
+from mmr5_train.models.config import SETTINGS, Dtype, ModelConfig, RerankerSettings
 
 TINY = Path(__file__).parent / "tiny"
 """The tiny model that is part of this package."""
-
-SETTINGS = "reranker.json"
-"""File in each checkpoint of this project, with its prompt, page sizes and dtype (`RerankerSettings`)."""
-
-
-class LoraSettings(BaseModel):
-    """Low-rank adapters on the language model (PEFT)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    r: int = Field(gt=0)
-    alpha: int = Field(gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    plus_ratio: float | None = Field(
-        default=None,
-        ge=1,
-        description="LoRA+ (arXiv 2402.12354): learning rate of B divided by that of A; null: equal",
-    )
-    target_modules: str | list[str] = Field(
-        default=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-        description="a regular expression or a list of module names",
-    )
-
-
-class ModelConfig(BaseModel):
-    """Config group `model`: the checkpoint to load, and the size of its page images."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    path: str = Field(description='a checkpoint folder, a hub id, or "tiny" for the model in this package')
-    min_pixels: int = Field(gt=0, description="smallest area of a page image, in pixels")
-    max_pixels: int = Field(gt=0, description="largest area of a page image, in pixels")
-    dtype: Literal["float32", "bfloat16", "float16"]
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    freeze_vision: bool = True
-    load_in_4bit: bool = Field(
-        default=False, description="QLoRA (arXiv 2305.14314): base model in NF4, vision tower not quantized"
-    )
-    device_map: Literal["auto"] | None = Field(
-        default=None,
-        description="auto: spread a model that does not fit one GPU over all of them, in one process, and what is "
-        "left over CPU memory; null: the whole model on one device",
-    )
-    lora: LoraSettings | None = None
-
-    @model_validator(mode="after")
-    def _limits_are_in_order(self) -> Self:
-        if self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels must be at most max_pixels ({self.max_pixels})")
-        if self.device_map and self.load_in_4bit:
-            raise ValueError("load_in_4bit and device_map exclude each other; 4 bits need a quarter of the memory")
-        return self
-
-
-class RerankerSettings(Record):
-    """reranker.json: the settings that a checkpoint was trained with and needs at inference."""
-
-    min_pixels: int = Field(description="a smaller page is enlarged to this many pixels")
-    max_pixels: int = Field(description="a larger page is shrunk to this many pixels")
-    dtype: str = Field(description="`float32`, `bfloat16` or `float16`")
-    think: bool = Field(description="whether the checkpoint was trained to write a think block")
-    verdicts: bool | None = Field(
-        default=None,
-        description="whether its think block states a verdict on each page (`notes.read_verdict`); null: unknown",
-    )
-    prompt: Prompt = Field(description="the prompt it was trained with")
-    step: int | None = Field(default=None, description="optimizer step of the checkpoint")
-    steps: int | None = Field(default=None, description="optimizer steps of its training run")
-    heldout_recall: float | None = Field(
-        default=None, description="recall@1 on the held-out questions by which it was chosen; null: not chosen"
-    )
-
-    @property
-    def mode(self) -> Mode:
-        """The default inference mode."""
-        return "reason" if self.think else "direct"
-
-    @property
-    def origin(self) -> str:
-        """Which checkpoint of its training run this is, in words; empty if unknown."""
-        if self.step is None:
-            return ""
-        recall = self.heldout_recall
-        chosen = "" if recall is None else f", the best by held-out recall@1 ({recall:.3f})"
-        return f"step {self.step} of {self.steps}{chosen}"
-
-    def to_model_config(self, path: str) -> ModelConfig:
-        """The config that loads the checkpoint, which is at `path`."""
-        return ModelConfig(path=path, **self.model_dump(include={"min_pixels", "max_pixels", "dtype"}))
 
 
 def read_settings(checkpoint: str | Path) -> RerankerSettings | None:
@@ -173,11 +90,20 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def default_model_config(path: str) -> ModelConfig:
-    """The config for a checkpoint without settings: its own page sizes; bfloat16 on a GPU, float32 on a CPU."""
-    size = _load_processor(resolve_checkpoint(path)).image_processor.size
-    dtype: Literal["bfloat16", "float32"] = "bfloat16" if torch.cuda.is_available() else "float32"
-    limits = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
-    return ModelConfig(path=path, dtype=dtype, **limits)
+    """The config for a checkpoint without reranker.json: the page sizes of its image processor and its dtype.
+
+    If its config.json has no dtype: bfloat16 on a GPU, float32 on a CPU.
+    """
+    source = resolve_checkpoint(path)
+    size = _load_processor(source).image_processor.size
+    dtype: Dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    own_dtypes: dict[Any, Dtype] = {
+        torch.float32: "float32",
+        torch.bfloat16: "bfloat16",
+        torch.float16: "float16",
+    }
+    dtype = own_dtypes.get(_load_config(source).dtype, dtype)
+    return ModelConfig(path=path, dtype=dtype, min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
 
 
 def _load_processor(source: str) -> Any:
@@ -195,6 +121,9 @@ def _load_processor(source: str) -> Any:
 def load_model(config: ModelConfig, path: str | Path | None = None) -> Any:
     """The checkpoint's model in the dtype of `config`, with a frozen vision tower if `config` says so.
 
+    Of the checkpoint's generation_config, only the token ids are kept. Its sampling settings would change what
+    `generate` samples (`mmr5_train.models.sampling`), also on a server that loads the trained checkpoint.
+
     Raises `InputError` if the checkpoint can't be loaded or is not a vision-language model.
     """
     source = resolve_checkpoint(path or config.path)
@@ -210,6 +139,9 @@ def load_model(config: ModelConfig, path: str | Path | None = None) -> Any:
         raise _loading_error(source, "model", error) from None
     except ValueError as error:
         raise InputError(f"{source}: not a vision-language model ({_first_line(error)})") from None
+    own = model.generation_config
+    token_ids = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**token_ids)
     if config.freeze_vision:
         if not hasattr(model, "model") or not hasattr(model.model, "visual"):
             raise InputError(f"{source}: model type {model_type} has no vision tower at model.visual to freeze")

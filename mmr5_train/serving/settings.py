@@ -41,6 +41,9 @@ class ServeConfig(BaseModel):
         default=None, min_length=1, description="the model's name in responses; null: the checkpoint"
     )
     prompt: Prompt | None = Field(default=None, description="for a checkpoint that does not store its own prompt")
+    override_checkpoint: bool = Field(
+        default=False, description="use this prompt and mode even if the checkpoint was trained with others"
+    )
     mode: Literal["reason", "direct", "logits"] | None = Field(
         default=None, description="null: the mode the checkpoint was trained for"
     )

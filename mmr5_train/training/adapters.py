@@ -9,7 +9,7 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer
 
 from mmr5_train.common.files import InputError
-from mmr5_train.models.loading import ModelConfig
+from mmr5_train.models.config import ModelConfig
 
 
 def lora_config(model: ModelConfig) -> LoraConfig | None:

@@ -15,7 +15,7 @@ import torch
 from transformers import TrainingArguments
 
 from mmr5_train.common.files import InputError
-from mmr5_train.models.loading import ModelConfig
+from mmr5_train.models.config import ModelConfig
 from mmr5_train.training.checkpoints import check_saving
 
 

@@ -23,6 +23,7 @@ from mmr5_train.evaluation.metrics import is_complete, recall_at_k
 from mmr5_train.inference.local import LocalBackend
 from mmr5_train.inference.processes import on_main_process
 from mmr5_train.inference.tasks import rank_tasks
+from mmr5_train.models.config import MAX_NEW_TOKENS
 from mmr5_train.models.inputs import check_images
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Mode, ModelAnswer, Order, PromptedTask, RankingTask
@@ -113,7 +114,7 @@ class HeldOutConfig(BaseModel):
     data: Path = Field(description="ranking tasks that are used neither in training nor in the final evaluation")
     limit: int | None = Field(default=200, gt=0, description="use only the first questions")
     batch_size: int = Field(default=8, gt=0, description="questions per batch on each process")
-    max_new_tokens: int = Field(default=2048, gt=0)
+    max_new_tokens: int = Field(default=MAX_NEW_TOKENS, gt=0)
     order: Order = "score"
     choose: Literal["best", "last"] = Field(
         default="best", description="the checkpoint that becomes model/: the one that ranks best, or the last one"

@@ -1,6 +1,7 @@
 """The steps that SFT, GRPO and distillation share, in the order in which each stage calls them.
 
-run = start_run("sft", config, arguments, processor, fitting)    # settings, output folder, checkpoint to resume
+policy = policy_settings("sft", config)                          # what the checkpoint says, and the config
+run = start_run("sft", config, policy, arguments, processor, fitting)    # output folder, checkpoint to resume
 trainer = …                                                      # differs between the stages
 train(run, trainer, progress={"loss": "loss"})
 finish_run(run, trainer, counts={"traces": 100}, metric="loss")  # checkpoint, manifest, one line on stdout
@@ -8,6 +9,7 @@ finish_run(run, trainer, counts={"traces": 100}, metric="loss")  # checkpoint, m
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -21,9 +23,11 @@ from trl.trainer import utils as trl_utils
 
 from mmr5_train.common.config import StageConfig
 from mmr5_train.common.files import InputError, write_manifest, write_records
+from mmr5_train.models.config import SETTINGS, CheckpointOptions
 from mmr5_train.models.lengths import Fitting, check_all_fit, context_limit, count_tokens, image_sizes
-from mmr5_train.models.loading import ModelConfig, RerankerSettings, writes_verdicts
-from mmr5_train.ranking.prompt import Prompt
+from mmr5_train.models.loading import read_settings
+from mmr5_train.models.settings import Settings, resolve_settings
+from mmr5_train.ranking.prompt import Prompt, read_prompt
 from mmr5_train.training.adapters import count_trainable_parameters, keep_float32_weights
 from mmr5_train.training.callbacks import HeldOutCallback, HeldOutConfig, held_out_callback
 from mmr5_train.training.checkpoints import (
@@ -40,7 +44,7 @@ from mmr5_train.training.saving import MODEL, best_checkpoint_counts, full_disk_
 _trl_rule: Any = getattr(trl_utils, "_use_triton", None)
 
 
-class TrainingStage(StageConfig):
+class TrainingStage(StageConfig, CheckpointOptions):
     """Fields that sft, grpo and distill share."""
 
     data: Path
@@ -52,8 +56,6 @@ class TrainingStage(StageConfig):
         description="largest share of examples that are left out because they have too many tokens; with more, "
         "the stage stops before it loads the model",
     )
-    model: ModelConfig
-    prompt: Prompt
     heldout: HeldOutConfig | None = None
     trainer: dict[str, Any]
 
@@ -72,8 +74,7 @@ class TrainingRun:
 
     stage: str
     config: TrainingStage
-    think: bool  # whether the model is trained to write a think block
-    verdicts: bool | None  # whether the think block states a verdict on each page; None: unknown
+    policy: Settings  # how the checkpoint is loaded, its prompt, and what its answers contain
     processor: Any
     settings: dict[str, Any]  # must be equal in a stopped run and the run that resumes it
     checkpoint: Path | None  # the checkpoint to resume from
@@ -81,33 +82,38 @@ class TrainingRun:
     fitting: Fitting  # the examples that are not too long
 
 
+def policy_settings(stage: str, config: TrainingStage) -> Settings:
+    """The settings of the checkpoint that a stage trains (`resolve_settings`).
+
+    If neither the checkpoint nor the config has a prompt, as with a base model, it is trained with the prompt
+    `default`, and a line on stdout says so.
+    """
+    settings = resolve_settings(config.model.path, config, default_prompt=read_prompt("default"))
+    if config.prompt is None and read_settings(config.model.path) is None and os.environ.get("RANK", "0") == "0":
+        print(
+            f"{stage}: {config.model.path} has no {SETTINGS}; it is trained with the prompt `default`", flush=True
+        )
+    return settings
+
+
 def start_run(
-    stage: str,
-    config: TrainingStage,
-    arguments: Any,
-    processor: Any,
-    fitting: Fitting,
-    *,
-    think: bool = True,
-    verdicts: bool | None = None,
+    stage: str, config: TrainingStage, policy: Settings, arguments: Any, processor: Any, fitting: Fitting
 ) -> TrainingRun:
     """Opens the output folder, or finds the checkpoint to resume from in the folder of a stopped run.
 
-    Without `verdicts`, the value that the base checkpoint records is kept. Call it after all checks of the user's
-    settings, because with overwrite=true it deletes an earlier result. The examples that `fitting` leaves out are
-    listed in skipped.jsonl.
+    Call it after all checks of the user's settings, because with overwrite=true it deletes an earlier result. The
+    examples that `fitting` leaves out are listed in skipped.jsonl.
     """
-    held_out = held_out_callback(config.heldout, arguments, processor, config.prompt, think)
+    held_out = held_out_callback(config.heldout, arguments, processor, policy.prompt, policy.think)
     if held_out is not None:
-        check_held_out_lengths(held_out, config.model.path, processor, config.prompt)
-    settings = run_settings(config)
+        check_held_out_lengths(held_out, config.model.path, processor, policy.prompt)
+    settings = run_settings(config) | {"resolved": policy.to_record().model_dump(mode="json")}
     inputs = [config.data, Path(config.model.path)]
-    verdicts = writes_verdicts(config.model.path) if verdicts is None else verdicts
     checkpoint = open_training_output(config.out, config.overwrite, inputs, stage, settings)
     if fitting.skipped and PartialState().is_main_process:
         write_records(config.out / "skipped.jsonl", fitting.skipped)
         print(f"{stage}: {fitting.message}; listed in {config.out / 'skipped.jsonl'}", flush=True)
-    return TrainingRun(stage, config, think, verdicts, processor, settings, checkpoint, held_out, fitting)
+    return TrainingRun(stage, config, policy, processor, settings, checkpoint, held_out, fitting)
 
 
 def check_held_out_lengths(held_out: HeldOutCallback, path: str, processor: Any, prompt: Prompt) -> None:
@@ -153,7 +159,7 @@ def train(run: TrainingRun, trainer: Trainer, progress: dict[str, str]) -> None:
         trainer.add_callback(run.held_out)
     if isinstance(trainer, GRPOTrainer):
         trainer.add_callback(ResumeSampler())
-    keep_float32_weights(trainer, run.config.model)
+    keep_float32_weights(trainer, run.policy.model)
     keep_parameter_names(trainer.model)
     if _trl_rule is not None:
         trl_utils._use_triton = labeled_positions_only  # TRL has no setting for it
@@ -177,16 +183,10 @@ def finish_run(run: TrainingRun, trainer: Trainer, counts: dict[str, Any], metri
     The first entry of `counts` is the size of the data ("traces", "tasks", …), which the line shows. `metric` is
     the log key whose first and last value the line shows.
     """
-    config, state = run.config, trainer.state
+    config, policy, state = run.config, run.policy, trainer.state
     parameters = count_trainable_parameters(trainer)
-    settings = RerankerSettings(
-        **config.model.model_dump(include={"min_pixels", "max_pixels", "dtype"}),
-        think=run.think,
-        verdicts=run.verdicts,
-        prompt=config.prompt,
-    )
     choose = config.heldout.choose if config.heldout else "last"
-    result = save_result(trainer, run.processor, config.model, settings, config.out, choose)
+    result = save_result(trainer, run.processor, policy.model, policy.to_record(), config.out, choose)
     if not trainer.accelerator.is_main_process:
         return
     facts = {"steps": state.global_step, "trained_parameters": parameters}
@@ -196,6 +196,7 @@ def finish_run(run: TrainingRun, trainer: Trainer, counts: dict[str, Any], metri
         stage=run.stage,
         config=config.model_dump(mode="json"),
         inputs=[config.data],
+        resolved=policy.to_record().model_dump(mode="json"),
         counts=counts | facts | run.fitting.counts | {"model_step": result.step} | best_checkpoint_counts(trainer),
     )
     values = [entry[metric] for entry in state.log_history if metric in entry]

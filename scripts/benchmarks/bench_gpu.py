@@ -169,7 +169,8 @@ def stage_config(
     ]  # fmt: skip
     if not torch.cuda.is_available():
         overrides += ["model.dtype=float32"]
-    if stage == "grpo":
+    if stage == "grpo":  # in a recipe, its checkpoint states these settings
+        overrides = ["model=qwen2_5_vl_7b", "prompt=default", *overrides]
         overrides += [
             "trainer.gradient_accumulation_steps=4", f"trainer.max_completion_length={args.completion}",
             f"+trainer.generation_kwargs={{min_new_tokens:{args.completion}}}", "alarms='off'",

@@ -133,7 +133,7 @@ def make_data(folder: Path, P: int, G: int) -> tuple[Any, Any, Any]:
     from mmr5_train.ranking.records import Candidate
     from mmr5_train.training.dataset import prompt_dataset
 
-    config = compose_stage(GrpoStage, "grpo", [])
+    config = compose_stage(GrpoStage, "grpo", ["model=tiny", "prompt=default"])
     processor = load_processor(config.model)
     text_tokens = len(processor.tokenizer(QUESTION)["input_ids"]) + 120  # 120: the prompt's text and markers
     side = int(((P - text_tokens) / PAGES) ** 0.5) * 28

@@ -102,7 +102,9 @@ def make_trainer(way: str, settings: dict[str, int], questions: int, args: Any, 
     from mmr5_train.training.dataset import prompt_dataset
     from mmr5_train.training.shared_grpo import SharedPrefixGRPOTrainer
 
-    config = compose_stage(GrpoStage, "grpo", [f"model.max_pixels={args.tokens * 28 * 28}"])
+    config = compose_stage(
+        GrpoStage, "grpo", ["model=tiny", "prompt=default", f"model.max_pixels={args.tokens * 28 * 28}"]
+    )
     processor = load_processor(config.model)
     shown = [
         [Candidate(doc_name="d", page=i, image=f"{i}.jpg", score=0) for i in range(q * PAGES, (q + 1) * PAGES)]

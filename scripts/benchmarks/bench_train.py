@@ -114,7 +114,7 @@ def as_messages(trace: Trace) -> dict[str, Any]:
     from mmr5_train.ranking.prompt import build_messages, render_completion
     from mmr5_train.sft import SftStage
 
-    prompt = compose_stage(SftStage, "sft", []).prompt
+    prompt = compose_stage(SftStage, "sft", ["prompt=default"]).prompt
     return {
         "prompt": build_messages(prompt, trace.query, len(trace.shown)),
         "completion": [{"role": "assistant", "content": render_completion(trace.think, trace.answer)}],

@@ -123,11 +123,12 @@ def test_the_share_of_completions_holds_and_all_processes_train_equally_many(sha
     assert max(windows) - min(windows) <= 1, "completions are spread evenly"
 
 
-def test_processes_get_equally_many_rows(rankings, processor):
+def test_processes_get_equally_many_rows(rankings, prompt, processor):
     config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}", "subsets=1"])
     three = [ranking for ranking in read_records(rankings, Ranking) if is_complete(ranking.greedy)][:3]
     one, two = (
-        distill.subset_dataset(three, config, processor, arguments(batch_size=1, processes=n))[:] for n in (1, 4)
+        distill.subset_dataset(three, config, prompt, processor, arguments(batch_size=1, processes=n))[:]
+        for n in (1, 4)
     )
     assert len(one["query"]) == 6
     assert two["query"] == one["query"] + one["query"][:2]
@@ -172,8 +173,8 @@ def test_training_and_inference_score_at_the_same_position(rankings, tiny, promp
         [(ranking, subset) for ranking in first_two for subset in sample_subsets(ranking, 1, config.seed)],
         config.seed,
     )
-    dataset = distill.subset_dataset(first_two, config, processor, arguments())
-    collator = Collator(processor, lambda rows: {}, config.prompt, config.decay)
+    dataset = distill.subset_dataset(first_two, config, prompt, processor, arguments())
+    collator = Collator(processor, lambda rows: {}, prompt, config.decay)
     scoring = collator([dataset[i] for i in range(4)])["scoring"]
     pages = [
         load_pages([ranking.shown[position - 1] for position in subset.positions], rankings.parent, processor)
@@ -220,14 +221,14 @@ def test_empty_hints_do_not_change_prompts(tiny, prompt, processor):
     )
 
 
-def test_later_prompts_have_fewer_hint_tokens(rankings, tiny, processor):
+def test_later_prompts_have_fewer_hint_tokens(rankings, prompt, processor):
     full_hints = sample_hint_tokens(["a red bar chart, so it", ""], 1, processor.tokenizer, random.Random(0))
     assert processor.tokenizer.decode(full_hints[0]) == " a red bar chart, so it"
     assert full_hints[1] == []
     assert sample_hint_tokens(["a red bar chart, so it"], 0, processor.tokenizer, random.Random(0)) == [[]]
     config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}", "subsets=4", "hint_share=0.5"])
     complete = [ranking for ranking in read_records(rankings, Ranking) if is_complete(ranking.greedy)]
-    dataset = distill.subset_dataset(complete, config, processor, arguments())
+    dataset = distill.subset_dataset(complete, config, prompt, processor, arguments())
     mean_tokens = [sum(map(len, row["hints"])) / len(row["hints"]) for row in dataset]
     quarters = [sum(mean_tokens[i * len(mean_tokens) // 4 : (i + 1) * len(mean_tokens) // 4]) for i in range(4)]
     assert quarters[0] > 1.5 * quarters[1] > 0

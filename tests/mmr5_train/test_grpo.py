@@ -54,7 +54,7 @@ def test_model_without_verdicts(questions, tmp_path, capsys):
     model = shutil.copytree(TINY, tmp_path / "refined")
     settings = json.loads((model / SETTINGS).read_text()) | {"verdicts": False}
     (model / SETTINGS).write_text(json.dumps(settings))
-    for overrides in ([f"model.path={model}"], ["think=false"]):
+    for overrides in ([f"model.path={model}"], ["think=false", "override_checkpoint=true"]):
         with pytest.raises(InputError, match=r"reward=true_reasoning: .* trained on answers without verdicts"):
             run(questions, tmp_path / "out", "reward=true_reasoning", *overrides)
     assert not (tmp_path / "out").exists()

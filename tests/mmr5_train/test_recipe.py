@@ -14,6 +14,7 @@ from mmr5_train.common.files import InputError, write_json, write_records
 from mmr5_train.departures import departures as find_departures
 from mmr5_train.departures import resolved_settings, trainer_defaults
 from mmr5_train.evaluation.published_settings import FACTS, VLM_R1
+from mmr5_train.inherited import inherit_settings
 from mmr5_train.ranking.prompt import read_prompt
 from mmr5_train.recipe import (
     STAGES,
@@ -132,6 +133,39 @@ def test_another_default_of_trl_is_a_departure(mm_r5, monkeypatch):
     assert f"grpo.trainer.max_grad_norm: 0.2 (MM-R5: 1.0, {VLM_R1})" in list(find_departures(changed, mm_r5))
 
 
+@pytest.mark.parametrize("size", [[], ["size=tiny"]])
+@pytest.mark.parametrize("experiment", ["no_think", "rl_only", "tokens_512", "distilled"])
+def test_stages_inherit_the_settings_of_their_checkpoints(experiment, size):
+    stages = inherit_settings(compose_stages(stage_overrides(compose(f"experiment={experiment}", *size))))
+    max_pixels = {"no_think": 12_845_056, "rl_only": 12_845_056, "tokens_512": 401_408, "distilled": 12_845_056}
+    for name in {"sft", "grpo", "teach", "distill", "modes", "evaluate"} & stages.keys():
+        assert stages[name].model.max_pixels == (
+            9500 if size and experiment != "tokens_512" else max_pixels[experiment]
+        )
+        assert stages[name].think == (experiment != "no_think")
+        assert stages[name].prompt == read_prompt("default")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "+stages.grpo.model.max_pixels=5000",
+            r"stages.grpo.model.max_pixels: found 5000, but .*sft/model is .* 9500",
+        ),
+        (
+            "+stages.evaluate.think=false",
+            r"stages.evaluate.think: found false, but .*sft/model is trained with true",
+        ),
+        ("stages.sft.think=false", r"stages.sft.think: found false, but tiny is trained with true"),
+    ],
+)
+def test_a_setting_that_contradicts_a_later_checkpoint_is_refused_at_the_start(tmp_path, override, message):
+    with pytest.raises(InputError, match=message):
+        main(compose("size=tiny", f"out={tmp_path / 'out'}", override))
+    assert not (tmp_path / "out").exists()
+
+
 def test_departures_list_changed_settings_and_stages():
     lines = list(departures(compose("experiment=[recommended,no_think]")))
     assert "sft.think: False (MM-R5: True, paper)" in lines
@@ -144,8 +178,8 @@ def test_departures_list_changed_settings_and_stages():
     ("overrides", "cause"),
     [
         (["experiment=mm_r5", "stages.grpo.reward=true_reasoning"], "stages.traces.refine=true"),
-        (["experiment=[reward_true_reasoning,no_think]", "stages.grpo.think=true"], "stages.sft.think=false"),
-        (["experiment=[reward_true_reasoning,no_think]", "stages.sft.think=true"], "stages.grpo.think=false"),
+        (["experiment=[reward_true_reasoning,no_think]"], "stages.sft.think=false"),
+        (["experiment=[reward_true_reasoning,rl_only]", "+stages.grpo.think=false"], "stages.grpo.think=false"),
     ],
 )
 def test_reward_for_verdicts_is_refused_before_the_traces_are_paid_for(overrides, cause, tmp_path):
@@ -158,7 +192,8 @@ def test_reward_for_verdicts_is_refused_before_the_traces_are_paid_for(overrides
 
 
 def test_reward_for_verdicts_goes_with_the_notes_of_the_teacher():
-    check_verdicts(compose_stages(stage_overrides(compose("experiment=reward_true_reasoning"))))
+    stages = compose_stages(stage_overrides(compose("experiment=reward_true_reasoning")))
+    check_verdicts(inherit_settings(stages))
 
 
 def test_experiments_and_overrides_combine():

@@ -295,7 +295,7 @@ def test_config_has_defaults_and_rejects_invalid_fields() -> None:
     config = compose_stage(SelectStage, "select", ["difficulty={checkpoint:outputs/sft/model}", "reward=gated"])
     assert (config.difficulty.samples, config.difficulty.order) == (8, "shuffled")
     for overrides, message in (
-        (["policy=all"], "policy: no such field .choices: balanced, difficulty, max_too_long, out"),
+        (["policy=all"], "policy: no such field .choices: balanced, difficulty, max_too_long, model, out"),
         (["difficulty.samples=4"], "difficulty.samples: difficulty is null; set all its fields together"),
         (["difficulty={samples:4}"], "give either checkpoint .* or rollouts"),
         (["difficulty={checkpoint:a,rollouts:b}"], "give either checkpoint .* or rollouts"),

@@ -126,7 +126,7 @@ def test_lora_saves_an_adapter_and_a_merged_model(traces, tmp_path):
         (["+trainer.optim=adamn"], "rejects these settings"),
         (["trainer.learning_rate=fast"], r"trainer\.learning_rate: expected a number, found 'fast'"),
         (["trainer.per_device_train_batch_size=1.5"], "expected a whole number, found 1.5"),
-        (["model.min_pixels=9501"], r"min_pixels must be at most max_pixels \(9500\)"),
+        (["model.min_pixels=9501", "model.max_pixels=9500"], r"min_pixels must be at most max_pixels \(9500\)"),
         (["model.path=./nowhere"], "no such checkpoint folder"),
         (["model.path=no/where"], "no/where: is not a folder, and as a hub id its config can't be loaded"),
     ],

@@ -1,5 +1,8 @@
 """The remote backend, with a real `transformers serve` and with a server whose replies are scripted."""
 
+import json
+import shutil
+
 import pytest
 from servers import THOUGHT, Reply, completion
 
@@ -42,6 +45,41 @@ def test_a_real_server_gives_the_same_answers_as_the_local_backend(openai_server
             expected.visual_tokens,
         )
         assert from_server.order == from_local.order
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("openai", {"repetition_penalty": 1.9}),
+        ("transformers", {"repetition_penalty": 1.9, "no_repeat_ngram_size": 1}),
+    ],
+)
+def test_sampling_settings_of_the_checkpoint_on_a_real_server_have_no_influence(
+    openai_server, paths, tmp_path, kind, settings
+):
+    shutil.copytree(TINY, tmp_path / "odd")
+    own = json.loads((TINY / "generation_config.json").read_text())
+    (tmp_path / "odd/generation_config.json").write_text(json.dumps(own | settings))
+    server = {"url": openai_server.base_url, "model": str(tmp_path / "odd"), "kind": kind}
+    [answer] = Reranker("tiny", server=server, max_new_tokens=24).rank("Which page is red?", paths).answers
+    local = Reranker("tiny", constrain=False, max_new_tokens=24)
+    [expected] = local.rank("Which page is red?", paths).answers
+    assert answer.completion.replace("<think>", "") == expected.completion.replace("<think>", "")
+
+
+def test_requests_have_the_sampling_fields_of_each_server(scripted_server, paths):
+    scripted_server.replies(completion(GOOD))
+    for server in ({}, {"kind": "vllm"}, {"structured": "sglang"}, {"kind": "transformers"}):
+        remote_reranker(scripted_server, server=server, samples=2, temperature=0.7).rank("Which?", paths[:2])
+    openai, vllm, sglang, transformers = (bodies for bodies in scripted_server.requests[::2])
+    assert all((body["top_p"], body["frequency_penalty"]) == (1.0, 0.0) for body in (openai, vllm, sglang))
+    neutral = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert not neutral.keys() & openai.keys()
+    assert neutral.items() <= vllm.items()
+    assert neutral.items() <= sglang.items()
+    settings = json.loads(transformers["generation_config"])
+    assert (settings["do_sample"], settings["temperature"], settings["top_k"]) == (True, 0.7, 0)
+    assert (settings["repetition_penalty"], settings["no_repeat_ngram_size"]) == (1.0, 0)
 
 
 def test_separate_reasoning_of_a_real_server_is_used(openai_server, reciting_model, paths):

@@ -159,6 +159,8 @@ def test_a_checkpoint_without_an_image_processor_is_an_error(tmp_path):
 
 
 def test_query_reranker_has_the_interface_of_mm_r5(paths):
-    order = QueryReranker("tiny", max_new_tokens=60).rerank("Which page is red?", [str(path) for path in paths])
+    order = QueryReranker(model_path="tiny", max_new_tokens=60).rerank(
+        "Which page is red?", [str(path) for path in paths]
+    )
     assert order == Reranker("tiny", max_new_tokens=60).rank("Which page is red?", paths).order
     assert sorted(order) == [0, 1, 2]

@@ -8,14 +8,15 @@ that the model would write in this form within the limit does not change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
 from mmr5_train.common.files import InputError
-from mmr5_train.inference.vocabulary import Vocabulary
+from mmr5_train.inference.vocabulary import IntArray, Vocabulary
 from mmr5_train.ranking.answer_constraints import CompletionState, Part
 from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.ranking.records import LocalId
@@ -81,21 +82,17 @@ class PermutationLogitsProcessor(LogitsProcessor):
 
     def _apply_grammar(self, masked: Tensor, scores: Tensor) -> None:
         """Masks the tokens that the grammar does not allow next, whatever the remaining length."""
-        kept: list[tuple[int, int]] = []
-        removed: list[tuple[int, int]] = []
-        for row, state in enumerate(self.states):
-            if state.part is Part.thinking:
-                removed += [(row, i) for i in self.vocabulary.forbidden(state)]
-            else:
-                kept += [(row, i) for i in self.vocabulary.allowed(state)]
+        kept = {
+            row: self.vocabulary.allowed(s) for row, s in enumerate(self.states) if s.part is not Part.thinking
+        }
+        removed = {row: self.vocabulary.forbidden(s) for row, s in enumerate(self.states) if row not in kept}
         # Few operations on the device for all rows, instead of some for each row.
         if kept:
-            rows, ids = torch.tensor(kept, device=scores.device).T
-            masked[rows.unique()] = -torch.inf
-            masked[rows, ids] = scores[rows, ids]
-        if removed:
-            rows, ids = torch.tensor(removed, device=scores.device).T
-            masked[rows, ids] = -torch.inf
+            index = _index(kept, scores.device)
+            masked[torch.tensor(list(kept), device=scores.device)] = -torch.inf
+            masked[index] = scores[index]
+        if any(len(ids) for ids in removed.values()):
+            masked[_index(removed, scores.device)] = -torch.inf
 
     def _apply_limit(self, masked: Tensor, remaining: int) -> None:
         """Masks the tokens after which `remaining` tokens might not suffice to complete the answer."""
@@ -104,11 +101,19 @@ class PermutationLogitsProcessor(LogitsProcessor):
             # A token has at least one byte. In a think block, no token leads further from the end than its start.
             if remaining >= (self._closing_tokens if is_thinking else self._answer_bytes)[row]:
                 continue
-            ids = self.vocabulary.within_limit(state, remaining)
-            if not is_thinking and len(ids) == len(self.vocabulary.allowed(state)):
+            allowed = self.vocabulary.within_limit(state, remaining)
+            if not is_thinking and len(allowed) == len(self.vocabulary.allowed(state)):
                 continue
-            if state.part <= Part.thinking and int(masked[row].argmax()) not in ids:
+            ids = torch.from_numpy(allowed).to(masked.device)
+            if state.part <= Part.thinking and int(masked[row].argmax()) not in allowed:
                 self.cut_off[row] = True
             kept = masked[row, ids]
             masked[row] = -torch.inf
             masked[row, ids] = kept
+
+
+def _index(ids_of_rows: Mapping[int, IntArray], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The index (rows, token ids) of the elements `ids_of_rows[row]` of each row."""
+    rows = np.repeat(list(ids_of_rows), [len(ids) for ids in ids_of_rows.values()])
+    ids = np.concatenate(list(ids_of_rows.values()))
+    return torch.from_numpy(rows).to(device), torch.from_numpy(ids).to(device)

@@ -12,12 +12,15 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mmr5_train.common.files import InputError
 from mmr5_train.ranking.answer_constraints import LIST_OPEN, CompletionState, Part
 from mmr5_train.ranking.prompt import ANSWER_CLOSE, THINK_CLOSE, THINK_OPEN
 
+IntArray = npt.NDArray[np.int64]
 _TEXT_BEFORE_LIST = {
     Part.think_open: f"{THINK_OPEN}{THINK_CLOSE}{LIST_OPEN}",
     Part.thinking: f"{THINK_CLOSE}{LIST_OPEN}",
@@ -49,41 +52,49 @@ class Vocabulary:
         self._tag_ids = [i for i, token in enumerate(self.tokens) if b"<" in token or b">" in token]
         # Only these tokens can lead from the think block to the answer.
         self._closing_ids = sorted({*structural_ids, *self._tag_ids})
-        self._trie = _trie((self.tokens[i], i) for i in structural_ids)
-        # An answer passes through few states, and the rows of a batch share most of them.
+        has_digit = re.compile(rb"[0-9]").search
+        self._digit_trie = _trie((self.tokens[i], i) for i in structural_ids if has_digit(self.tokens[i]))
+        self._trie = _trie((self.tokens[i], i) for i in structural_ids if not has_digit(self.tokens[i]))
         self.allowed = lru_cache(_CACHED_STATES)(self._allowed)
+        self._allowed_without_digits = lru_cache(_CACHED_STATES)(self._walk_without_digits)
         self.forbidden = lru_cache(_CACHED_STATES)(self._forbidden)
         self.within_limit = lru_cache(_CACHED_STATES)(self._within_limit)
         self.fewest_tokens = lru_cache(_CACHED_STATES)(self._fewest_tokens)
+        self._list_tokens = lru_cache(_CACHED_STATES)(self._count_list_tokens)
         self._token_count = lru_cache(_CACHED_STATES)(self._count_tokens)
 
-    def _allowed(self, state: CompletionState) -> list[int]:
+    def _allowed(self, state: CompletionState) -> IntArray:
         """The tokens that may come next, in a state other than `thinking`."""
+        # Which ids are unused matters only to tokens with digits, of which a tokenizer has few. So the states of
+        # all rows share most of the work, although there are 2^n sets of unused ids.
+        is_id = state.part is Part.page_id and state.typed
+        own = state.unused & {int(state.typed)} if is_id else frozenset()
+        others = {0} if len(state.unused) > len(own) else frozenset()
+        without_digits = self._allowed_without_digits(state._replace(unused=own | others))
+        with_digits = _walk(self._digit_trie, state)
+        return np.concatenate([without_digits, np.array(with_digits, np.int64)])
+
+    def _walk_without_digits(self, state: CompletionState) -> IntArray:
         allowed = [self.end_id] if state.part is Part.ended else []
-        nodes = [(self._trie, state)]
-        while nodes:
-            node, state_there = nodes.pop()
-            for byte, child in node.items():
-                if byte == _TOKENS:
-                    allowed += child
-                elif following := state_there.advance(bytes([byte])):
-                    nodes.append((child, following))
+        allowed += _walk(self._trie, state)
         if state.part is Part.think_open:  # a token may complete the tag and begin the reasoning with any text
-            allowed += [i for i in self._tag_ids if state.advance(self.tokens[i])]
-        return sorted(set(allowed))
+            reached = set(allowed)
+            allowed += [i for i in self._tag_ids if i not in reached and state.advance(self.tokens[i])]
+        return np.array(allowed, np.int64)
 
-    def _forbidden(self, state: CompletionState) -> list[int]:
+    def _forbidden(self, state: CompletionState) -> IntArray:
         """The tokens that close the think block and continue with text that can't begin an answer."""
-        return [i for i in self._tag_ids if state.advance(self.tokens[i]) is None]
+        return np.array([i for i in self._tag_ids if state.advance(self.tokens[i]) is None], np.int64)
 
-    def _within_limit(self, state: CompletionState, remaining: int) -> list[int]:
+    def _within_limit(self, state: CompletionState, remaining: int) -> IntArray:
         """The tokens that may come next if `remaining` tokens after them must suffice to complete the answer.
 
         Some token always may if `fewest_tokens` of the state is at most `remaining` + 1. In state `thinking`, call
         it only if the state after any other token would need more than `remaining` tokens.
         """
-        candidates = self._closing_ids if state.part is Part.thinking else self.allowed(state)
-        return [i for i in candidates if i == self.end_id or self._suffices(state, i, remaining)]
+        candidates = self._closing_ids if state.part is Part.thinking else self.allowed(state).tolist()
+        kept = [i for i in candidates if i == self.end_id or self._suffices(state, i, remaining)]
+        return np.array(kept, np.int64)
 
     def _suffices(self, state: CompletionState, token: int, remaining: int) -> bool:
         following = state.advance(self.tokens[token])
@@ -99,20 +110,28 @@ class Vocabulary:
             return 1
         if state.part is Part.answer_close:
             return count(ANSWER_CLOSE[len(typed) :]) + 1
-        entries = {i: count(f", {i}") for i in state.unused}
-        after_list_open = sum(entries.values()) + count(f"]{ANSWER_CLOSE}") + 1
+        after_list_open, first_entry = self._list_tokens(state.unused)
         if state.part is Part.separator:
             return after_list_open
-        # The next page id comes without a comma.
         if state.part is Part.page_id and typed:
             ids = [i for i in state.unused if str(i).startswith(typed)]
-            return after_list_open + min(count(str(i)[len(typed) :]) - entries[i] for i in ids)
-        after_list_open += min(min(count(str(i)), count(f" {i}")) - entries[i] for i in state.unused)
+            return after_list_open + min(count(str(i)[len(typed) :]) - count(f", {i}") for i in ids)
+        after_list_open += first_entry
         before_list = _TEXT_BEFORE_LIST[state.part]
         tags = count(before_list[len(typed) :])
         if state.part is Part.thinking:  # the closing tag can also begin again
             tags = min(tags, count(before_list))
         return tags + after_list_open
+
+    def _count_list_tokens(self, unused: frozenset[int]) -> tuple[int, int]:
+        """The tokens from the comma before the ids `unused` to the end, and by how many the first one changes it.
+
+        That id may be the list's first one or follow a comma that is there, so it needs no comma.
+        """
+        count = self._token_count
+        entries = {i: count(f", {i}") for i in unused}
+        first = min((min(count(str(i)), count(f" {i}")) - entries[i] for i in unused), default=0)
+        return sum(entries.values()) + count(f"]{ANSWER_CLOSE}") + 1, first
 
     def _count_tokens(self, text: str) -> int:
         """The smallest number of tokens that spell `text`."""
@@ -153,6 +172,20 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
         if i not in special:
             tokens[i] = to_bytes(token)
     return tokens
+
+
+def _walk(trie: dict[int, Any], state: CompletionState) -> list[int]:
+    """The tokens of the trie that may come next in `state`."""
+    found: list[int] = []
+    nodes = [(trie, state)]
+    while nodes:
+        node, state_there = nodes.pop()
+        for byte, child in node.items():
+            if byte == _TOKENS:
+                found += child
+            elif following := state_there.advance(bytes([byte])):
+                nodes.append((child, following))
+    return found
 
 
 def _trie(tokens: Iterable[tuple[bytes, int]]) -> dict[int, Any]:

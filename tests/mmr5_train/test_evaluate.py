@@ -15,6 +15,7 @@ from mmr5_train.common.files import InputError, read_manifest, read_records, wri
 from mmr5_train.evaluate import PARTIAL, EvaluateStage, first_stage, main
 from mmr5_train.evaluation.scoring import score_rankings
 from mmr5_train.evaluation.trec import QRELS, read_run
+from mmr5_train.ranking.answer import parse_answer
 from mmr5_train.ranking.records import Page, Ranking, RankingTask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,7 +108,9 @@ def test_a_checkpoint_can_be_evaluated_in_several_modes(data: Path, tmp_path: Pa
     direct, logits, windows = (
         read_records(tmp_path / f"out/rankings/{name}.jsonl", Ranking) for name in ("direct", "logits", "windows")
     )
-    assert all(r.greedy.completion.startswith("<answer>[") and not r.greedy.defects for r in direct)
+    for ranking in direct:
+        assert parse_answer(ranking.greedy.completion, 3, expect_think=False).structure_valid
+        assert not ranking.greedy.defects
     for ranking in logits:
         assert ranking.greedy.completion == ""
         assert sum(ranking.greedy.scores) == pytest.approx(1)

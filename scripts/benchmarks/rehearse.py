@@ -53,7 +53,7 @@ CHANGED = {
     "candidates": ("corpus.folder", "corpus.page_cache", "retriever."),
     "sft": ("model.path", "model.dtype", "limit", "trainer.max_steps"),
     "select": ("balanced.count",),
-    "grpo": ("model.dtype", "trainer.max_steps"),
+    "grpo": ("model.dtype", "trainer.max_steps"),  # grpo and evaluate take the dtype from SFT's checkpoint
     "evaluate": ("model.dtype",),
 }
 
@@ -100,12 +100,12 @@ def is_allowed(stage: str, key: str) -> bool:
     return key.startswith(CHANGED.get(stage, ()))
 
 
-def prepare(shared: Path, family: Family, steps: int, documents: int) -> float:
+def prepare(shared: Path, family: Family, short: bool) -> float:
     """Writes the checkpoint and the data sets into `shared`. Returns the share of answers in the valid form."""
     checkpoint = write_standin(shared / "checkpoint", family)
-    train_form(checkpoint, steps)
-    write_rehearsal_data(shared / "corpus", documents=documents)
-    return share_in_form(checkpoint)
+    train_form(checkpoint, steps=120 if short else 400)
+    write_rehearsal_data(shared / "corpus", documents=2 if short else 4, evaluation=1 if short else 3)
+    return share_in_form(checkpoint, page_counts=(5,) if short else (1, 2, 5, 10))
 
 
 @contextmanager
@@ -205,8 +205,7 @@ def main() -> None:
         print(f"settings of {recipe} that the rehearsal changes:")
         for stage, key, value, published in changed_settings(recipe):
             print(f"  {stage}.{key}: {value} (published: {published})", flush=True)
-    steps, documents = (150, 2) if args.short else (400, 4)
-    in_form = prepare(args.out / "shared", args.family, steps, documents)
+    in_form = prepare(args.out / "shared", args.family, args.short)
     print(f"the checkpoint writes {in_form:.0%} of its answers in the valid form", flush=True)
     seconds = {}
     with teacher_server() as teacher:

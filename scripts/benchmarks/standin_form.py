@@ -114,7 +114,7 @@ def sampled_loss(model: Any, inputs: Any, labels: Tensor, negatives: int = 1024)
     return cross_entropy(logits_KS, torch.searchsorted(used, targets_K))
 
 
-def share_in_form(checkpoint: Path, page_counts: Sequence[int] = (1, 2, 5, 5, 10), seed: int = 1) -> float:
+def share_in_form(checkpoint: Path, page_counts: Sequence[int], seed: int = 1) -> float:
     """The share of greedy answers without a defect, to prompts with these numbers of pages."""
     from mmr5_train.inference.local import load_backend
 
@@ -132,7 +132,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     train_form(arguments.checkpoint, arguments.steps, seed=arguments.seed)
-    print(f"{share_in_form(arguments.checkpoint):.0%} of the answers are complete and in the valid form")
+    print(
+        f"{share_in_form(arguments.checkpoint, (1, 2, 5, 10)):.0%} of the answers are complete and in the valid form"
+    )
 
 
 if __name__ == "__main__":

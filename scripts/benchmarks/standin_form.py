@@ -132,9 +132,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     train_form(arguments.checkpoint, arguments.steps, seed=arguments.seed)
-    print(
-        f"{share_in_form(arguments.checkpoint, (1, 2, 5, 10)):.0%} of the answers are complete and in the valid form"
-    )
+    share = share_in_form(arguments.checkpoint, page_counts=(1, 2, 5, 10))
+    print(f"{share:.0%} of the answers are complete and in the valid form")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def test_script_reproduces_three_checkpoints_and_compares_them_with_the_paper(tm
     env = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_ENDPOINT")}
     env |= {"HUB_PORT": str(port), "NO_PROXY": "127.0.0.1"}
     command = ["scripts/reproduce_mm_r5.sh", "--tiny", str(tmp_path / "out")]
-    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
     assert process.returncode == 0, f"{process.stdout[-3000:]}\n{process.stderr[-3000:]}"
     output = process.stdout
     assert output.count("files, verified, in") == 2
@@ -42,7 +42,7 @@ def test_script_reproduces_three_checkpoints_and_compares_them_with_the_paper(tm
 def test_script_fills_the_published_tables(tmp_path):
     command = ["scripts/reproduce_tables.sh", "--tiny", str(tmp_path / "out")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
     assert process.returncode == 0, f"{process.stdout[-3000:]}\n{process.stderr[-3000:]}"
     table = (tmp_path / "out/tables/tables.md").read_text()
     questions = len(read_records(tmp_path / "out/BM25/candidates/heldout.jsonl", RankingTask))
@@ -58,5 +58,5 @@ def test_script_fills_the_published_tables(tmp_path):
         for path in (first, second)
     ]
     assert orders[0] == orders[1], "reading the run file as scores gives the same order"
-    again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
     assert again.stdout.count("\n> ") == 1, "only the table is written again"

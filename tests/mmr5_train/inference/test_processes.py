@@ -28,7 +28,7 @@ def test_two_processes_share_the_questions(page_folder, tasks, guessing_model, t
     command += ["-m", "two_processes", str(tmp_path), str(guessing_model)]
     path = os.pathsep.join([str(ROOT / "tests/mmr5_train"), str(ROOT)])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    completed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    completed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert completed.returncode == 0, completed.stderr[-3000:]
     assert completed.stdout.count("select: ") == 2
     assert completed.stdout.count("evaluate: first_stage, untrained on 9 questions") == 1

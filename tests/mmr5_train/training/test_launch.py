@@ -31,6 +31,9 @@ def five_questions(tasks, page_folder):
     return page_folder / "five.jsonl"
 
 
+LIMIT = 600  # seconds: ends a launch whose processes wait for each other; DeepSpeed first compiles its operators
+
+
 def run_with_limit(command, seconds, **environment):
     """Runs a launcher. Ends it with all its processes after `seconds`, for example if they wait for each other."""
     path = os.pathsep.join([str(ROOT / "tests/mmr5_train"), str(ROOT)])
@@ -51,7 +54,7 @@ def run_with_limit(command, seconds, **environment):
 def launch(launch_file, *arguments):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     command += ["--config_file", f"configs/accelerate/{launch_file}.yaml", "-m", *arguments]
-    returncode, output = run_with_limit(command, 240)
+    returncode, output = run_with_limit(command, LIMIT)
     assert returncode == 0, output[-3000:]
     return output
 
@@ -130,7 +133,7 @@ def slurm(tmp_path, free_port):
 
     def submit(launch_file, restarts, *arguments):
         return run_with_limit(
-            ["scripts/train.slurm", *arguments], 120,
+            ["scripts/train.slurm", *arguments], LIMIT,
             PATH=f"{programs}{os.pathsep}{os.environ['PATH']}", PYTHON=sys.executable,
             LAUNCH=f"configs/accelerate/{launch_file}.yaml", GPUS_A_NODE="1", MASTER_PORT=str(free_port),
             SLURM_NNODES="2", SLURM_JOB_NODELIST="node[1-2]", SLURM_RESTART_COUNT=str(restarts),

@@ -32,7 +32,7 @@ def test_short_form_runs_the_recipe_from_the_data_to_the_table(standin, tmp_path
     command = [sys.executable, "scripts/benchmarks/rehearse.py", "--short", "--out", str(tmp_path / "out")]
     command += ["--json", str(tmp_path / "rehearsal.json")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
     assert process.returncode == 0, f"{process.stdout[-3000:]}\n{process.stderr[-3000:]}"
     targets = json.loads((tmp_path / "rehearsal.json").read_text())["targets"]
     assert [target for target in targets if not target["met"]] == []

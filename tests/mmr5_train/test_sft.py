@@ -187,7 +187,7 @@ def test_a_full_disk_keeps_the_last_complete_checkpoint(traces, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-c", FULL_DISK, f"data={traces}", f"out={out}", *SHORT]
     command += ["trainer.max_steps=3", "trainer.save_steps=1"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 2, result.stderr[-3000:]
     assert f"{out}: the disk is full, a checkpoint can't be written" in result.stderr
     assert f"{out}/checkpoint-1 is complete" in result.stderr

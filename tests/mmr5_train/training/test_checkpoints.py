@@ -72,7 +72,7 @@ def test_a_killed_run_resumes_with_the_same_losses(stage, data, tmp_path, capfd,
 
     out = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED_RUN, stage, f"data={data[stage]}", f"out={out}", *SETTINGS[stage]]
-    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     assert (out / "checkpoint-8/optimizer.pt").is_file()
     assert last_checkpoint(out) == out / "checkpoint-6"

@@ -102,7 +102,7 @@ def test_losses_are_the_same_under_a_launcher(launch, settings, tasks, page_fold
         settings = settings | {"use_cpu": False, "ddp_backend": "gloo"}
     command = [sys.executable, "-m", *launcher, "tests/mmr5_train/side_by_side.py"]
     command += [str(page_folder), str(tmp_path), json.dumps(settings)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-3000:]
     history = json.loads((tmp_path / "history.json").read_text())
     assert history["launched"] == launch

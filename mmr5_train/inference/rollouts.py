@@ -74,9 +74,9 @@ def leave_out_long_questions(
     from mmr5_train.models.loading import load_processor
     from mmr5_train.models.settings import resolve_settings
 
+    sizes = image_sizes((page for task in tasks for page in task.candidates), source.parent)
     settings = resolve_settings(str(config.checkpoint), options)
     reward.check_verdicts(settings.verdicts, str(config.checkpoint))
-    sizes = image_sizes((page for task in tasks for page in task.candidates), source.parent)
     processor = load_processor(settings.model)
     queries, shown = [task.query for task in tasks], [task.candidates for task in tasks]
     counts = count_tokens(processor, settings.prompt, queries, shown, sizes)

@@ -60,7 +60,7 @@ def test_checkpoint_records_that_its_answers_state_no_verdicts(think, traces, tm
         refined = "Images 1 and 3 do not help. Image 2 shows it, which is relevant to the question."
         records = [trace.model_copy(update={"think": refined}) for trace in read_records(traces, Trace)]
         write_records(traces, records)
-    run(traces, tmp_path / "out", "trainer.max_steps=1", f"think={think}")
+    run(traces, tmp_path / "out", "trainer.max_steps=1", f"think={think}", "override_checkpoint=true")
     assert "sft: 0 of 4 answers state a verdict on each page\n" in capsys.readouterr().out
     assert read_settings(tmp_path / "out/model").verdicts is False
 

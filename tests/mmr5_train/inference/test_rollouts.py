@@ -144,7 +144,7 @@ def test_rollouts_are_kept_if_no_question_is_left(
 def test_an_unusable_checkpoint_or_page_is_named_before_anything_is_written(
     data: Path, reciting_model: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"was not trained by sft or grpo of this project"):
+    with pytest.raises(InputError, match=r"has no reranker.json, so the prompt it was trained with is unknown"):
         select(data, reciting_model, tmp_path / "out")
     (data.parent / "page-2.png").unlink()
     with pytest.raises(InputError, match=r"page-2.png: no such page image"):

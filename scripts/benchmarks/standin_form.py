@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import trange
 from transformers import AutoModelForImageTextToText, AutoProcessor, get_cosine_schedule_with_warmup
 
+from mmr5_train.models.config import CheckpointOptions
 from mmr5_train.models.inputs import encode
 from mmr5_train.models.pages import page_limits, prepare_page
 from mmr5_train.ranking.notes import format_note, join_notes
@@ -119,7 +120,7 @@ def share_in_form(checkpoint: Path, page_counts: Sequence[int], seed: int = 1) -
     from mmr5_train.inference.local import load_backend
 
     rng = random.Random(seed)
-    backend = load_backend(checkpoint, prompt=read_prompt("default"), max_new_tokens=512)
+    backend = load_backend(checkpoint, CheckpointOptions(prompt=read_prompt("default")), max_new_tokens=512)
     page = prepare_page(Image.new("RGB", PAGE_SIDES[-1], "white"), backend.limits)
     answers = [backend.generate([rng.choice(QUESTIONS)], [[page] * n])[0][0] for n in page_counts]
     return sum(not answer.defects for answer in answers) / len(answers)

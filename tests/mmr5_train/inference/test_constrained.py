@@ -17,6 +17,7 @@ from mmr5_train.common.files import InputError
 from mmr5_train.inference.constrained import PermutationLogitsProcessor
 from mmr5_train.inference.local import load_backend
 from mmr5_train.inference.vocabulary import Vocabulary, token_bytes
+from mmr5_train.models.config import CheckpointOptions
 from mmr5_train.models.pages import prepare_page
 from mmr5_train.ranking.answer import parse_answer
 from mmr5_train.ranking.answer_constraints import CompletionState
@@ -299,7 +300,8 @@ def test_tokens_of_a_tokenizer_with_byte_fallback_are_read():
 @pytest.mark.parametrize(("family", "samples"), [("standin", 0), ("qwen3_standin", 1)])
 def test_a_random_model_with_the_real_tokenizer_ranks_all_pages(family, samples, request, prompt):
     """One batch of prompts with one, two and three pages, greedy and sampled."""
-    backend = load_backend(request.getfixturevalue(family), prompt=prompt, max_new_tokens=50, constrain=True)
+    options = CheckpointOptions(prompt=prompt)
+    backend = load_backend(request.getfixturevalue(family), options, max_new_tokens=50, constrain=True)
     page = prepare_page(Image.new("RGB", (120, 160), "red"), backend.limits)
     answers = backend.generate(["Which?"] * 3, [[page] * n for n in (1, 2, 3)], samples=samples)
     for n, group in enumerate(answers, 1):

@@ -6,6 +6,7 @@ from accelerate import dispatch_model
 from mmr5_train.common.files import InputError
 from mmr5_train.inference.local import load_backend
 from mmr5_train.models import placement
+from mmr5_train.models.config import CheckpointOptions
 from mmr5_train.models.placement import place_model
 
 
@@ -21,7 +22,7 @@ def answers(backend, page_folder, **options):
     return backend.generate(["a red page", "a blue page"], images, **options)
 
 
-def test_a_spread_model_gives_the_same_answers(tiny, spread, prompt, page_folder, tmp_path, monkeypatch):
+def test_a_spread_model_gives_the_same_answers(tiny, spread, page_folder, tmp_path, monkeypatch):
     """Without GPUs, the second half of the model stays on the disk instead of in CPU memory."""
 
     def dispatch(model, device_map, **options):
@@ -36,9 +37,9 @@ def test_a_spread_model_gives_the_same_answers(tiny, spread, prompt, page_folder
         }
         return dispatch_model(model, device_map, offload_dir=str(tmp_path / "offload"), **options)
 
-    whole = load_backend("tiny", prompt=prompt, model=tiny, max_new_tokens=12)
+    whole = load_backend("tiny", CheckpointOptions(model=tiny), max_new_tokens=12)
     monkeypatch.setattr(placement, "dispatch_model", dispatch)
-    split = load_backend("tiny", prompt=prompt, model=spread, max_new_tokens=12)
+    split = load_backend("tiny", CheckpointOptions(model=spread), max_new_tokens=12)
     assert {parameter.device.type for parameter in split.model.parameters()} == {"cpu", "meta"}
     assert answers(split, page_folder) == answers(whole, page_folder)
     sampled = {"samples": 2, "seed": 3}

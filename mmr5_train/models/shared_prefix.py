@@ -1,11 +1,9 @@
 """Shared prefixes: compute the prompt of a GRPO group once for all of its completions.
 
 If each completion carries its own copy of the prompt, a pass over a group costs G (P + C) tokens. Here a group is
-one packed row,
+one packed row: prompt without its last token · last token, completion 1 · last token, completion 2 · …
 
-    prompt without its last token · last token, completion 1 · last token, completion 2 · …
-
-in which each completion attends to the prompt and to itself, and its positions continue from the prompt's end. So
+In it, each completion attends to the prompt and to itself, and its positions continue from the prompt's end. So
 every token has the same keys, positions and logits as in a separate row. The copy of the prompt's last token
 predicts the first token of its completion. With these copies, labels are next tokens along the whole row, and the
 model's own loss head needs no change.

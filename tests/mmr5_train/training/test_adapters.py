@@ -13,7 +13,12 @@ from mmr5_train.models.loading import TINY
 from mmr5_train.ranking.rewards import REWARDS
 from mmr5_train.training.adapters import keep_float32_weights
 
-SMALL_STEPS = ["model.dtype=bfloat16", "trainer.learning_rate=1e-5", "trainer.lr_scheduler_type=constant"]
+SMALL_STEPS = [
+    "model.dtype=bfloat16",
+    "override_checkpoint=true",
+    "trainer.learning_rate=1e-5",
+    "trainer.lr_scheduler_type=constant",
+]
 SETTINGS = {
     "sft": ["trainer={per_device_train_batch_size:2,max_steps:2,save_steps:2,warmup_steps:0}"],
     "grpo": [

@@ -153,6 +153,7 @@ def test_a_job_on_two_machines_survives_the_failure_of_one(
     heldout = f"heldout={{data:{five_questions},batch_size:1,max_new_tokens:4}}"
     trainer = "trainer={per_device_train_batch_size:1,max_steps:4,save_steps:2,logging_steps:1,warmup_steps:0}"
     stage = ["launched", "sft", f"data={traces}", f"out={out}", trainer, heldout, f"model.dtype={dtype}"]
+    stage += ["override_checkpoint=true"]
     returncode, output = slurm(launch_file, 0, *stage)
     assert returncode != 0, output[-3000:]
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2"], output[-3000:]

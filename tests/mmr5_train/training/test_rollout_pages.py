@@ -74,6 +74,7 @@ def test_each_page_is_opened_once_in_a_rollout_cycle(shared_prefix, questions, o
         "max_completion_length:4,log_completions:false}"
     )
     overrides = [f"data={questions}", f"out={tmp_path}/out", f"trainer={settings}", "model.max_pixels=100000"]
+    overrides += ["override_checkpoint=true"]
     grpo.main(
         compose_stage(grpo.GrpoStage, "grpo", [*overrides, f"shared_prefix={shared_prefix}", "alarms='off'"])
     )

@@ -7,7 +7,7 @@
 - OUT/scores/train and OUT/scores/evaluation: first-stage scores in the JSON of MM-R5's released pipeline.
 
 Most pages have the pixels of an A4 page at 72 dpi. One document has A4 pages at 150 dpi, and one has pages of
-2,000 × 2,600 pixels, five of which do not fit into 32,768 tokens.
+1,700 × 2,200 pixels, five of which have 24,000 tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_construction.corpus.training_set import Subset
 
-A4_72_DPI, A4_150_DPI, LARGE = (595, 842), (1240, 1754), (2000, 2600)  # width × height in pixels
+A4_72_DPI, A4_150_DPI, LARGE = (595, 842), (1240, 1754), (1700, 2200)  # width × height in pixels
 WORDS = ("sales", "ships", "harbour", "water", "export", "forest", "island", "engine", "winter", "paper", "school")
 PAGES, EVALUATION_PAGES = 7, 12  # of each document
 

@@ -71,12 +71,13 @@ def leave_out_long_questions(
     needs them, and if more than `max_share` of the tasks do not fit.
     """
     from mmr5_train.models.lengths import context_limit, count_tokens, image_sizes, leave_out_too_long
-    from mmr5_train.models.loading import load_processor
+    from mmr5_train.models.loading import load_processor, writes_verdicts
     from mmr5_train.models.settings import resolve_settings
 
+    checkpoint = str(config.checkpoint)
+    reward.check_verdicts(writes_verdicts(checkpoint), checkpoint)  # reads one small file, so it comes first
     sizes = image_sizes((page for task in tasks for page in task.candidates), source.parent)
-    settings = resolve_settings(str(config.checkpoint), options)
-    reward.check_verdicts(settings.verdicts, str(config.checkpoint))
+    settings = resolve_settings(checkpoint, options)
     processor = load_processor(settings.model)
     queries, shown = [task.query for task in tasks], [task.candidates for task in tasks]
     counts = count_tokens(processor, settings.prompt, queries, shown, sizes)

@@ -231,7 +231,7 @@ class SplitSummary:
 def write_splits(
     config: CandidatesStage, spool: Path, split_of: dict[str, SplitName], skipped: list[Skipped]
 ) -> SplitSummary:
-    """Writes the ranked questions to the files of their splits. Adds the questions of no use to `skipped`."""
+    """Writes the ranked questions to the files of their splits. Adds those that can't be used to `skipped`."""
     summary = SplitSummary()
     draw = Draw(config.train_per_domain, config.seed) if config.train_per_domain else None
     with ExitStack() as stack:

@@ -30,7 +30,6 @@ processes share the questions that the model answers.
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import sys
@@ -45,6 +44,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mmr5_train.common.config import StageConfig, run_stage
+from mmr5_train.common.environment import is_first_process
 from mmr5_train.common.files import (
     MANIFEST,
     InputError,
@@ -129,7 +129,7 @@ class SelectStage(StageConfig, CheckpointOptions):
 
 def main(config: SelectStage) -> None:
     sampling = config.difficulty is not None and config.difficulty.rollouts is None
-    if not sampling and not is_main_process():
+    if not sampling and not is_first_process():
         return  # the processes of a launch share only the sampling
     pages_path = config.pages or config.questions.parent / "pages.jsonl"
     inputs = [path for path in (config.questions, pages_path, config.seen) if path]
@@ -151,7 +151,7 @@ def main(config: SelectStage) -> None:
         too_long = {skip.query_id: skip.reason for skip in skipped}
         remaining = keep(remaining, lambda task: too_long.get(task.query_id), dropped)
         rollouts = read_or_sample_rollouts(config, config.difficulty, remaining, inputs)
-        if not is_main_process():
+        if not is_first_process():
             return
         rewards = {
             task.query_id: rollout_rewards(rollouts[task.query_id], task, config.reward.weights)
@@ -177,23 +177,31 @@ def main(config: SelectStage) -> None:
         shutil.rmtree(out / PARTIAL)
     if skipped:
         write_records(out / SKIPPED, skipped)
+    counts = selection_counts(tasks, remaining, dropped, group, edges, mean_rewards)
+    write_manifest(out, stage="select", config=config.model_dump(mode="json"), inputs=inputs, counts=counts)
+    print(summary(counts, out))
+
+
+def selection_counts(
+    tasks: Sequence[RankingTask],
+    remaining: Sequence[RankingTask],
+    dropped: Mapping[str, int],
+    group: Mapping[str, int],
+    edges: Sequence[float],
+    mean_rewards: Mapping[str, float],
+) -> dict[str, Any]:
+    """The manifest's counts. `group` and `edges` are by resolution; `mean_rewards` is empty without rollouts."""
     selected = {task.query_id for task in remaining}
-    reward_group = {query_id: group_of(value, REWARD_EDGES) for query_id, value in mean_rewards.items()}
-    counts = {
+    counts: dict[str, Any] = {
         "questions_before": len(tasks),
         "questions": len(remaining),
         "dropped": {reason: count for reason, count in dropped.items() if count},
         "groups": histogram(group, [round(edge) for edge in edges], selected, "pixels"),
     }
     if mean_rewards:
-        counts |= {"difficulty": histogram(reward_group, REWARD_EDGES, selected, "reward")}
-    write_manifest(out, stage="select", config=config.model_dump(mode="json"), inputs=inputs, counts=counts)
-    print(summary(counts, out))
-
-
-def is_main_process() -> bool:
-    """Whether this is the first process of its launch. Unlike accelerate's state, it needs no torch."""
-    return os.environ.get("RANK", "0") == "0"
+        reward_group = {query_id: group_of(value, REWARD_EDGES) for query_id, value in mean_rewards.items()}
+        counts["difficulty"] = histogram(reward_group, REWARD_EDGES, selected, "reward")
+    return counts
 
 
 def seen_documents(path: Path) -> set[str]:
@@ -238,7 +246,7 @@ def long_questions(config: SelectStage, difficulty: Difficulty, tasks: Sequence[
         fitting = leave_out_long_questions(
             difficulty, config, tasks, config.questions, config.reward, config.max_too_long
         )
-        if fitting.message and is_main_process():
+        if fitting.message and is_first_process():
             print(f"select: {fitting.message}; listed in {config.out / SKIPPED}")
         return fitting.skipped
     path = difficulty.rollouts.with_name(SKIPPED)

@@ -1,4 +1,7 @@
-"""The environment of processes that read strangers' files (PDFs, images): without keys and tokens."""
+"""Environment variables: the launcher's, and those of processes that read strangers' files (PDFs, images).
+
+The latter get no keys or tokens.
+"""
 
 from __future__ import annotations
 
@@ -28,3 +31,8 @@ def drop_secrets() -> None:
     """Removes all other variables from the environment of this process."""
     for name in os.environ.keys() - ALLOWED:
         del os.environ[name]
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of its launch. Unlike accelerate's state, it needs no torch."""
+    return os.environ.get("RANK", "0") == "0"

@@ -13,7 +13,6 @@ that does not fit the model's context or a limit of the config:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from mmr5_train.common.environment import is_first_process
 from mmr5_train.common.files import InputError
 from mmr5_train.models.loading import resolve_checkpoint
 from mmr5_train.models.pages import image_size, page_limits, visual_tokens
@@ -196,7 +196,7 @@ def leave_out_too_long(
 
     Raises `InputError` if more than `max_share` of them, or all, do not fit.
     """
-    too_long = [i for i, count in enumerate(counts) if limit is not None and count.total > limit.tokens]
+    too_long = _too_long(counts, limit)
     if limit is None or not too_long:
         return Fitting(list(range(len(counts))), [], "")
     skipped = [
@@ -217,12 +217,17 @@ def check_all_fit(
     source: str, query_ids: Sequence[str], counts: Sequence[TokenCount], limit: TokenLimit | None
 ) -> None:
     """Raises `InputError` that lists the questions whose prompts do not fit. `source` begins the message."""
-    too_long = [i for i, count in enumerate(counts) if limit is not None and count.total > limit.tokens]
+    too_long = _too_long(counts, limit)
     if limit is not None and too_long:
         raise InputError(
             f"{source}: {len(too_long):,} of {len(counts):,} prompts have more than {limit.tokens:,} tokens "
             f"({limit.source}): {_list_ids(query_ids, counts, too_long)}; {limit.advice}"
         )
+
+
+def _too_long(counts: Sequence[TokenCount], limit: TokenLimit | None) -> list[int]:
+    """Indices of the examples above the limit."""
+    return [i for i, count in enumerate(counts) if limit is not None and count.total > limit.tokens]
 
 
 def _list_ids(query_ids: Sequence[str], counts: Sequence[TokenCount], indices: Sequence[int]) -> str:
@@ -234,4 +239,4 @@ def _list_ids(query_ids: Sequence[str], counts: Sequence[TokenCount], indices: S
 
 def _progress(items: Iterable[Any], total: int, label: str) -> Iterator[Any]:
     """The items, with a progress bar on the first process if they take more than two seconds."""
-    return iter(tqdm(items, total=total, desc=label, delay=2, disable=os.environ.get("RANK", "0") != "0"))
+    return iter(tqdm(items, total=total, desc=label, delay=2, disable=not is_first_process()))

@@ -9,7 +9,6 @@ finish_run(run, trainer, counts={"traces": 100}, metric="loss")  # checkpoint, m
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +21,7 @@ from trl import GRPOTrainer
 from trl.trainer import utils as trl_utils
 
 from mmr5_train.common.config import StageConfig
+from mmr5_train.common.environment import is_first_process
 from mmr5_train.common.files import InputError, write_manifest, write_records
 from mmr5_train.models.config import SETTINGS, CheckpointOptions
 from mmr5_train.models.lengths import Fitting, check_all_fit, context_limit, count_tokens, image_sizes
@@ -89,7 +89,7 @@ def policy_settings(stage: str, config: TrainingStage) -> Settings:
     `default`, and a line on stdout says so.
     """
     settings = resolve_settings(config.model.path, config, default_prompt=read_prompt("default"))
-    if config.prompt is None and read_settings(config.model.path) is None and os.environ.get("RANK", "0") == "0":
+    if config.prompt is None and read_settings(config.model.path) is None and is_first_process():
         print(
             f"{stage}: {config.model.path} has no {SETTINGS}; it is trained with the prompt `default`", flush=True
         )

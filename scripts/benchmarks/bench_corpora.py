@@ -32,6 +32,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from bench_common import argument_parser, run_for_json
+from mmdocir_standin import ROWS_PER_GROUP, TRAINING_SCHEMA
 from PIL import Image
 from tqdm import tqdm
 
@@ -42,18 +43,6 @@ from mmr5_train.common.config import compose_stage
 SUBSET = "ArxivQA"
 PAGES_PER_DOCUMENT = 33
 LAYOUTS, WORDS_PER_LAYOUT = 12, 10
-ROWS_PER_GROUP = 1000
-LAYOUT = pa.struct([("type", pa.string()), ("bbox", pa.list_(pa.float64())), ("text", pa.string())])
-SCHEMA = pa.schema(
-    [
-        ("file_name", pa.string()),
-        ("page", pa.int64()),
-        ("domain", pa.string()),
-        ("image", pa.binary()),
-        ("page_size", pa.list_(pa.float64())),
-        ("layouts", pa.list_(LAYOUT)),
-    ]
-)
 
 
 def write_training_set(folder: Path, rows: int) -> None:
@@ -67,10 +56,10 @@ def write_training_set(folder: Path, rows: int) -> None:
     pages = folder / "parquet" / f"{SUBSET}_filter.parquet"
     for path in (questions, pages):
         path.parent.mkdir(parents=True)
-    with questions.open("w") as lines, pq.ParquetWriter(pages, SCHEMA) as table:
+    with questions.open("w") as lines, pq.ParquetWriter(pages, TRAINING_SCHEMA) as table:
         for first in range(0, rows, ROWS_PER_GROUP):
             group = [_page_row(row, rng, words, image) for row in range(first, min(first + ROWS_PER_GROUP, rows))]
-            table.write_table(pa.Table.from_pylist(group, schema=SCHEMA))
+            table.write_table(pa.Table.from_pylist(group, schema=TRAINING_SCHEMA))
             for number, row in enumerate(group, first):
                 lines.write(json.dumps(_question(number, row, rng)) + "\n")
 

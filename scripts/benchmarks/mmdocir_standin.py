@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,7 +174,7 @@ def _write_subset(folder: Path, subset: str, documents: list[StandInDocument]) -
         for document in documents
         for page, image in enumerate(document.images)
     )
-    _write_rows(pages, TRAINING_SCHEMA, rows)
+    write_rows(pages, TRAINING_SCHEMA, rows)
 
 
 def _write_evaluation(folder: Path, documents: list[StandInDocument]) -> None:
@@ -203,10 +203,11 @@ def _write_evaluation(folder: Path, documents: list[StandInDocument]) -> None:
         for document in documents
         for page, image in enumerate(document.images)
     )
-    _write_rows(folder / "MMDocIR_pages.parquet", EVALUATION_SCHEMA, page_rows)
+    write_rows(folder / "MMDocIR_pages.parquet", EVALUATION_SCHEMA, page_rows)
 
 
-def _write_rows(path: Path, schema: pa.Schema, rows: Iterator[dict[str, Any]]) -> None:
+def write_rows(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes a parquet of these rows, a group of rows at a time."""
     with pq.ParquetWriter(path, schema) as table:
         group: list[dict[str, Any]] = []
         for row in rows:

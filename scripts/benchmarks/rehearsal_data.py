@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from mmdocir_standin import EVALUATION_SCHEMA, TRAINING_SCHEMA, write_rows
 from PIL import Image, ImageDraw, ImageFont
 
 from data_construction.corpus.training_set import Subset
@@ -112,7 +111,8 @@ def write_subset(folder: Path, subset: str, documents: list[PaperDocument]) -> N
         for document in documents
         for number, text in enumerate(document.pages)
     ]
-    write_parquet(folder / "parquet" / f"{subset}_filter.parquet", rows)
+    (folder / "parquet").mkdir(exist_ok=True)
+    write_rows(folder / "parquet" / f"{subset}_filter.parquet", TRAINING_SCHEMA, rows)
 
 
 def write_evaluation_set(folder: Path, documents: list[PaperDocument]) -> None:
@@ -144,7 +144,7 @@ def write_evaluation_set(folder: Path, documents: list[PaperDocument]) -> None:
             for number, text in enumerate(document.pages)
         ]
     write_lines(folder / "MMDocIR_annotations.jsonl", annotations)
-    write_parquet(folder / "MMDocIR_pages.parquet", rows)
+    write_rows(folder / "MMDocIR_pages.parquet", EVALUATION_SCHEMA, rows)
 
 
 def write_scores(path: Path, documents: list[PaperDocument], rng: random.Random) -> None:
@@ -171,11 +171,6 @@ def write_scores(path: Path, documents: list[PaperDocument], rng: random.Random)
 def write_lines(path: Path, values: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
-
-
-def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
 
 
 def main() -> None:

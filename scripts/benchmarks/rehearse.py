@@ -155,16 +155,10 @@ def run_recipe(run: Run, out: Path, teacher: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def losses(folder: Path) -> list[float]:
-    """The logged losses of a training stage."""
+def logged(folder: Path, key: str) -> list[dict[str, Any]]:
+    """The entries of a training stage's log that have `key`."""
     history = json.loads((folder / "log_history.json").read_text(encoding="utf-8"))
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
-def heldout_steps(folder: Path) -> list[int]:
-    """The steps at which a training stage ranked held-out questions."""
-    history = json.loads((folder / "log_history.json").read_text(encoding="utf-8"))
-    return [entry["step"] for entry in history if "heldout/recall@1" in entry]
+    return [entry for entry in history if key in entry]
 
 
 def targets(out: Path, runs: Sequence[Run], minutes: float) -> Iterator[dict[str, Any]]:
@@ -179,15 +173,15 @@ def targets(out: Path, runs: Sequence[Run], minutes: float) -> Iterator[dict[str
             counts = read_manifest(folder / stage)["counts"]
             yield equal(f"{run.name}: processes of {stage}", counts["processes"], PROCESSES)
             if run.recipe == "recommended":
-                steps = heldout_steps(folder / stage)
+                steps = [entry["step"] for entry in logged(folder / stage, "heldout/recall@1")]
                 yield equal(f"{run.name}: {stage} ranked held-out questions at", steps, [0, counts["steps"]])
         if (folder / "evaluation").is_dir():
             published = "published" in (folder / "report/report.html").read_text(encoding="utf-8")
             yield equal(f"{run.name}: the report has the published figures", published, True)
     by_launch = {run.launch: out / run.name for run in runs if run.recipe == "recommended"}
     if len(by_launch) == 2:
-        zero2, zero3 = (losses(folder / "sft") for folder in by_launch.values())
-        difference = max(abs(a - b) for a, b in zip(zero2, zero3, strict=True))
+        zero2, zero3 = (logged(folder / "sft", "loss") for folder in by_launch.values())
+        difference = max(abs(a["loss"] - b["loss"]) for a, b in zip(zero2, zero3, strict=True))
         yield at_most("largest difference of SFT's losses under ZeRO-2 and ZeRO-3", difference, 1e-3)
 
 

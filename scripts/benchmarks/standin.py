@@ -41,6 +41,14 @@ Family = Literal["qwen2_5_vl", "qwen3_vl"]
 
 DEFAULT_TOKENIZER = Path(__file__).resolve().parents[2] / "../shared/qwen2_5_tokenizer"
 VOCABULARY = {"qwen2_5_vl": 152_064, "qwen3_vl": 151_936}  # rows of the embeddings of the 7B and 8B models
+TEXT = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+VISION = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 128}
 SYSTEM_TURN = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"  # of Qwen2.5-VL's template by default
 # Tokens that Qwen3's tokenizer has in addition to Qwen2.5's, in the order of their ids.
 QWEN3_TOKENS = ("<tool_response>", "</tool_response>", "<think>", "</think>")
@@ -100,25 +108,13 @@ def _token_ids(tokenizer: Any) -> dict[str, int]:
 
 
 def _qwen2_5_vl(tokenizer: Any) -> Any:
-    text = {
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]}
+    text = TEXT | {
         "vocab_size": VOCABULARY["qwen2_5_vl"],
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "max_position_embeddings": 128_000,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        "rope_parameters": rope,
     }
-    vision = {
-        "depth": 2,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_heads": 4,
-        "out_hidden_size": 128,
-        "window_size": 112,
-        "fullatt_block_indexes": [1],
-    }
+    vision = VISION | {"window_size": 112, "fullatt_block_indexes": [1]}
     config = Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True, **_token_ids(tokenizer)
     )
@@ -126,31 +122,14 @@ def _qwen2_5_vl(tokenizer: Any) -> Any:
 
 
 def _qwen3_vl(tokenizer: Any) -> Any:
-    text = {
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    text = TEXT | {
         "vocab_size": VOCABULARY["qwen3_vl"],
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "head_dim": 32,
         "max_position_embeddings": 262_144,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5e6,
-            "mrope_section": [6, 5, 5],
-            "mrope_interleaved": True,
-        },
+        "rope_parameters": rope,
     }
-    vision = {
-        "depth": 2,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_heads": 4,
-        "out_hidden_size": 128,
-        "num_position_embeddings": 2304,
-        "deepstack_visual_indexes": [0],
-    }
+    vision = VISION | {"num_position_embeddings": 2304, "deepstack_visual_indexes": [0]}
     config = Qwen3VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True, **_token_ids(tokenizer)
     )

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import trange
 from transformers import AutoModelForImageTextToText, AutoProcessor, get_cosine_schedule_with_warmup
 
+from mmr5_train.inference.local import load_backend
 from mmr5_train.models.config import CheckpointOptions
 from mmr5_train.models.inputs import encode
 from mmr5_train.models.pages import page_limits, prepare_page
@@ -117,8 +118,6 @@ def sampled_loss(model: Any, inputs: Any, labels: Tensor, negatives: int = 1024)
 
 def share_in_form(checkpoint: Path, page_counts: Sequence[int], seed: int = 1) -> float:
     """The share of greedy answers without a defect, to prompts with these numbers of pages."""
-    from mmr5_train.inference.local import load_backend
-
     rng = random.Random(seed)
     backend = load_backend(checkpoint, CheckpointOptions(prompt=read_prompt("default")), max_new_tokens=512)
     page = prepare_page(Image.new("RGB", PAGE_SIDES[-1], "white"), backend.limits)

@@ -5,22 +5,12 @@ from argparse import Namespace
 import bench_gpu
 import pytest
 import torch
+from small_shape import SMALL
 
 from mmr5_train.models.shapes import SHAPES
 from mmr5_train.training import run
 
 ARGS = Namespace(completion=6, gpu="h100", plan=False)
-SMALL = {
-    "text_config": {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "layer_types": ["full_attention"] * 2,
-        "rope_parameters": {"mrope_section": [2, 3, 3], "rope_theta": 1e6, "rope_type": "default"},
-    },
-    "vision_config": {"out_hidden_size": 64},
-}
 
 
 @pytest.fixture

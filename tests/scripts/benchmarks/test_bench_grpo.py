@@ -4,20 +4,9 @@ import argparse
 
 import bench_grpo as bench
 import pytest
+from small_shape import SMALL
 
 from mmr5_train.models.shapes import SHAPES
-
-SMALL = {
-    "text_config": {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "layer_types": ["full_attention"] * 2,
-        "rope_parameters": {"mrope_section": [2, 3, 3], "rope_theta": 1e6, "rope_type": "default"},
-    },
-    "vision_config": {"out_hidden_size": 64},
-}
 
 
 @pytest.mark.parametrize(("shape", "single"), [("tiny", False), ("3b", False), ("tiny", True)])

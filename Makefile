@@ -11,13 +11,14 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo demo-modes test bench-grpo bench-pages bench-gpu bench-data bench-amounts bench-train bench-serve bench-rerank rehearsal test-wheel lint format lock clean
+.PHONY: help setup demo demo-modes test test-long bench-grpo bench-pages bench-gpu bench-data bench-amounts bench-train bench-serve bench-rerank rehearsal test-wheel lint format lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo [SEED=n]  train and evaluate a tiny reasoning reranker; writes outputs/demo/report.html"
 	@echo "make demo-modes     continue the demo with distillation; adds the comparison of the three modes to the report"
 	@echo "make test           run the tests"
+	@echo "make test-long      run the tests that take minutes each"
 	@echo "make test-wheel     install the wheel into a fresh environment and run the demo there"
 	@echo "make bench-grpo     compare GRPO with shared prompts to TRL's trainer; writes outputs/bench/grpo.json"
 	@echo "make bench-pages    measure the part of a GRPO step that is data; writes outputs/bench/pages.json"
@@ -51,7 +52,10 @@ demo-modes: setup
 
 # Two processes with one thread each are faster than one process with two threads.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
+test-long: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 test-wheel: setup
 	rm -rf outputs/wheel && mkdir -p outputs/wheel/empty

@@ -33,9 +33,11 @@ from pydantic import Field, field_serializer, field_validator
 from mmr5_train.common.config import StageConfig, run_stage
 from mmr5_train.common.files import (
     InputError,
+    check_settings,
     is_unfinished,
     open_output,
     read_records,
+    run_settings,
     write_json,
     write_manifest,
     write_records,
@@ -68,7 +70,6 @@ from mmr5_train.ranking.records import (
     RankingTask,
     rebase_images,
 )
-from mmr5_train.training.checkpoints import check_settings, run_settings
 
 FIRST_STAGE = "first_stage"
 PARTIAL = "partial"

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mmr5_train.common.config import run_stage
 from mmr5_train.common.files import InputError, atomic_write, read_manifest
-from mmr5_train.models.loading import SETTINGS
+from mmr5_train.models.config import SETTINGS
 from mmr5_train.ranking.records import Mode
 from mmr5_train.reporting.page import TEMPLATES
 

@@ -301,3 +301,19 @@ def code_version() -> str:
         return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return importlib.metadata.version("mmr5-train")
+
+
+def run_settings(config: Any) -> dict[str, Any]:
+    """The settings that must be equal to resume a run: the stage's config and the hash of its data file."""
+    settings = config.model_dump(mode="json", exclude={"out", "overwrite"})
+    return settings | {"data": f"{config.data}, sha256 {file_hash(config.data)}"}
+
+
+def check_settings(out: Path, stopped: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises `InputError` for the first setting in which the stopped run differs from the current one."""
+    for name in sorted(stopped.keys() | current.keys()):
+        if stopped.get(name) != current.get(name):
+            raise InputError(
+                f"{out}: contains a stopped run with {name} {stopped.get(name)}, but this run has "
+                f"{current.get(name)}; use the same settings to resume it, or overwrite=true to start over"
+            )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import (
@@ -169,6 +168,8 @@ def adapter_base(adapter: str | Path) -> str:
 
 def load_merged(config: ModelConfig, adapter: str | Path) -> Any:
     """The config's model with an adapter merged into it. Raises `InputError` for an adapter that does not fit."""
+    from peft import PeftModel  # takes seconds to import, and only adapters need it
+
     base = load_model(config.model_copy(update={"load_in_4bit": False}))  # merging needs unquantized weights
     try:
         return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()

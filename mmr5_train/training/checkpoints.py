@@ -21,17 +21,18 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOConfig
 from trl.trainer.utils import RepeatSampler
 
-from mmr5_train.common.files import MANIFEST, InputError, file_hash, is_unfinished, open_output, write_json
+from mmr5_train.common.files import (
+    MANIFEST,
+    InputError,
+    check_settings,
+    is_unfinished,
+    open_output,
+    write_json,
+)
 from mmr5_train.inference.processes import on_main_process, raise_on_all, wait_for
 
 COMPLETE = "complete.json"
 MIN_CHECKPOINTS = 2  # with 1, the last complete checkpoint would be deleted before the next one is complete
-
-
-def run_settings(config: Any) -> dict[str, Any]:
-    """The settings that must be equal to resume a run: the stage's config and the hash of its data file."""
-    settings = config.model_dump(mode="json", exclude={"out", "overwrite"})
-    return settings | {"data": f"{config.data}, sha256 {file_hash(config.data)}"}
 
 
 def open_training_output(
@@ -75,16 +76,6 @@ def last_checkpoint(out: Path) -> Path | None:
     """The complete checkpoint with the most steps."""
     complete = [path.parent for path in out.glob(f"checkpoint-*/{COMPLETE}")]
     return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
-
-
-def check_settings(out: Path, stopped: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises `InputError` for the first setting in which the stopped run differs from the current one."""
-    for name in sorted(stopped.keys() | current.keys()):
-        if stopped.get(name) != current.get(name):
-            raise InputError(
-                f"{out}: contains a stopped run with {name} {stopped.get(name)}, but this run has "
-                f"{current.get(name)}; use the same settings to resume it, or overwrite=true to start over"
-            )
 
 
 def check_saving(arguments: Any) -> None:

@@ -22,7 +22,7 @@ from trl.trainer import utils as trl_utils
 
 from mmr5_train.common.config import StageConfig
 from mmr5_train.common.environment import is_first_process
-from mmr5_train.common.files import InputError, write_manifest, write_records
+from mmr5_train.common.files import InputError, run_settings, write_manifest, write_records
 from mmr5_train.models.config import SETTINGS, CheckpointOptions
 from mmr5_train.models.lengths import Fitting, check_all_fit, context_limit, count_tokens, image_sizes
 from mmr5_train.models.loading import read_settings
@@ -35,7 +35,6 @@ from mmr5_train.training.checkpoints import (
     ResumeSampler,
     keep_parameter_names,
     open_training_output,
-    run_settings,
 )
 from mmr5_train.training.progress import ProgressLine
 from mmr5_train.training.saving import MODEL, best_checkpoint_counts, full_disk_as_input_error, save_result

@@ -1,9 +1,9 @@
 """TRL's GRPOTrainer and SharedPrefixGRPOTrainer with equal settings. As a script, trains both under a launcher.
 
-    accelerate launch … tests/mmr5_train/side_by_side.py FOLDER OUT '{"max_steps": 6}'
+    accelerate launch … tests/mmr5_train/side_by_side.py FOLDER OUT '[{"max_steps": 6}]'
 
-Reads questions.jsonl and page images in FOLDER. Writes OUT/history.json: the logs of both trainers, the kind of
-launch and the number of processes.
+Reads questions.jsonl and page images in FOLDER. Trains with each of the settings. Writes OUT/histories.json: the
+logs of both trainers for each of the settings, the kind of launch and the number of processes.
 """
 
 import json
@@ -76,17 +76,18 @@ def main(folder, out, settings):
     tiny = ModelConfig.model_validate(yaml.safe_load((ROOT / "configs/model/tiny.yaml").read_text()))
     prompt = Prompt.model_validate(yaml.safe_load((ROOT / "configs/prompt/default.yaml").read_text()))
     tasks = read_records(folder / "questions.jsonl", RankingTask)
-    history = {}
-    for name, trainer_class in TRAINERS.items():
-        trainer = make_trainer(
-            trainer_class, tiny, prompt, load_processor(tiny), tasks, folder, out / name, json.loads(settings)
-        )
-        trainer.train()
-        history[name] = [entry for entry in trainer.state.log_history if "loss" in entry]
+    histories = {name: [] for name in TRAINERS}
+    for values in json.loads(settings):
+        for name, trainer_class in TRAINERS.items():
+            trainer = make_trainer(
+                trainer_class, tiny, prompt, load_processor(tiny), tasks, folder, out / name, values
+            )
+            trainer.train()
+            histories[name].append([entry for entry in trainer.state.log_history if "loss" in entry])
     if trainer.accelerator.is_main_process:
         state = trainer.accelerator.state
-        history["launched"] = f"{state.distributed_type.value} {state.num_processes}"
-        (out / "history.json").write_text(json.dumps(history))
+        launched = f"{state.distributed_type.value} {state.num_processes}"
+        (out / "histories.json").write_text(json.dumps(histories | {"launched": launched}))
 
 
 if __name__ == "__main__":

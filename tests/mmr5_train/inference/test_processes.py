@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from two_processes import EVALUATION, evaluate_in, select_in
 
 from mmr5_train.common.files import write_records
@@ -14,6 +15,7 @@ from mmr5_train.ranking.records import Page
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@pytest.mark.launch
 def test_two_processes_share_the_questions(page_folder, tasks, guessing_model, tmp_path):
     """Launched as a recipe launches `select` and `evaluate` with a DeepSpeed file."""
     shutil.copytree(page_folder, tmp_path / "data")

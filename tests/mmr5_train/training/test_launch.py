@@ -17,7 +17,7 @@ from mmr5_train.common.files import read_manifest, write_records
 from mmr5_train.training.checkpoints import COMPLETE
 
 ROOT = Path(__file__).resolve().parents[3]
-LONG = pytest.mark.skipif("MMR5_LONG_TESTS" not in os.environ, reason="takes a minute: set MMR5_LONG_TESTS=1")
+pytestmark = pytest.mark.launch
 GRPO = [
     "trainer={per_device_train_batch_size:4,num_generations:4,max_steps:2,save_steps:1,max_completion_length:12}"
 ]
@@ -63,11 +63,11 @@ def launch(launch_file, *arguments):
     ("launch_file", "settings"),
     [
         ("zero3", ["model.lora={r:4,alpha:8}", "+trainer.ds3_gather_for_generation=false"]),
-        ("zero3_offload", ["model.lora=null"]),
+        pytest.param("zero3_offload", ["model.lora=null"], marks=pytest.mark.long),  # DeepSpeed compiles its Adam
     ],
 )
 def test_grpo_trains_with_two_deepspeed_processes(launch_file, settings, questions, five_questions, tmp_path):
-    heldout = f"heldout={{data:{five_questions},batch_size:1,max_new_tokens:4}}"
+    heldout = f"heldout={{data:{five_questions},batch_size:1,max_new_tokens:2}}"
     out = tmp_path / "out"
     output = launch(launch_file, "launched", "grpo", f"data={questions}", f"out={out}", *GRPO, *settings, heldout)
     assert "grpo: 2 processes (deepspeed)" in output
@@ -144,7 +144,7 @@ def slurm(tmp_path, free_port):
 
 @pytest.mark.parametrize(
     ("launch_file", "dtype"),
-    [("zero2", "float32"), pytest.param("cpu", "bfloat16", marks=LONG)],  # cpu: without DeepSpeed
+    [("zero2", "float32"), pytest.param("cpu", "bfloat16", marks=pytest.mark.long)],  # cpu: without DeepSpeed
 )
 def test_a_job_on_two_machines_survives_the_failure_of_one(
     launch_file, dtype, slurm, traces, five_questions, tmp_path

@@ -21,23 +21,12 @@ MAX_EXACT = 12
 _MAX_SIGNS = 8_000_000
 
 
-def randomization_test(
-    a: Sequence[float] | Values, b: Sequence[float] | Values, *, samples: int = 10_000, seed: int
-) -> float:
-    """Two-sided p-value of the mean of a − b over paired questions (Fisher's randomization test).
-
-    Under the null hypothesis the sign of each question's difference is arbitrary. p is the share of sign
-    assignments whose mean is at least as far from zero as the observed mean (Smucker, Allan and Carterette, CIKM
-    2007, section 3). p is symmetric in a and b and never 0.
-    """
-    if len(a) != len(b):
-        raise ValueError(f"paired values must belong to the same questions, got {len(a)} and {len(b)}")
-    difference_Q = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    return float(randomization_tests(difference_Q[:, None], samples=samples, seed=seed)[0])
-
-
 def randomization_tests(differences_QF: Values, *, samples: int = 10_000, seed: int) -> Values:
-    """p-values of several figures over the same questions, shape (F,). Pass 0 where a question lacks a figure.
+    """p-values of the mean differences of several figures over the same questions, shape (F,).
+
+    Fisher's randomization test, two-sided: under the null hypothesis the sign of each question's difference is
+    arbitrary. p is the share of sign assignments whose mean is at least as far from zero as the observed mean
+    (Smucker, Allan and Carterette, CIKM 2007, section 3). p is never 0. Pass 0 where a question lacks a figure.
 
     A figure with at most `MAX_EXACT` non-zero differences gets the exact p over all signs. Otherwise `samples`
     sign assignments are drawn, the same for every figure, and p = (b + 1)/(samples + 1), where b counts the draws

@@ -1,10 +1,12 @@
-"""The steps that SFT, GRPO and distillation share, in the order in which each stage calls them.
+"""The steps that SFT, GRPO and distillation share.
 
-policy = policy_settings("sft", config)                          # what the checkpoint says, and the config
-run = start_run("sft", config, policy, arguments, processor, fitting)    # output folder, checkpoint to resume
-trainer = …                                                      # differs between the stages
-train(run, trainer, progress={"loss": "loss"})
-finish_run(run, trainer, counts={"traces": 100}, metric="loss")  # checkpoint, manifest, one line on stdout
+Each stage calls them in this order:
+
+    policy = policy_settings("sft", config)                          # what the checkpoint says, and the config
+    run = start_run("sft", config, policy, arguments, processor, fitting)    # output folder, checkpoint to resume
+    trainer = …                                                      # differs between the stages
+    train(run, trainer, progress={"loss": "loss"})
+    finish_run(run, trainer, counts={"traces": 100}, metric="loss")  # checkpoint, manifest, one line on stdout
 """
 
 from __future__ import annotations

@@ -6,9 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from mmr5_train.evaluation.significance import MAX_EXACT, holm, randomization_test, randomization_tests
+from mmr5_train.evaluation.significance import MAX_EXACT, holm, randomization_tests
 
 values = st.sampled_from([0.0, 1 / 3, 0.5, 1.0])
+
+
+def randomization_test(a, b, **options):
+    """The p-value of one figure of two systems."""
+    return float(randomization_tests((np.asarray(a, float) - np.asarray(b, float))[:, None], **options)[0])
 
 
 def exact_p(a, b):
@@ -95,8 +100,6 @@ def test_p_equals_that_of_scipy(size, tolerance):
 
 
 def test_invalid_input_is_rejected():
-    with pytest.raises(ValueError, match="got 2 and 3"):
-        randomization_test([1, 0], [1, 0, 1], seed=0)
     with pytest.raises(ValueError, match=r"shape \(0, 2\)"):
         randomization_tests(np.zeros((0, 2)), seed=0)
     with pytest.raises(ValueError, match="not finite"):

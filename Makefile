@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo demo-modes test test-long bench-grpo bench-pages bench-gpu bench-data bench-amounts bench-train bench-serve bench-rerank rehearsal test-wheel lint format lock clean
+.PHONY: help setup demo demo-modes test test-long bench-grpo bench-constrained bench-pages bench-gpu bench-data bench-amounts bench-train bench-serve bench-rerank rehearsal test-wheel lint format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test-long      run the tests that take minutes each"
 	@echo "make test-wheel     install the wheel into a fresh environment and run the demo there"
 	@echo "make bench-grpo     compare GRPO with shared prompts to TRL's trainer; writes outputs/bench/grpo.json"
+	@echo "make bench-constrained  measure constrained decoding next to xgrammar; writes outputs/bench/constrained.json"
 	@echo "make bench-pages    measure the part of a GRPO step that is data; writes outputs/bench/pages.json"
 	@echo "make bench-gpu      measure the 3B and 7B shapes on a GPU, next to the plan; writes outputs/bench/gpu.json"
 	@echo "make bench-data     measure the data stages, also with faults and kills; writes outputs/bench/data.json"
@@ -66,6 +67,9 @@ test-wheel: setup
 
 bench-grpo: setup
 	$(BIN)/python scripts/benchmarks/bench_grpo.py --figure outputs/bench/grpo.svg
+
+bench-constrained: setup
+	$(BIN)/python scripts/benchmarks/bench_constrained.py
 
 bench-pages: setup
 	$(BIN)/python scripts/benchmarks/bench_pages.py

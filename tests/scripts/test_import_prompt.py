@@ -3,11 +3,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from import_prompt import import_prompt, main, write_prompt
 from omegaconf import OmegaConf
+from PIL import Image
+from transformers import AutoProcessor
 
 from mmr5_train.common.files import InputError
+from mmr5_train.models.inputs import encode
+from mmr5_train.models.pages import page_limits, prepare_page
 from mmr5_train.ranking.prompt import Prompt, build_messages
 
 # The structure of the released examples/reranker.py with other text. Importing this module would fail.
@@ -43,6 +48,8 @@ class QueryReranker:
         return messages
 """
 
+RUNNABLE = RERANKER.replace("import a_package_that_is_not_there", "").replace("raise SystemExit", "str")
+
 
 @pytest.fixture
 def repo(tmp_path):
@@ -66,15 +73,36 @@ def test_fields_are_renamed(repo):
     )
 
 
-def test_messages_equal_those_of_the_source(repo):
-    source = RERANKER.replace("import a_package_that_is_not_there", "").replace("raise SystemExit", "str")
+def source_messages(query, images):
+    """The messages that the source's own class builds."""
     namespace = {}
-    exec(source, namespace)
-    expected = namespace["QueryReranker"]().rerank("how many?", ["a", "b", "c"])
+    exec(RUNNABLE, namespace)
+    return namespace["QueryReranker"]().rerank(query, images)
+
+
+def test_messages_equal_those_of_the_source(repo):
+    expected = source_messages("how many?", ["a", "b", "c"])
     for message in expected:
         for part in message["content"]:
             part.pop("image", None)
-    assert build_messages(import_prompt(repo(source)), "how many?", 3) == expected
+    assert build_messages(import_prompt(repo()), "how many?", 3) == expected
+
+
+@pytest.mark.parametrize("n", [2, 5, 10, 20])
+def test_ids_and_pixels_equal_those_of_the_source(repo, standin, n):
+    """The source renders its messages to text and gives text and opened images to the checkpoint's processor."""
+    sizes = [(300 + 40 * i, 400 - 10 * i) for i in range(n)]
+    images = [Image.new("RGB", size, (10 * i, 99, 200)) for i, size in enumerate(sizes)]
+    processor = AutoProcessor.from_pretrained(standin)
+    messages = source_messages("how many?", images)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    expected = processor(text=[text], images=images, padding=True, return_tensors="pt")
+
+    limits = page_limits(processor)
+    pages = [prepare_page(image, limits) for image in images]
+    inputs = encode(processor, import_prompt(repo()), ["how many?"], [pages])
+    for key in ("input_ids", "pixel_values", "image_grid_thw"):
+        assert torch.equal(inputs[key], expected[key]), key
 
 
 def test_code_variants_are_read(repo):

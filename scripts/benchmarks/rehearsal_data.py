@@ -6,8 +6,8 @@
 - OUT/mmdocir: the evaluation set, annotations and a page parquet;
 - OUT/scores/train and OUT/scores/evaluation: first-stage scores in the JSON of MM-R5's released pipeline.
 
-Most pages have the pixels of an A4 page at 72 dpi. One document has A4 pages at 150 dpi, and one has pages of
-1,700 × 2,200 pixels, five of which have 24,000 tokens.
+Most pages have the pixels of an A4 page at 36 dpi, some at 72 dpi. With `large`, one document has A4 pages at
+150 dpi, and one has pages of 1,700 × 2,200 pixels, five of which have 24,000 tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_construction.corpus.training_set import Subset
 
-A4_72_DPI, A4_150_DPI, LARGE = (595, 842), (1240, 1754), (1700, 2200)  # width × height in pixels
+Size = tuple[int, int]  # width × height in pixels
+A4_36_DPI, A4_72_DPI, A4_150_DPI, LARGE = (298, 421), (595, 842), (1240, 1754), (1700, 2200)
 WORDS = ("sales", "ships", "harbour", "water", "export", "forest", "island", "engine", "winter", "paper", "school")
 PAGES, EVALUATION_PAGES = 7, 12  # of each document
 
@@ -35,33 +36,39 @@ class PaperDocument:
     """A document with the words of each page, and questions: (id, text, relevant page)."""
 
     name: str
-    size: tuple[int, int]
+    size: Size
     pages: list[str]
     questions: list[tuple[str, str, int]]
 
 
 def write_rehearsal_data(
-    out: Path, documents: int = 4, questions: int = 4, evaluation: int = 3, seed: int = 0
+    out: Path, documents: int = 4, evaluation: int = 3, large: bool = True, seed: int = 0
 ) -> None:
-    """Writes the files: `documents` per subset with `questions` each, and `evaluation` documents with two each."""
+    """Writes `documents` per subset with one question each, and `evaluation` documents with two each."""
     rng = random.Random(seed)
-    for position, subset in enumerate(get_args(Subset)):
-        sizes = [A4_72_DPI] * documents
-        if position == 0:
-            sizes[:2] = [A4_150_DPI, LARGE]
+    for subset in get_args(Subset):
         subset_documents = [
-            make_document(f"{subset.lower()}-{i}", size, PAGES, questions, rng) for i, size in enumerate(sizes)
+            make_document(f"{subset.lower()}-{i}", page_size(subset, i, large), PAGES, 1, rng)
+            for i in range(documents)
         ]
         write_subset(out / "mmdocir_train", subset, subset_documents)
         write_scores(out / "scores/train" / f"{subset}.json", subset_documents, rng)
-    heldout = [make_document(f"report-{i}", A4_72_DPI, EVALUATION_PAGES, 2, rng) for i in range(evaluation)]
+    heldout = [
+        make_document(f"report-{i}", A4_36_DPI if i else A4_72_DPI, EVALUATION_PAGES, 2, rng)
+        for i in range(evaluation)
+    ]
     write_evaluation_set(out / "mmdocir", heldout)
     write_scores(out / "scores/evaluation" / "all.json", heldout, rng)
 
 
-def make_document(
-    name: str, size: tuple[int, int], n_pages: int, n_questions: int, rng: random.Random
-) -> PaperDocument:
+def page_size(subset: str, document: int, large: bool) -> Size:
+    """The size of a document's pages. With seed 42, SFT trains on documents 0 and 3 of ArxivQA."""
+    if large and subset == "ArxivQA" and document in (0, 3):
+        return LARGE if document == 0 else A4_150_DPI
+    return A4_72_DPI if document == 1 else A4_36_DPI
+
+
+def make_document(name: str, size: Size, n_pages: int, n_questions: int, rng: random.Random) -> PaperDocument:
     pages = [" ".join(rng.choices(WORDS, k=60)) + f" {rng.randint(1000, 9999)}" for _ in range(n_pages)]
     questions = []
     for i in range(n_questions):
@@ -70,7 +77,7 @@ def make_document(
     return PaperDocument(name, size, pages, questions)
 
 
-def draw_text_page(text: str, size: tuple[int, int]) -> bytes:
+def draw_text_page(text: str, size: Size) -> bytes:
     """The JPEG of a page with the words of `text`."""
     width, height = size
     image = Image.new("RGB", size, "white")

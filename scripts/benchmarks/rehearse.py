@@ -36,7 +36,7 @@ from bench_common import (
 )
 from rehearsal_data import write_rehearsal_data
 from standin import Family, write_standin
-from standin_form import share_in_form, train_form
+from standin_form import PAGE_COUNTS, share_in_form, train_form
 
 from mmr5_train.common.config import CONFIGS, compose_stage
 from mmr5_train.common.files import read_manifest
@@ -77,7 +77,8 @@ RUNS = (
     Run("recommended", "zero2", (ONE_GRPO_STEP,)),
     Run("recommended", "zero3", (ONE_GRPO_STEP, "leave_out=[evaluate,report,teach,distill,modes]")),
 )
-SHORT_RUNS = (Run("mm_r5", "zero2", ("stages.sft.trainer.max_steps=1", "stages.grpo.trainer.max_steps=2")),)
+FEWER = ("sft.limit=8", "sft.trainer.max_steps=1", "select.balanced.count=4", "grpo.trainer.max_steps=2")
+SHORT_RUNS = (Run("mm_r5", "zero2", tuple(f"stages.{amount}" for amount in FEWER)),)
 
 
 def changed_settings(recipe: str, overrides: Sequence[str] = ()) -> Iterator[tuple[str, str, Any, Any]]:
@@ -103,9 +104,11 @@ def is_allowed(stage: str, key: str) -> bool:
 def prepare(shared: Path, family: Family, short: bool) -> float:
     """Writes the checkpoint and the data sets into `shared`. Returns the share of answers in the valid form."""
     checkpoint = write_standin(shared / "checkpoint", family)
-    train_form(checkpoint, steps=120 if short else 400)
-    write_rehearsal_data(shared / "corpus", documents=2 if short else 4, evaluation=1 if short else 3)
-    return share_in_form(checkpoint, page_counts=(5,) if short else (1, 2, 5, 10))
+    train_form(checkpoint, steps=250 if short else 500)
+    write_rehearsal_data(
+        shared / "corpus", documents=2 if short else 4, evaluation=1 if short else 3, large=not short
+    )
+    return share_in_form(checkpoint, page_counts=PAGE_COUNTS[:1] if short else PAGE_COUNTS)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from mmr5_train.common.files import InputError
 
@@ -158,17 +158,22 @@ def _points(history: Sequence[dict[str, Any]], key: str) -> tuple[tuple[float, f
 
 
 def draw(title: str, note: str, lines: Sequence[Line]) -> Chart:
-    """Draws a chart: the logged values as a thin line, their running mean as a bold one."""
+    """Draws a chart: the logged values as a thin line, their running mean as a bold one.
+
+    A short series (`is_smoothed`) is drawn as it was logged.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=SIZE)
-        axes = figure.add_axes((0.14, 0.135, 0.84, 0.835))
+        axes = figure.add_axes((0.16, 0.135, 0.82, 0.835))
         for line in lines:
             _plot(axes, line)
         axes.grid(axis="y")
         axes.set_axisbelow(True)
         axes.margins(x=0.02, y=0.08)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        steps = {step for line in lines for step, _ in line.points}
+        axes.xaxis.set_major_locator(FixedLocator([*steps]) if len(steps) == 1 else MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick_label(value)))
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     names = re.sub(r"\W+", "-", f"{title} {'/'.join(line.name for line in lines)}").lower()
@@ -178,10 +183,25 @@ def draw(title: str, note: str, lines: Sequence[Line]) -> Chart:
 def _plot(axes: Axes, line: Line) -> None:
     steps, values = zip(*line.points, strict=True)
     color = list(PLACEHOLDERS)[2 + line.color % len(SERIES)]
-    smooth = running_mean(values, max(1, len(values) // 25))
-    if len(values) > 20:
+    if is_smoothed(line):
         axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
-    axes.plot(steps, smooth, color=color, linewidth=1.8, marker="o" if len(values) == 1 else None)
+        values = tuple(running_mean(values, max(1, len(values) // 25)))
+    axes.plot(steps, values, color=color, linewidth=1.8, marker="o" if len(values) == 1 else None)
+
+
+def is_smoothed(line: Line) -> bool:
+    """Whether the bold line of a series is its running mean. In a short series, the mean would hide the change."""
+    return len(line.points) > 20
+
+
+def tick_label(value: float) -> str:
+    """A value of an axis, with a label of its own: an exponent above the axis would cover the chart's title."""
+    if value and abs(value) < 1e-3:
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
+    else:
+        text = f"{value:g}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:

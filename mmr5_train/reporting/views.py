@@ -14,7 +14,7 @@ from mmr5_train.common.files import InputError, read_manifest
 from mmr5_train.evaluation.alarms import read_alarms
 from mmr5_train.evaluation.scoring import distinct_ceilings, find_difference, p_text, share_of_ceiling
 from mmr5_train.ranking.records import PageId
-from mmr5_train.reporting.curves import read_history, show, training_charts
+from mmr5_train.reporting.curves import is_smoothed, read_history, show, training_charts
 
 Results = Mapping[str, Any]
 
@@ -262,8 +262,11 @@ def training_view(folder: Path | None, stage: str) -> dict[str, Any] | None:
     charts = training_charts(history, stage)
     if not charts:
         return {"title": title, "charts": [], "message": f"No curves: {path} has no logged step."}
-    steps = max(point[0] for chart in charts for line in chart.lines for point in line.points)
-    intro = f"{steps:,.0f} steps. Thin lines: logged values. Bold lines: running mean."
+    lines = [line for chart in charts for line in chart.lines]
+    steps = max(step for line in lines for step, _ in line.points)
+    intro = f"{steps:,.0f} step{'s' * (steps != 1)}."
+    if any(map(is_smoothed, lines)):
+        intro += " A bold line over a thin one is the running mean of the logged values."
     return {"title": title, "charts": charts, "intro": intro, "alarms": read_alarms(folder)}
 
 

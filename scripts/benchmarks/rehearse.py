@@ -6,14 +6,15 @@
 
 Prepares a small checkpoint with the real tokenizer (standin.py, standin_form.py), small data sets in the published
 formats (rehearsal_data.py), and a server that replaces the teacher. Then it runs the recipes `mm_r5` and
-`recommended` with `size=rehearsal` (configs/size/rehearsal.yaml), from the data sets to the report and to the table
-with the published figures: two processes under DeepSpeed ZeRO-2, and SFT and GRPO of `recommended` again under ZeRO-3.
-First it prints each setting that differs from the same recipe without `size=rehearsal`.
+`recommended` with `size=rehearsal` (configs/size/rehearsal.yaml), from the data sets to the report and to the
+table with the published figures. They run in two processes under DeepSpeed ZeRO-2; SFT and GRPO of `recommended`
+run again under ZeRO-3. First it prints each setting that differs from the recipe without `size=rehearsal`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -34,13 +35,15 @@ from bench_common import (
     print_targets,
     write_results,
 )
+from PIL import Image
 from rehearsal_data import write_rehearsal_data
 from standin import Family, write_standin
 from standin_form import PAGE_COUNTS, share_in_form, train_form
 
 from mmr5_train import tables
 from mmr5_train.common.config import CONFIGS, compose_stage
-from mmr5_train.common.files import read_manifest
+from mmr5_train.common.files import read_manifest, read_records
+from mmr5_train.ranking.records import Trace
 from mmr5_train.recipe import RecipeStage, stage_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,6 +179,19 @@ def logged(folder: Path, key: str) -> list[dict[str, Any]]:
     return [entry for entry in history if key in entry]
 
 
+def largest_page(out: Path, run: Run) -> str:
+    """Width and height in pixels of the largest page that SFT trained on."""
+    limit = read_manifest(out / run.name / "sft")["config"]["limit"]
+    folder = out / "shared/traces"
+    pages = {page.image for trace in read_records(folder / "traces.jsonl", Trace)[:limit] for page in trace.shown}
+    sizes = []
+    for page in pages:
+        with Image.open(folder / page) as image:
+            sizes.append(image.size)
+    width, height = max(sizes, key=math.prod)
+    return f"{width} × {height}"
+
+
 def targets(out: Path, runs: Sequence[Run], minutes: float) -> Iterator[dict[str, Any]]:
     """The targets of the rehearsal, read from the files that the recipes wrote."""
     yield at_most("minutes", minutes, MAX_MINUTES)
@@ -193,6 +209,8 @@ def targets(out: Path, runs: Sequence[Run], minutes: float) -> Iterator[dict[str
         if run.evaluates:
             rows = read_manifest(folder / "tables")["counts"]["beside_published"]
             yield equal(f"{run.name}: measured rows beside published ones", rows, 3)
+    if len(runs) > 1:
+        yield equal("largest page of SFT", largest_page(out, runs[0]), "1700 × 2200")
     by_launch = {run.launch: out / run.name for run in runs if run.recipe == "recommended"}
     if len(by_launch) == 2:
         zero2, zero3 = (logged(folder / "sft", "loss") for folder in by_launch.values())

@@ -1,10 +1,11 @@
-"""What is trained: LoRA adapters and LoRA+ with PEFT, and the precision of the trained weights."""
+"""What is trained: LoRA adapters and LoRA+ with PEFT, the precision of the trained weights, the frozen tower."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer
 
@@ -65,6 +66,20 @@ def keep_float32_weights(trainer: Trainer, model: ModelConfig) -> None:
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def run_frozen_tower_without_gradients(trainer: Trainer) -> None:
+    """Runs the vision tower in `torch.no_grad` if none of its weights is trained.
+
+    For gradient checkpointing with LoRA, transformers makes the output of every input embedding require gradients,
+    the tower's patch embedding included. The frozen tower would be computed again and differentiated in each
+    backward pass, for gradients that nothing uses.
+    """
+    network: Any = trainer.model
+    base = network.get_base_model() if isinstance(network, PeftModel) else network
+    tower = getattr(base.model, "visual", None)
+    if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
+        tower.forward = torch.no_grad()(tower.forward)
 
 
 def count_trainable_parameters(trainer: Trainer) -> int:

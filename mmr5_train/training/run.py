@@ -30,7 +30,11 @@ from mmr5_train.models.lengths import Fitting, check_all_fit, context_limit, cou
 from mmr5_train.models.loading import read_settings
 from mmr5_train.models.settings import Settings, resolve_settings
 from mmr5_train.ranking.prompt import Prompt, read_prompt
-from mmr5_train.training.adapters import count_trainable_parameters, keep_float32_weights
+from mmr5_train.training.adapters import (
+    count_trainable_parameters,
+    keep_float32_weights,
+    run_frozen_tower_without_gradients,
+)
 from mmr5_train.training.callbacks import HeldOutCallback, HeldOutConfig, held_out_callback
 from mmr5_train.training.checkpoints import (
     MarkComplete,
@@ -162,6 +166,7 @@ def train(run: TrainingRun, trainer: Trainer, progress: dict[str, str]) -> None:
         trainer.add_callback(ResumeSampler())
     keep_float32_weights(trainer, run.policy.model)
     keep_parameter_names(trainer.model)
+    run_frozen_tower_without_gradients(trainer)
     if _trl_rule is not None:
         trl_utils._use_triton = labeled_positions_only  # TRL has no setting for it
     if trainer.accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""The precision of the trained weights."""
+"""The precision of the trained weights, and the frozen vision tower."""
 
 import json
 from types import SimpleNamespace
@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from mmr5_train import grpo, sft
 from mmr5_train.common.config import compose_stage
@@ -60,3 +61,27 @@ def test_trained_weights_are_float32_unless_deepspeed_keeps_copies(deepspeed, ti
     keep_float32_weights(trainer, tiny.model_copy(update={"dtype": "bfloat16"}))
     dtypes = [parameter.dtype for parameter in network.parameters()]
     assert dtypes == [torch.bfloat16] * 2 + [torch.bfloat16 if deepspeed else torch.float32] * 2
+
+
+@pytest.mark.parametrize(("freeze", "lora"), [(True, "{r:4,alpha:8}"), (False, "null")])
+def test_frozen_tower_has_no_backward_pass(freeze, lora, traces, tmp_path, monkeypatch):
+    """With gradient checkpointing and LoRA, transformers makes the patch embeddings require gradients."""
+    differentiated = []
+    tower = Qwen2_5_VisionTransformerPretrainedModel
+    forward = tower.forward
+
+    def record(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        differentiated.append(output.last_hidden_state.requires_grad)
+        return output
+
+    monkeypatch.setattr(tower, "forward", record)
+    overrides = [
+        "model.lora={r:4,alpha:8}",
+        f"model.freeze_vision={freeze}",
+        "trainer.gradient_checkpointing=true",
+    ]
+    if not freeze:
+        overrides[0] = "model.lora=null"
+    run("sft", traces, tmp_path / "out", *overrides)
+    assert set(differentiated) == {not freeze}

@@ -28,7 +28,6 @@ def test_other_settings_are_not_allowed():
 
 
 @pytest.mark.launch
-@pytest.mark.long
 def test_short_form_runs_the_recipe_from_the_data_to_the_table(standin, tmp_path):
     """With two DeepSpeed processes; `standin` skips the test where the tokenizer is missing."""
     command = [sys.executable, "scripts/benchmarks/rehearse.py", "--short", "--out", str(tmp_path / "out")]

@@ -69,7 +69,7 @@ def keep_float32_weights(trainer: Trainer, model: ModelConfig) -> None:
 
 
 def run_frozen_tower_without_gradients(trainer: Trainer) -> None:
-    """Runs the vision tower in `torch.no_grad` if none of its weights is trained.
+    """Runs the vision tower without gradients and in evaluation mode if none of its weights is trained.
 
     For gradient checkpointing with LoRA, transformers makes the output of every input embedding require gradients,
     the tower's patch embedding included. The frozen tower would be computed again and differentiated in each
@@ -80,6 +80,8 @@ def run_frozen_tower_without_gradients(trainer: Trainer) -> None:
     tower = getattr(base.model, "visual", None)
     if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
         tower.forward = torch.no_grad()(tower.forward)
+        tower.eval()
+        tower.train = lambda mode=True: tower  # in training mode, its layers would be checkpointed
 
 
 def count_trainable_parameters(trainer: Trainer) -> int:

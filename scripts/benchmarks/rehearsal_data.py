@@ -54,7 +54,7 @@ def write_rehearsal_data(
         write_subset(out / "mmdocir_train", subset, subset_documents)
         write_scores(out / "scores/train" / f"{subset}.json", subset_documents, rng)
     heldout = [
-        make_document(f"report-{i}", A4_36_DPI if i else A4_72_DPI, EVALUATION_PAGES, 2, rng)
+        make_document(f"report-{i}", A4_72_DPI if i == 1 else A4_36_DPI, EVALUATION_PAGES, 2, rng)
         for i in range(evaluation)
     ]
     write_evaluation_set(out / "mmdocir", heldout)
@@ -63,9 +63,9 @@ def write_rehearsal_data(
 
 def page_size(subset: str, document: int, large: bool) -> Size:
     """The size of a document's pages. With seed 42, SFT trains on documents 0 and 3 of ArxivQA."""
-    if large and subset == "ArxivQA" and document in (0, 3):
-        return LARGE if document == 0 else A4_150_DPI
-    return A4_72_DPI if document == 1 else A4_36_DPI
+    if subset == "ArxivQA" and document in (0, 3):
+        return A4_72_DPI if not large else LARGE if document == 0 else A4_150_DPI
+    return A4_72_DPI if large and document == 1 else A4_36_DPI
 
 
 def make_document(name: str, size: Size, n_pages: int, n_questions: int, rng: random.Random) -> PaperDocument:

@@ -45,10 +45,13 @@ from mmr5_train.common.config import CONFIGS, compose_stage
 from mmr5_train.common.files import read_manifest, read_records
 from mmr5_train.ranking.records import Trace
 from mmr5_train.recipe import RecipeStage, stage_settings
+from mmr5_train.recipe import main as run_all_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2
 MAX_MINUTES = 20
+# Of the launched processes: one thread each, no GPU, no network.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 # What `size=rehearsal` may change: the checkpoints (the retriever is one, too), the data folders, the numbers of
 # questions and optimizer steps, and what CPUs require.
 CHANGED = {
@@ -139,27 +142,14 @@ def launch_file(name: str, folder: Path) -> Path:
     return path
 
 
-def run_recipe(run: Run, out: Path, teacher: dict[str, str]) -> dict[str, Any]:
-    """Runs a recipe. Returns its seconds, in total and by stage."""
-    shared = out / "shared"
-    overrides = [f"experiment={run.recipe}", "size=rehearsal", f"out={out / run.name}", f"shared={shared}"]
-    overrides += [
-        f"folders.sft={out / run.name / 'sft'}",
-        f"launch={launch_file(run.launch, out)}",
-        *run.overrides,
-    ]
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "HF_HUB_OFFLINE": "1",
-        "WANDB_MODE": "disabled",
-    }
+def run_recipe(run: Run, out: Path) -> dict[str, Any]:
+    """Runs a recipe in this process, which has imported it. Returns its seconds, in total and by stage."""
+    folder = out / run.name
+    overrides = [f"experiment={run.recipe}", "size=rehearsal", f"out={folder}", f"shared={out / 'shared'}"]
+    overrides += [f"folders.sft={folder / 'sft'}", f"launch={launch_file(run.launch, out)}", *run.overrides]
     started = time.monotonic()
-    command = [sys.executable, "-m", "mmr5_train.recipe", *overrides]
-    process = subprocess.run(command, cwd=ROOT, env=os.environ | environment | teacher)
-    if process.returncode:
-        raise SystemExit(f"{run.name}: failed with exit code {process.returncode}; see its message above")
-    stages = json.loads((out / run.name / "recipe.json").read_text(encoding="utf-8"))["stages"]
+    run_all_stages(compose_stage(RecipeStage, "recipe", overrides))
+    stages = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))["stages"]
     return {
         "seconds": round(time.monotonic() - started, 1),
         "stages": {name: stage["seconds"] for name, stage in stages.items()},
@@ -227,6 +217,7 @@ def main() -> None:
     runs = SHORT_RUNS if args.short else RUNS
     started = time.monotonic()
     args.out.mkdir(parents=True)
+    os.environ.update(ENVIRONMENT)
     for recipe in dict.fromkeys(run.recipe for run in runs):
         print(f"settings of {recipe} that the rehearsal changes:")
         for stage, key, value, published in changed_settings(recipe):
@@ -235,8 +226,9 @@ def main() -> None:
     print(f"the checkpoint writes {in_form:.0%} of its answers in the valid form", flush=True)
     seconds = {}
     with teacher_server() as teacher:
+        os.environ.update(teacher)
         for run in runs:
-            seconds[run.name] = run_recipe(run, args.out, teacher)
+            seconds[run.name] = run_recipe(run, args.out)
             if run.evaluates:
                 write_tables(args.out / run.name)
     minutes = (time.monotonic() - started) / 60

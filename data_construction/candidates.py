@@ -50,7 +50,8 @@ from mmr5_train.common.files import (
     write_manifest,
     write_records,
 )
-from mmr5_train.evaluation.metrics import macro, micro, recall_at_k
+from mmr5_train.evaluation.metrics import macro, micro
+from mmr5_train.ranking.metrics import recall_at_k
 from mmr5_train.ranking.records import (
     SPLITS,
     Candidate,

@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from pydantic import Field
 from trl import GRPOConfig, GRPOTrainer
 
@@ -38,7 +39,7 @@ from mmr5_train.models.settings import Settings
 from mmr5_train.ranking.answer import Defect, parse_answer
 from mmr5_train.ranking.notes import page_verdicts
 from mmr5_train.ranking.records import LocalId, Order, RankingTask
-from mmr5_train.ranking.rewards import REWARDS, RewardConfig, follows_verdicts
+from mmr5_train.ranking.rewards import GROUP_REWARDS, REWARDS, RewardConfig, follows_verdicts, score_group
 from mmr5_train.training.adapters import lora_config, use_lora_plus
 from mmr5_train.training.arguments import (
     check_group_sizes,
@@ -97,7 +98,12 @@ def main(config: GrpoStage) -> None:
     model.generation_config.eos_token_id = end_ids  # TRL ends completions at these tokens
     dataset = prompt_dataset(
         [
-            {"query_id": p.task.query_id, "pages": len(p.shown), "positives": list(p.local_positives)}
+            {
+                "query_id": p.task.query_id,
+                "pages": len(p.shown),
+                "positives": list(p.local_positives),
+                "reference": list(p.reference_order),
+            }
             for p in prompted
         ],
         [p.task.query for p in prompted],
@@ -178,16 +184,32 @@ def trainer_class(choice: str, model: Any, arguments: GRPOConfig) -> type[GRPOTr
 
 def reward_function(name: str, think: bool) -> RewardFunction:
     """A ranking reward in TRL's form."""
-    score = REWARDS[name]
 
     def reward(
-        completions: list[Any], pages: list[int], positives: list[list[LocalId]], **_: Any
+        completions: list[Any],
+        query_id: list[str],
+        pages: list[int],
+        positives: list[list[LocalId]],
+        reference: list[list[LocalId]],
+        **_: Any,
     ) -> list[float | None]:
         texts = [completion[0]["content"] for completion in completions]
-        return [
-            score(text, n, relevant, expect_think=think)
-            for text, n, relevant in zip(texts, pages, positives, strict=True)
-        ]
+        rows = list(zip(query_id, texts, pages, positives, reference, strict=True))
+        first = 0
+        if name in GROUP_REWARDS:  # the completions of a prompt may be on several ranks
+            first = PartialState().process_index * len(rows)
+            rows = gather_object(rows)
+        rows_by_query: dict[str, list[int]] = {}
+        for row, (query, *_) in enumerate(rows):
+            rows_by_query.setdefault(query, []).append(row)
+        values: list[float | None] = [None] * len(rows)
+        for group in rows_by_query.values():
+            _, _, n, relevant, order = rows[group[0]]
+            group_texts = [rows[row][1] for row in group]
+            scores = score_group(name, group_texts, n, relevant, order, expect_think=think)
+            for row, score in zip(group, scores, strict=True):
+                values[row] = score
+        return values[first : first + len(texts)]
 
     reward.__name__ = name  # TRL logs a reward under its function's name
     return reward

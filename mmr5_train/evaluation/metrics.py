@@ -1,7 +1,6 @@
-"""Retrieval metrics of ranked pages, means over questions and domains, and bootstrap intervals.
+"""Metrics of many rankings: means over questions and domains, and bootstrap intervals.
 
-Relevance is binary. Every metric divides by *all* gold pages, including those that the first stage missed, as
-MMDocIR does. Array shapes: Q questions, S bootstrap samples.
+mmr5_train/ranking/metrics.py has the metrics of one ranking. Array shapes: Q questions, S bootstrap samples.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from mmr5_train.ranking.answer import ORDER_PRESERVING_DEFECTS, Defect
+from mmr5_train.ranking.metrics import ndcg_at_k, recall_at_k, reciprocal_rank
 from mmr5_train.ranking.records import ModelAnswer, PageId, Ranking, Record
 
 KS = (1, 3, 5, 10)
@@ -22,34 +22,6 @@ CONFIDENCE = 0.95
 _MAX_INDICES = 8_000_000
 
 Values = NDArray[np.float64]
-
-
-def recall_at_k(ranked: Sequence[PageId], positives: Collection[PageId], k: int) -> float:
-    """Number of gold pages among the first k ÷ number of all gold pages."""
-    return float(_hits(ranked, positives)[:k].sum()) / len(set(positives))
-
-
-def ndcg_at_k(ranked: Sequence[PageId], positives: Collection[PageId], k: int) -> float:
-    """Σ hit/log2(1 + rank) over the first k ÷ the same sum with all gold pages ranked first (Järvelin 2002)."""
-    hits = _hits(ranked, positives)[:k]
-    discount = 1 / np.log2(np.arange(2, k + 2))
-    return float((hits * discount[: len(hits)]).sum() / discount[: len(set(positives))].sum())
-
-
-def reciprocal_rank(ranked: Sequence[PageId], positives: Collection[PageId]) -> float:
-    """1 / rank of the first gold page, 0 if none is ranked."""
-    hit_indices = np.flatnonzero(_hits(ranked, positives))
-    return 1 / (int(hit_indices[0]) + 1) if len(hit_indices) else 0.0
-
-
-def _hits(ranked: Sequence[PageId], positives: Collection[PageId]) -> Values:
-    """One value per rank: 1.0 for a gold page, else 0.0."""
-    gold = set(positives)
-    if not gold:
-        raise ValueError("metrics are undefined for a question without a gold page")
-    if len(set(ranked)) != len(ranked):
-        raise ValueError("a page occurs twice in a ranking")
-    return np.array([page in gold for page in ranked], dtype=np.float64)
 
 
 def question_metrics(ranked: Sequence[PageId], positives: Collection[PageId]) -> dict[str, float]:

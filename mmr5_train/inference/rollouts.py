@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mmr5_train.common.files import InputError, read_records
 from mmr5_train.inference.tasks import Batch, rank_tasks
 from mmr5_train.models.config import MAX_NEW_TOKENS, CheckpointOptions
-from mmr5_train.ranking.records import LocalId, ModelAnswer, Order, PromptedTask, RankingTask, Rollouts
-from mmr5_train.ranking.rewards import REWARDS, RewardConfig
+from mmr5_train.ranking.records import ModelAnswer, Order, PromptedTask, RankingTask, Rollouts
+from mmr5_train.ranking.rewards import RewardConfig, score_group
 
 if TYPE_CHECKING:
     from mmr5_train.inference.local import LocalBackend
@@ -159,14 +160,20 @@ def read_rollouts(path: Path, tasks: Sequence[RankingTask]) -> dict[str, Rollout
 
 def rollout_rewards(rollouts: Rollouts, task: RankingTask, weights: Mapping[str, float]) -> list[float]:
     """The reward of each sample: the weighted mean of the rewards in `weights`, so that 1 is the highest."""
-    relevant = set(task.positives)
-    positives = [LocalId(i) for i, page in enumerate(rollouts.shown, 1) if page in relevant]
-    n = len(rollouts.shown)
-    return [
-        sum(
-            weight * REWARDS[name](sample.completion, n, positives, expect_think=rollouts.think)
-            for name, weight in weights.items()
-        )
-        / sum(weights.values())
-        for sample in rollouts.samples
-    ]
+    candidates = {candidate.id: candidate for candidate in task.candidates}
+    prompted = PromptedTask(task=task, shown=tuple(candidates[page] for page in rollouts.shown))
+    completions = [sample.completion for sample in rollouts.samples]
+    values = np.array(
+        [
+            score_group(
+                name,
+                completions,
+                len(rollouts.shown),
+                prompted.local_positives,
+                prompted.reference_order,
+                expect_think=rollouts.think,
+            )
+            for name in weights
+        ]
+    )
+    return [float(value) for value in np.average(values, axis=0, weights=list(weights.values()))]

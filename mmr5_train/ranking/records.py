@@ -150,6 +150,13 @@ class PromptedTask(Record):
         relevant = set(self.task.positives)
         return tuple(LocalId(i) for i, page in enumerate(self.shown, 1) if page.id in relevant)
 
+    @property
+    def reference_order(self) -> tuple[LocalId, ...]:
+        """All local ids: the relevant candidates first, and both kinds in the order of the first stage."""
+        relevant, local_ids = set(self.task.positives), {page.id: i for i, page in enumerate(self.shown, 1)}
+        ordered = sorted(self.task.candidates, key=lambda page: page.id not in relevant)
+        return tuple(LocalId(local_ids[page.id]) for page in ordered)
+
 
 class Trace(Record):
     """A verified reasoning trace, which SFT trains on: a line of traces.jsonl, which `traces` writes.

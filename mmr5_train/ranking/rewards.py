@@ -1,6 +1,7 @@
 """The rewards of GRPO. The config group `reward` names the rewards to use and their weights.
 
-A reward scores one completion for n ≥ 1 pages, given P, the local ids of the relevant pages. In the formulas, L is
+This module has MM-R5's and the project's own rewards, and the registry of all; published_rewards.py has those of
+other rerankers. A reward scores one completion for n ≥ 1 pages, given P, the local ids of the relevant pages. In the formulas, L is
 the list of ids in the answer as generated, including repeated ids and ids out of 1..n.
 """
 
@@ -14,6 +15,15 @@ from pydantic import Field, field_validator
 from mmr5_train.common.files import InputError
 from mmr5_train.ranking.answer import parse_answer
 from mmr5_train.ranking.notes import page_verdicts
+from mmr5_train.ranking.published_rewards import (
+    fidelity,
+    ndcg,
+    rearank,
+    reasonrank,
+    recall_at_1,
+    recall_at_3,
+    recall_at_5,
+)
 from mmr5_train.ranking.records import LocalId, Record
 
 GATE = 0.3
@@ -122,7 +132,38 @@ REWARDS: dict[str, Reward] = {
     "permutation": permutation,
     "gated_reranking": gated_reranking,
     "true_reasoning": true_reasoning,
+    "ndcg": ndcg,
+    "recall@1": recall_at_1,
+    "recall@3": recall_at_3,
+    "recall@5": recall_at_5,
+    "rearank": rearank,
 }
+"""The rewards of a single completion by name."""
+
+GROUP_REWARDS = ("fidelity",)
+"""The rewards that compare all completions of a prompt."""
+NAMES = (*REWARDS, "reasonrank", *GROUP_REWARDS)
+"""All rewards. `reasonrank` also needs a reference order."""
+
+
+def score_group(
+    name: str,
+    completions: Sequence[str],
+    n: int,
+    positives: Collection[LocalId],
+    reference: Sequence[LocalId],
+    *,
+    expect_think: bool = True,
+) -> list[float]:
+    """The rewards of the completions of one prompt. `reference` is an order of all pages (`reference_order`)."""
+    if name == "fidelity":
+        return fidelity(completions, n, positives, expect_think=expect_think)
+    if name == "reasonrank":
+        return [
+            reasonrank(completion, n, positives, reference=reference, expect_think=expect_think)
+            for completion in completions
+        ]
+    return [REWARDS[name](completion, n, positives, expect_think=expect_think) for completion in completions]
 
 
 NEED_VERDICTS = ("true_reasoning",)
@@ -141,8 +182,8 @@ class RewardConfig(Record):
     @classmethod
     def _rewards_exist(cls, value: dict[str, float]) -> dict[str, float]:
         for name in value:
-            if name not in REWARDS:
-                raise ValueError(f"unknown reward {name!r} (choices: {', '.join(REWARDS)})")
+            if name not in NAMES:
+                raise ValueError(f"unknown reward {name!r} (choices: {', '.join(NAMES)})")
         if not any(value.values()):
             raise ValueError("at least one weight must be above 0, else all completions earn the same reward")
         return value

@@ -19,7 +19,8 @@ from trl.models import unwrap_model_for_generation
 
 from mmr5_train.common.files import InputError, read_records, write_json
 from mmr5_train.evaluation.alarms import ALARMS, Action, Alarm, raised_alarms, read_alarms
-from mmr5_train.evaluation.metrics import is_complete, recall_at_k
+from mmr5_train.evaluation.metrics import is_complete
+from mmr5_train.ranking.metrics import recall_at_k
 from mmr5_train.inference.local import LocalBackend
 from mmr5_train.inference.processes import on_main_process
 from mmr5_train.inference.tasks import rank_tasks

@@ -14,7 +14,7 @@ from mmr5_train.common.files import InputError, read_manifest, read_records, wri
 from mmr5_train.models.loading import SETTINGS, TINY, read_settings, vision_token_ids
 from mmr5_train.ranking.answer import Defect
 from mmr5_train.ranking.records import RankingTask, Skipped
-from mmr5_train.ranking.rewards import REWARDS
+from mmr5_train.ranking.rewards import NAMES, score_group
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = [
@@ -113,11 +113,28 @@ def test_the_same_seed_gives_the_same_rewards_and_the_tower_stays_frozen(questio
 def test_reward_functions_return_the_rewards_of_the_registry(tasks):
     texts = ["<think>a</think><answer>[2, 1, 3]</answer>", "<answer>[1, 1, 9]</answer>", "nothing"]
     completions = [[{"role": "assistant", "content": text}] for text in texts]
-    for name, score in REWARDS.items():
+    columns = {"pages": [3] * 3, "positives": [[2], [1, 3], [1]], "query_id": ["a", "b", "c"]}
+    columns["reference"] = [[2, 1, 3], [1, 3, 2], [1, 2, 3]]
+    for name in NAMES:
         reward = grpo.reward_function(name, think=True)
         assert reward.__name__ == name
-        values = reward(completions, pages=[3] * 3, positives=[[2], [1, 3], [1]], query_id=["a", "b", "c"])
-        assert values == [score(texts[0], 3, [2]), score(texts[1], 3, [1, 3]), score(texts[2], 3, [1])]
+        assert reward(completions, **columns) == [
+            score_group(name, [text], 3, columns["positives"][i], columns["reference"][i])[0]
+            for i, text in enumerate(texts)
+        ]
+
+
+def test_a_group_reward_gets_the_completions_of_each_prompt():
+    texts = [f"<think>a</think><answer>{ids}</answer>" for ids in ([1, 2], [2, 1], [2, 1], [1, 2])]
+    reward = grpo.reward_function("fidelity", think=True)
+    values = reward(
+        [[{"role": "assistant", "content": text}] for text in texts],
+        query_id=["a", "b", "a", "b"], pages=[2] * 4, positives=[[1]] * 4, reference=[[1, 2]] * 4,
+    )  # fmt: skip
+    expected = score_group("fidelity", [texts[0], texts[2]], 2, [1], [1, 2])
+    assert [values[0], values[2]] == expected
+    assert values[0] > values[2]
+    assert [values[3], values[1]] == expected
 
 
 def test_questions_that_leave_no_space_for_a_completion_are_left_out(questions, tmp_path, capsys):

@@ -14,14 +14,12 @@ from mmr5_train.evaluation.metrics import (
     defect_counts,
     macro,
     micro,
-    ndcg_at_k,
     paired_bootstrap,
     question_metrics,
     question_table,
-    recall_at_k,
-    reciprocal_rank,
 )
 from mmr5_train.ranking.answer import to_model_answer
+from mmr5_train.ranking.metrics import ndcg_at_k, recall_at_k, reciprocal_rank
 from mmr5_train.ranking.records import Candidate, PageId, Ranking
 
 

@@ -11,6 +11,7 @@ from mmr5_train.ranking.answer import parse_answer
 from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.ranking.rewards import (
     GATE,
+    NAMES,
     REWARDS,
     RewardConfig,
     gated_reranking,
@@ -165,7 +166,7 @@ def test_shipped_reward_configs_are_valid(path):
 
 
 def test_invalid_reward_config_is_rejected():
-    choices = rf"unknown reward 'recall' \(choices: {', '.join(REWARDS)}\)"
+    choices = rf"unknown reward 'recall' \(choices: {', '.join(NAMES)}\)"
     with pytest.raises(ValidationError, match=choices):
         RewardConfig(name="x", weights={"recall": 1})
     for weights in ({}, {"reranking": -1}, {"reranking": float("nan")}, {"reranking": "much"}, {"reranking": 0}):

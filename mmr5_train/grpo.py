@@ -194,21 +194,21 @@ def reward_function(name: str, think: bool) -> RewardFunction:
         **_: Any,
     ) -> list[float | None]:
         texts = [completion[0]["content"] for completion in completions]
-        rows = list(zip(query_id, texts, pages, positives, reference, strict=True))
+        rows: list[Any] = list(zip(query_id, texts, pages, positives, reference, strict=True))
         first = 0
         if name in GROUP_REWARDS:  # the completions of a prompt may be on several ranks
             first = PartialState().process_index * len(rows)
             rows = gather_object(rows)
         rows_by_query: dict[str, list[int]] = {}
-        for row, (query, *_) in enumerate(rows):
-            rows_by_query.setdefault(query, []).append(row)
+        for i, row in enumerate(rows):
+            rows_by_query.setdefault(row[0], []).append(i)
         values: list[float | None] = [None] * len(rows)
         for group in rows_by_query.values():
             _, _, n, relevant, order = rows[group[0]]
-            group_texts = [rows[row][1] for row in group]
+            group_texts = [rows[i][1] for i in group]
             scores = score_group(name, group_texts, n, relevant, order, expect_think=think)
-            for row, score in zip(group, scores, strict=True):
-                values[row] = score
+            for i, score in zip(group, scores, strict=True):
+                values[i] = score
         return values[first : first + len(texts)]
 
     reward.__name__ = name  # TRL logs a reward under its function's name

@@ -1,8 +1,8 @@
 """Rewards that other rerankers were trained with, for comparison with MM-R5's.
 
-As in `rewards`: a reward scores completions for n ≥ 1 pages, P is the set of local ids of the relevant pages, and L
-is the list of ids in the answer as generated. Repeated ids and ids out of 1..n take up positions in L and count as
-irrelevant. If no page is relevant, every list earns the full reward.
+As in `rewards`: a reward scores completions for n ≥ 1 pages, P is the set of local ids of the relevant pages,
+and L is the list of ids in the answer as generated. Repeated ids and ids out of 1..n take up positions in L and
+count as irrelevant. If no page is relevant, every list earns the full reward.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PERSISTENCE = 0.9
 RECALL_WEIGHT, OVERLAP_WEIGHT = 0.2, 0.1
 """ReasonRank's weights of recall@10 and of rank-biased overlap, next to nDCG@10."""
 MIN_VARIANCE = 1.0
-"""Added to the variance of a difference of two positions, so that a group without spread is no division by zero."""
+"""Added to the variance of a difference of two positions, which is 0 in a group without spread."""
 
 
 def ndcg(completion: str, n: int, positives: Collection[LocalId], *, expect_think: bool = True) -> float:
@@ -44,7 +44,7 @@ recall_at_1, recall_at_3, recall_at_5 = (partial(recall, k=k) for k in (1, 3, 5)
 
 
 def rearank(completion: str, n: int, positives: Collection[LocalId], *, expect_think: bool = True) -> float:
-    """REARANK's ranking reward (arXiv 2505.20046): the gain in nDCG@10 over the prompt's order ÷ the possible gain.
+    """REARANK's ranking reward (arXiv 2505.20046): gain in nDCG@10 over the prompt's order ÷ possible gain.
 
     In −1..1. Its definition has no lower bound: if the prompt's order is nearly ideal, the loss is a multiple of
     the possible gain. Here it ends at −1. If the prompt's order is ideal, the reward is nDCG@10.
@@ -64,8 +64,8 @@ def reasonrank(
 ) -> float:
     """ReasonRank's reward (arXiv 2508.07050): nDCG@10 + 0.2 recall@10 + 0.1 rank-biased overlap with `reference`.
 
-    `reference` is the order to imitate, of all pages. The reward is −1 if the structure is invalid, 0 if L is not a
-    permutation of 1..n, else in 0..1.3.
+    `reference` is the order to imitate, of all pages. The reward is −1 if the structure is invalid, 0 if L is not
+    a permutation of 1..n, else in 0..1.3.
     """
     answer = parse_answer(completion, n, expect_think=expect_think)
     if not answer.structure_valid:
@@ -80,7 +80,7 @@ def reasonrank(
 def rank_biased_overlap(a: Sequence[int], b: Sequence[int], p: float = PERSISTENCE) -> float:
     """Rank-biased overlap (Webber, Moffat and Zobel 2010) of two orders of the same pages, in 0..1.
 
-    Σ_d p^(d−1) · |a[:d] ∩ b[:d]| / d over the depths d = 1..n, divided by Σ_d p^(d−1), so that equal orders have 1.
+    Σ_d p^(d−1) · |a[:d] ∩ b[:d]| / d over the depths d = 1..n, divided by Σ_d p^(d−1): 1 for equal orders.
     """
     weights = [p**depth for depth in range(len(a))]
     shares = [len(set(a[:d]) & set(b[:d])) / d for d in range(1, len(a) + 1)]
@@ -94,10 +94,10 @@ def fidelity(
 
     `completions` are the samples of one prompt, its group. Thurstone's model gives the probability that relevant
     page i precedes irrelevant page j: Φ((d_j − d_i) / √(σ_i² + σ_j² + 1)), where d is a page's position in the
-    completion and σ² the variance of its position over the group. A page that is missing from L has position n + 1.
-    The reward is the mean of √probability over all pairs: the fidelity to a label that prefers i. VisualQuality-R1
-    compares a sample with the other image's mean over the group; here both pages are in one completion, so both
-    positions are its own. A completion without a readable list earns 0.
+    completion and σ² the variance of its position over the group. A page that is missing from L has position
+    n + 1. The reward is the mean of √probability over all pairs: the fidelity to a label that prefers i.
+    VisualQuality-R1 compares a sample with the other image's mean over the group; here both pages are in one
+    completion, so both positions are its own. A completion without a readable list earns 0.
     """
     answers = [parse_answer(completion, n, expect_think=expect_think) for completion in completions]
     relevant = set(positives)

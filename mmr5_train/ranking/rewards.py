@@ -1,8 +1,8 @@
 """The rewards of GRPO. The config group `reward` names the rewards to use and their weights.
 
 This module has MM-R5's and the project's own rewards, and the registry of all; published_rewards.py has those of
-other rerankers. A reward scores one completion for n ≥ 1 pages, given P, the local ids of the relevant pages. In the formulas, L is
-the list of ids in the answer as generated, including repeated ids and ids out of 1..n.
+other rerankers. A reward scores one completion for n ≥ 1 pages, given P, the local ids of the relevant pages. In
+the formulas, L is the list of ids in the answer as generated, including repeated ids and ids out of 1..n.
 """
 
 from __future__ import annotations

@@ -20,12 +20,12 @@ from trl.models import unwrap_model_for_generation
 from mmr5_train.common.files import InputError, read_records, write_json
 from mmr5_train.evaluation.alarms import ALARMS, Action, Alarm, raised_alarms, read_alarms
 from mmr5_train.evaluation.metrics import is_complete
-from mmr5_train.ranking.metrics import recall_at_k
 from mmr5_train.inference.local import LocalBackend
 from mmr5_train.inference.processes import on_main_process
 from mmr5_train.inference.tasks import rank_tasks
 from mmr5_train.models.config import MAX_NEW_TOKENS
 from mmr5_train.models.inputs import check_images
+from mmr5_train.ranking.metrics import recall_at_k
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Mode, ModelAnswer, Order, PromptedTask, RankingTask
 from mmr5_train.training.checkpoints import MIN_CHECKPOINTS, last_checkpoint

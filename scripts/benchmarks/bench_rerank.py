@@ -36,10 +36,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mmr5_train import Reranker
 from mmr5_train.common.files import read_records
 from mmr5_train.demo import modes_summary
-from mmr5_train.ranking.metrics import recall_at_k
 from mmr5_train.models.inputs import encode
 from mmr5_train.models.loading import read_settings
 from mmr5_train.ranking.answer import to_model_answer
+from mmr5_train.ranking.metrics import recall_at_k
 from mmr5_train.ranking.records import RankingTask
 from mmr5_train.reporting.views import read_results
 

@@ -94,7 +94,7 @@ ORDERS = st.permutations([1, 2, 3, 4])
 
 @given(ORDERS, ORDERS, st.sets(st.integers(1, 4), min_size=1), st.sampled_from(NAMES))
 def test_relevant_pages_first_is_the_best_order(order, reference, positives, name):
-    """The best order earns at least as much as any other. With `true_reasoning`, the notes are the same for all."""
+    """The best order earns at least as much as any other. `true_reasoning` depends on the notes."""
     reference = sorted(reference, key=lambda i: i not in positives)
     best, other = score_group(name, [completion(*reference), completion(*order)], 4, positives, reference)
     assert best >= other - 1e-9 or name == "true_reasoning"

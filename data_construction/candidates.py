@@ -82,6 +82,9 @@ class CandidatesStage(StageConfig):
         default=None, gt=0, description="pages per heldout question; None: the same as `candidates`"
     )
     split: Split
+    question_types: dict[SplitName, tuple[str, ...]] = Field(
+        default={}, description="question types of a split's questions; a split that is not listed has all"
+    )
     train_per_domain: int | None = Field(
         default=None,
         gt=0,
@@ -223,9 +226,10 @@ def rank_documents(
 
 @dataclass
 class SplitSummary:
-    """Number of questions per split and domain, and of the train questions per domain that were not drawn."""
+    """Number of questions per split and domain, of those of other types, and of train questions not drawn."""
 
     questions: dict[str, Counter[str]] = field(default_factory=lambda: {split: Counter() for split in SPLITS})
+    other_types: Counter[str] = field(default_factory=Counter)
     not_drawn: Counter[str] = field(default_factory=Counter)
 
 
@@ -240,6 +244,10 @@ def write_splits(
         for line in stack.enter_context(spool.open(encoding="utf-8")):
             ranked = RankedQuestion.model_validate_json(line)
             split = split_of[ranked.question.doc_name]
+            types = config.question_types.get(split)
+            if types is not None and not set(types) & set(ranked.question.question_types):
+                summary.other_types[split] += 1
+                continue
             task = split_task(config, split, ranked)
             if isinstance(task, Skipped):
                 skipped.append(task)
@@ -301,6 +309,7 @@ def main(config: CandidatesStage) -> None:
         "pages_without_text": summary.pages_without_text,
         "questions": {split: count.total() for split, count in splits.questions.items()},
         "questions_by_domain": splits.questions,
+        "questions_of_other_types": splits.other_types,
         "train_not_drawn": splits.not_drawn,
         "skipped": dict(Counter(skip.reason for skip in skipped)),
     }

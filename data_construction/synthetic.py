@@ -26,7 +26,12 @@ from mmr5_train.common.files import atomic_write, open_output, write_manifest
 class SyntheticStage(StageConfig):
     """`python -m data_construction.synthetic` (configs/synthetic.yaml)."""
 
-    documents: int = Field(gt=0, description="number of documents; about nine questions each")
+    documents: int = Field(gt=0, description="number of documents; about nine catalogue questions each")
+    users: bool = Field(
+        default=False,
+        description="also write users' questions: for each catalogue question one of type users, in a wording for "
+        "training, and one of type users_unseen, in a wording for evaluation only",
+    )
     workers: int = Field(default=2, gt=0, description="processes that draw pages")
 
 
@@ -37,7 +42,7 @@ def _draw_documents(documents: list[SyntheticDocument], workers: int) -> Iterato
 
 def main(config: SyntheticStage) -> None:
     out = open_output(config.out, config.overwrite)
-    documents = [make_document(index, config.seed) for index in range(config.documents)]
+    documents = [make_document(index, config.seed, users=config.users) for index in range(config.documents)]
     first_row = 0
     with atomic_write(out / "MMDocIR_annotations.jsonl") as annotations:
         for document in documents:

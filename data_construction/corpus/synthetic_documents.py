@@ -4,6 +4,11 @@ A document has two sections. The pages of a section share their words, so a text
 not the page. The pages differ in the figure: each shares its colour or its kind, but not both, with another page
 of its section (a hard negative), and a question names both. The content of a page is known ("a red bar chart"), so
 a model's statements about it can be checked.
+
+Questions come from up to two populations. *Catalogue* questions name colour and kind as page descriptions do.
+*Users'* questions ask for the same pages in other sentences, and half of them use another word for the kind. One
+part of the users' wording is for training. The other, `USERS_UNSEEN`, is for evaluation only: it shows whether a
+model generalises. The question types hold the population.
 """
 
 from __future__ import annotations
@@ -34,6 +39,42 @@ QUERIES = (
     "Find the page with {what} for {topic}.",
     "On which page is {topic} given as {what}?",
 )
+CATALOGUE, USERS, USERS_UNSEEN = "catalogue", "users", "users_unseen"  # question types
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How users ask: sentence forms, and other words for the kinds of figures."""
+
+    forms: tuple[str, ...]
+    kinds: dict[str, str]
+
+
+WORDINGS = {
+    USERS: Wording(
+        (
+            "I need the {topic} page, the {kind} one drawn in {color}.",
+            "{topic}: {kind}, mostly {color}",
+            "Somebody drew {topic} in {color}, as a {kind}. Which page is it?",
+            "Please show me {topic}. It was a {kind} and it was {color}.",
+        ),
+        {"bar chart": "bar graph", "line chart": "line graph", "pie chart": "pie graph", "table": "spreadsheet"},
+    ),
+    USERS_UNSEEN: Wording(
+        (
+            "Looking for the {color} one on {topic}, a {kind} I think.",
+            "Do we have {topic} as {kind}? {color}, if I remember well.",
+            "Which {kind} in {color} deals with {topic}?",
+        ),
+        {
+            "bar chart": "column graph",
+            "line chart": "curve",
+            "pie chart": "circle diagram",
+            "table": "grid of numbers",
+        },
+    ),
+}
+OTHER_WORD = 0.5  # share of users' questions with another word for the kind
 SENTENCES = (
     "The figures for {topic} are taken from the yearly survey.",
     "Since last year, {topic} changed less than expected.",
@@ -74,9 +115,14 @@ def make_section(rng: random.Random, size: int, two_relevant: float) -> list[tup
     return shown
 
 
-def make_document(index: int, seed: int, two_relevant: float = TWO_RELEVANT) -> SyntheticDocument:
-    """Document number `index`. It depends only on the seed and its index, not on the number of documents."""
-    rng = random.Random(f"{seed}/{index}")
+def make_document(
+    index: int, seed: int, two_relevant: float = TWO_RELEVANT, *, users: bool = False
+) -> SyntheticDocument:
+    """Document number `index`. It depends only on the seed and its index, not on the number of documents.
+
+    `users` adds two users' questions to each catalogue question, one in each wording. It changes nothing else.
+    """
+    rng, users_rng = random.Random(f"{seed}/{index}"), random.Random(f"{seed}/{index}/users")
     organisation, domain = rng.choice(ORGANISATIONS), rng.choice(DOMAINS)
     topics = rng.sample(TOPICS, 2)
     pages: list[PageContent] = []
@@ -94,17 +140,31 @@ def make_document(index: int, seed: int, two_relevant: float = TWO_RELEVANT) -> 
             relevant = [first + i for i, shown in enumerate(section) if shown == (color, kind)]
             content = pages[relevant[0]]
             query = rng.choice(QUERIES).format(what=content.description, topic=topic)
-            questions.append(
-                {
-                    "Q": query,
-                    "A": f"page {relevant[0] + 1}",
-                    "page_id": relevant,
-                    "type": str(["Table" if kind == "table" else "Chart"]),
-                    "layout_mapping": [],
-                }
-            )
+            figure = "Table" if kind == "table" else "Chart"
+            questions.append(_question(query, relevant, [figure, CATALOGUE] if users else [figure]))
+            for population, wording in WORDINGS.items() if users else ():
+                query = users_query(wording, topic, color, kind, users_rng)
+                questions.append(_question(query, relevant, [figure, population]))
     name = f"{organisation.lower()}-{index:05d}"
     return SyntheticDocument(name, domain, tuple(pages), tuple(questions))
+
+
+def users_query(wording: Wording, topic: str, color: str, kind: str, rng: random.Random) -> str:
+    """A question for the page with a figure of this colour and kind, as a user asks it."""
+    word = wording.kinds[kind] if rng.random() < OTHER_WORD else kind
+    query = rng.choice(wording.forms).format(topic=topic, color=color, kind=word)
+    return query[0].upper() + query[1:]
+
+
+def _question(query: str, relevant: list[int], types: list[str]) -> dict[str, Any]:
+    """A question in the form of MMDocIR's annotations."""
+    return {
+        "Q": query,
+        "A": f"page {relevant[0] + 1}",
+        "page_id": relevant,
+        "type": str(types),
+        "layout_mapping": [],
+    }
 
 
 def page_rows(document: SyntheticDocument) -> list[dict[str, Any]]:

@@ -82,6 +82,15 @@ def test_missed_keep_keeps_questions_without_a_relevant_candidate(split: str, or
     assert not read_all(out / "skipped.jsonl", Skipped)
 
 
+def test_a_split_has_the_question_types_of_the_config(orchard: Path) -> None:
+    everything = (run_candidates(orchard) / "heldout.jsonl").read_text()
+    out = run_candidates(orchard, "tables", question_types={"heldout": ["Table"], "train": ["Chart"]})
+    assert (out / "heldout.jsonl").read_text() == everything
+    out = run_candidates(orchard, "charts", question_types={"heldout": ["Chart"]})
+    assert (out / "heldout.jsonl").read_text() == ""
+    assert read_manifest(out)["counts"]["questions_of_other_types"] == {"heldout": 9}
+
+
 def test_n_heldout_sets_the_number_of_heldout_candidates(orchard: Path) -> None:
     tasks = read_records(run_candidates(orchard, n_heldout=6) / "heldout.jsonl", RankingTask)
     assert [len(task.candidates) for task in tasks] == [6] * 7 + [2] * 2

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import random
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,13 @@ import pytest
 from PIL import Image
 
 from data_construction.corpus.drawing import COLORS, KINDS, PageContent, draw_page
-from data_construction.corpus.synthetic_documents import make_document
+from data_construction.corpus.synthetic_documents import (
+    USERS,
+    USERS_UNSEEN,
+    WORDINGS,
+    make_document,
+    users_query,
+)
 from data_construction.synthetic import SyntheticStage, main
 from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import InputError
@@ -112,3 +119,26 @@ def test_foreign_folder_is_not_overwritten(tmp_path):
     with pytest.raises(InputError, match="no stage wrote it"):
         build(tmp_path, "overwrite=true")
     assert (tmp_path / "thesis.txt").exists()
+
+
+def test_users_questions_change_nothing_else():
+    for index in range(3):
+        plain, both = make_document(index, 1), make_document(index, 1, users=True)
+        assert both.pages == plain.pages
+        catalogue = [q for q in both.questions if "'catalogue'" in q["type"]]
+        assert [{**q, "type": q["type"].replace(", 'catalogue'", "")} for q in catalogue] == list(plain.questions)
+        for population in (USERS, USERS_UNSEEN):
+            asked = [q for q in both.questions if f"'{population}'" in q["type"]]
+            assert [q["page_id"] for q in asked] == [q["page_id"] for q in catalogue]
+            assert not {q["Q"] for q in asked} & {q["Q"] for q in catalogue}
+
+
+def test_wordings_of_training_and_evaluation_share_no_sentence_and_no_other_word():
+    seen, unseen = WORDINGS[USERS], WORDINGS[USERS_UNSEEN]
+    assert not set(seen.forms) & set(unseen.forms)
+    assert not set(seen.kinds.values()) & set(unseen.kinds.values())
+    assert seen.kinds.keys() == unseen.kinds.keys() == set(KINDS)
+    rng = random.Random(0)
+    queries = [users_query(seen, "water use", "red", "table", rng) for _ in range(200)]
+    assert 70 < sum("spreadsheet" in query for query in queries) < 130
+    assert all("red" in query.lower() and "water use" in query.lower() for query in queries)

@@ -18,7 +18,7 @@ help:
 	@echo "make demo [SEED=n]  train and evaluate a tiny reasoning reranker; writes outputs/demo/report.html"
 	@echo "make demo-modes     continue the demo with distillation; adds the comparison of the three modes to the report"
 	@echo "make test           run the tests"
-	@echo "make test-long      run the tests that take minutes each"
+	@echo "make test-long      run the tests that launch several processes, and slow variants of other tests"
 	@echo "make test-wheel     install the wheel into a fresh environment and run the demo there"
 	@echo "make bench-grpo     compare GRPO with shared prompts to TRL's trainer; writes outputs/bench/grpo.json"
 	@echo "make bench-constrained  measure constrained decoding next to xgrammar; writes outputs/bench/constrained.json"
@@ -51,12 +51,13 @@ demo: setup
 demo-modes: setup
 	$(BIN)/python -m mmr5_train.demo seed=$(SEED) overwrite=false 'leave_out=[]'
 
-# Two processes with one thread each are faster than one process with two threads.
+# Two processes with one thread each are faster than one process with two threads. The tests that launch several
+# training processes do not run beside others: on two cores, they would take more than twice as long.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-long: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'long or launch'
 
 test-wheel: setup
 	rm -rf outputs/wheel && mkdir -p outputs/wheel/empty

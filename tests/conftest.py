@@ -38,15 +38,8 @@ SLOW_FILES = ("test_shared_grpo.py", "test_recipe.py", "test_bench_gpu.py", "tes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Divides the tests between the processes of pytest-xdist: by file, and all launches in one group.
-
-    The processes of a launch wait for each other, so two launches at a time take more than twice as long on two
-    cores. The launches and the slow files come first, so that the test processes finish at about the same time.
-    """
-    for item in items:
-        group = "launch" if item.get_closest_marker("launch") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: (item.get_closest_marker("launch") is None, item.path.name not in SLOW_FILES))
+    """Runs the slow files first, so that the two test processes finish at about the same time."""
+    items.sort(key=lambda item: item.path.name not in SLOW_FILES)
 
 
 @pytest.fixture(scope="session")

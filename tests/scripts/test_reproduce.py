@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.launch
-@pytest.mark.long
 def test_script_reproduces_three_checkpoints_and_compares_them_with_the_paper(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -43,12 +43,11 @@ SETTINGS = {
 }
 
 
-# Other settings in SETTINGS contain these.
-CONTAINED = ("lora_with_kl", "lora_accumulation", "lora_checkpointing", "full")
+ORDINARY = ("lora_mu_2_clipped", "lora_groups_from_single_rows", "full_with_kl_and_trained_tower")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name in CONTAINED else ()) for name in SETTINGS]
+    "name", [pytest.param(name, marks=() if name in ORDINARY else pytest.mark.long) for name in SETTINGS]
 )
 def test_twenty_steps_equal_those_of_trl(name, tiny, prompt, processor, tasks, page_folder, tmp_path):
     histories = []

@@ -1,5 +1,9 @@
+from pathlib import Path
+
 import check_docs
 import pytest
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_repository_has_no_problems():
@@ -146,3 +150,14 @@ def test_commands_in_config_comments_are_checked(tmp_path):
     (problem,) = check_docs.check_file(config)
     assert problem.startswith(f"{config}:2: ")
     assert "did you mean limit?" in problem
+
+
+def test_files_are_short_enough_to_read():
+    """At most 400 lines of code, and 120 and 200 lines in the two documents that everyone reads first."""
+    limits = {"README.md": 120, "docs/architecture.md": 200}
+    folders = ("mmr5_train", "data_construction", "scripts", "tests")
+    code = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    assert len(code) > 200
+    files = {ROOT / name: limit for name, limit in limits.items()} | dict.fromkeys(code, 400)
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {path: n for path, n in lengths.items() if n > files[path]} == {}

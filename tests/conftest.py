@@ -34,7 +34,18 @@ ROOT = Path(__file__).resolve().parents[1]
 settings.register_profile("project", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("project")
 
-SLOW_FILES = ("test_shared_grpo.py", "test_recipe.py", "test_bench_gpu.py", "test_bench_grpo.py")
+SLOW_FILES = (
+    "test_shared_grpo.py",
+    "test_recipe.py",
+    "test_wheel.py",
+    "test_sft.py",
+    "test_checkpoints.py",
+    "test_callbacks.py",
+    "test_resume.py",
+    "test_bench_gpu.py",
+    "test_bench_grpo.py",
+    "test_check_docs.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

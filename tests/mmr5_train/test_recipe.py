@@ -47,7 +47,7 @@ def compose(*overrides):
     return compose_stage(RecipeStage, "recipe", overrides)
 
 
-@pytest.mark.parametrize("size", ["full", "tiny"])
+@pytest.mark.parametrize("size", ["full", pytest.param("tiny", marks=pytest.mark.long)])
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes(experiment, size):
     config = compose(f"experiment={experiment}", *(["size=tiny"] if size == "tiny" else []))

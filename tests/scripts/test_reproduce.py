@@ -41,6 +41,7 @@ def test_script_reproduces_three_checkpoints_and_compares_them_with_the_paper(tm
     assert (tmp_path / "out/compare/compare.html").is_file()
 
 
+@pytest.mark.long
 def test_script_fills_the_published_tables(tmp_path):
     command = ["scripts/reproduce_tables.sh", "--tiny", str(tmp_path / "out")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -159,7 +159,10 @@ def read_rollouts(path: Path, tasks: Sequence[RankingTask]) -> dict[str, Rollout
 
 
 def rollout_rewards(rollouts: Rollouts, task: RankingTask, weights: Mapping[str, float]) -> list[float]:
-    """The reward of each sample: the weighted mean of the rewards in `weights`, so that 1 is the highest."""
+    """The reward of each sample: the weighted mean of the rewards in `weights`.
+
+    Its highest value is 1, as that of most rewards; `reasonrank` has 1.3.
+    """
     candidates = {candidate.id: candidate for candidate in task.candidates}
     prompted = PromptedTask(task=task, shown=tuple(candidates[page] for page in rollouts.shown))
     completions = [sample.completion for sample in rollouts.samples]

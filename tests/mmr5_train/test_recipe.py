@@ -223,6 +223,7 @@ def test_unknown_stage_is_an_error():
         stage_overrides(compose("leave_out=[reprot]"))
 
 
+@pytest.mark.long
 def test_stages_that_are_up_to_date_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     shared = [f"out={tmp_path}/a", f"shared={tmp_path}/shared", "seed=5", *SMALL]
     main(compose("experiment=[recommended,sft_only]", *shared))

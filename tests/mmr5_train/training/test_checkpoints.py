@@ -63,7 +63,7 @@ def run(stage, data, out, *overrides):
     return [{key: entry[key] for key in entry if key not in varying} for entry in entries if "loss" in entry]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [pytest.param("sft", marks=pytest.mark.long), "grpo"])
 def test_a_killed_run_resumes_with_the_same_losses(stage, data, tmp_path, capfd, monkeypatch):
     monkeypatch.setitem(REWARDS, "reranking", lambda text, *_, **__: len(text) % 7 / 6)
     uninterrupted = run(stage, data[stage], tmp_path / "uninterrupted")

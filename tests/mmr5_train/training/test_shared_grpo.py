@@ -43,11 +43,12 @@ SETTINGS = {
 }
 
 
-ORDINARY = ("lora_mu_2_clipped", "lora_groups_from_single_rows", "full_with_kl_and_trained_tower")
-
-
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ORDINARY else pytest.mark.long) for name in SETTINGS]
+    "name",
+    [
+        pytest.param(name, marks=() if name == "lora_groups_from_single_rows" else pytest.mark.long)
+        for name in SETTINGS
+    ],
 )
 def test_twenty_steps_equal_those_of_trl(name, tiny, prompt, processor, tasks, page_folder, tmp_path):
     histories = []

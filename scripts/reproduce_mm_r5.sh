@@ -43,7 +43,6 @@ run data_construction.download dataset=evaluation out="$DATA/mmdocir" yes=true
 run data_construction.download dataset=train out="$DATA/mmdocir_train" yes=true
 run mmr5_train.plan experiment=mm_r5 gpu="${GPU:-a100_80gb}" gpus="${GPUS:-4}" shared="$OUT/shared" "${SIZE[@]}"
 for recipe in mm_r5 sft_only rl_only; do
-    [[ ${#SIZE[@]} -gt 0 && $recipe != mm_r5 ]] && LAUNCH=null # --tiny: the first recipe trains in two processes
     run mmr5_train.recipe experiment=$recipe out="$OUT/$recipe" shared="$OUT/shared" launch="$LAUNCH" "${SIZE[@]}"
 done
 run mmr5_train.compare folder="$OUT" baseline=sft_only out="$OUT/compare" overwrite=true

@@ -79,12 +79,6 @@ def test_frozen_tower_has_no_backward_pass(freeze, lora, traces, tmp_path, monke
         return output
 
     monkeypatch.setattr(tower, "forward", record)
-    overrides = [
-        "model.lora={r:4,alpha:8}",
-        f"model.freeze_vision={freeze}",
-        "trainer.gradient_checkpointing=true",
-    ]
-    if not freeze:
-        overrides[0] = "model.lora=null"
+    overrides = [f"model.freeze_vision={freeze}", f"model.lora={lora}", "trainer.gradient_checkpointing=true"]
     run("sft", traces, tmp_path / "out", *overrides)
     assert set(states) == {(not freeze, not freeze)}

@@ -10,7 +10,7 @@ from mmr5_train.models.shapes import SHAPES
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("shape", "single"), [("3b", False), ("tiny", True)])
+@pytest.mark.parametrize(("shape", "single"), [("tiny", False), ("3b", False), ("tiny", True)])
 def test_measures_both_trainers(shape, single, monkeypatch):
     monkeypatch.setitem(SHAPES, bench.SHAPE_3B, SMALL)
     sizes = {"P": [400], "G": [4], "C": [10], "shape": shape, "repeats": 1, "threads": 2, "single": single}

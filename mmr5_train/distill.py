@@ -6,11 +6,11 @@
         model.path=outputs/grpo/model out=outputs/distill
 
 The training data are the model's own reasoned rankings of questions that are not evaluated. The result answers in
-the modes `reason` and `logits`. Writes what sft writes. The loss has three terms:
+the modes `reason`, `direct` and `logits`. Writes what sft writes. The loss has three terms:
 
-- *Listwise*: after the prompt and the opening of the answer list, the probabilities of the page ids are trained
-  towards the model's own order. The targets fall geometrically with the rank. (ZipRerank, arXiv 2605.11864, trains
-  such scores from a teacher's ranking.)
+- *Listwise*: after the prompt and the opening of the answer list, a page id comes next, and the probabilities of
+  the ids are trained towards the model's own order. The targets fall geometrically with the rank. (ZipRerank,
+  arXiv 2605.11864, trains such scores from a teacher's ranking.)
 - *Verdicts*: at the last token of each page, the model predicts the verdict of its reasoning on the page: that it
   helps or does not help. The order follows from these verdicts.
 - *Completions*: some of the completions are trained as in SFT, so that the model keeps its reasoning.
@@ -112,7 +112,7 @@ def main(config: DistillStage) -> None:
             model=model,
             args=arguments,
             train_dataset=subset_dataset(rankings, config, policy.prompt, processor, arguments),
-            data_collator=Collator(processor, completions, policy.prompt, config.decay),
+            data_collator=Collator(processor, completions, policy.prompt, config.decay, len(tokens.identifiers)),
             processing_class=processor,
             peft_config=lora_config(policy.model),
             score_tokens=tokens,

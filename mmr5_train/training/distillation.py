@@ -76,8 +76,8 @@ class Collator:
     """Makes batches of two parts: "scoring", inputs and labels of the one-pass scores, and a batch of completions.
 
     "scoring" holds the model inputs of B prompts on subsets of pages, each followed by the opening of the answer
-    list. It also holds `targets` (B, N), the target probabilities of their page ids; `verdicts` (P,) on all P
-    pages of the batch; and `page_ends` (B, T), true at the last token of each page or of its hint.
+    list. It also holds `targets` (B, `max_pages`), the target probabilities of the page ids; `verdicts` (P,) on
+    all P pages of the batch; and `page_ends` (B, T), true at the last token of each page or of its hint.
 
     The other entries are TRL's batch of the examples with `trains_completion`, if there are any.
     """
@@ -86,6 +86,7 @@ class Collator:
     completions: DataCollatorForVisionLanguageModeling
     prompt: Prompt
     decay: float
+    max_pages: int
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         pages = [[example["images"][position - 1] for position in example["positions"]] for example in examples]
@@ -95,10 +96,9 @@ class Collator:
         )
         page_ends = inputs.pop("page_ends")
         inputs = append_list_open(inputs, self.processor.tokenizer)
-        max_pages = max(len(example["order"]) for example in examples)
         labels = {
             "targets": torch.stack(
-                [rank_targets(example["order"], self.decay, max_pages) for example in examples]
+                [rank_targets(example["order"], self.decay, self.max_pages) for example in examples]
             ),
             "verdicts": torch.tensor([verdict for example in examples for verdict in example["verdicts"]]),
             "page_ends": pad(page_ends, (0, inputs["input_ids"].shape[1] - page_ends.shape[1])),
@@ -185,8 +185,8 @@ class DistillTrainer(FiniteSFTTrainer):
         if self.verdict_weight:
             positions_K = torch.cat([page_ends_BT.any(0).nonzero()[:, 0], positions_K])
         logits_BKV = model(**inputs, logits_to_keep=positions_K, use_cache=False).logits.float()
-        identifiers_N = self.score_tokens.identifiers[: targets_BN.shape[1]].to(logits_BKV.device)
-        listwise = listwise_loss(logits_BKV[:, -1, identifiers_N], targets_BN)
+        identifiers_N = self.score_tokens.identifiers.to(logits_BKV.device)
+        listwise = listwise_loss(logits_BKV[:, -1], identifiers_N, targets_BN)
         verdict = torch.zeros_like(listwise)
         if self.verdict_weight:
             logits_PV = logits_BKV[:, :-1][page_ends_BT[:, positions_K[:-1]]]
@@ -207,14 +207,19 @@ def rank_targets(order: Sequence[int], decay: float, size: int) -> Tensor:
     return weights / weights.sum()
 
 
-def listwise_loss(logits_BN: Tensor, targets_BN: Tensor) -> Tensor:
-    """Cross-entropy between the targets and the softmax over each prompt's page ids, averaged over prompts.
+def listwise_loss(logits_BV: Tensor, identifiers_N: Tensor, targets_BN: Tensor) -> Tensor:
+    """The loss of each prompt's page ids where the answer list begins, averaged over prompts.
 
-    A target of 0 marks padding: the prompt has no page of that id.
+    `identifiers_N` are the tokens of the page ids from 1; a target of 0 marks an id that the prompt does not have.
+    The loss is a sum of two terms: the cross-entropy between the targets and the softmax over the prompt's page
+    ids, and −log of the probability that any page id comes next. With the second term, a generated list begins
+    with the best page, and not with white space, which the answer's grammar allows.
     """
-    padding_BN = targets_BN == 0
-    log_probs_BN = logits_BN.masked_fill(padding_BN, -torch.inf).log_softmax(-1).masked_fill(padding_BN, 0)
-    return -(targets_BN * log_probs_BN).sum(-1).mean()
+    logits_BN = logits_BV[:, identifiers_N]
+    is_id_B = logits_BN.logsumexp(-1) - logits_BV.logsumexp(-1)
+    missing_BN = targets_BN == 0
+    log_probs_BN = logits_BN.masked_fill(missing_BN, -torch.inf).log_softmax(-1).masked_fill(missing_BN, 0)
+    return -((targets_BN * log_probs_BN).sum(-1) + is_id_B).mean()
 
 
 def verdict_loss(logits_P2: Tensor, verdicts_P: Tensor, prompts_P: Tensor) -> Tensor:

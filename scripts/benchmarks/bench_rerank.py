@@ -159,6 +159,9 @@ def targets(result: dict[str, Any]) -> list[Row]:
     for seed, quality_of_seed in result["quality"].items():
         difference = quality_of_seed["logits_minus_reason"]["recall@1"]["mean"]
         results.append(at_least(f"recall@1 of logits minus that of reason, seed {seed}", difference, -0.03))
+        recall = {row["system"]: row["recall@1"] for row in quality_of_seed["modes"]}
+        direct = recall["direct"] - recall["reason"]
+        results.append(at_least(f"recall@1 of direct minus that of reason, seed {seed}", direct, -0.03))
     return results + bench_serve.targets(result["server"])
 
 

@@ -56,16 +56,18 @@ def test_targets_fall_geometrically_with_the_rank():
     assert rank_targets([1], 0.25, 2).tolist() == [1, 0]
 
 
-def test_listwise_loss_ignores_padding():
-    logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 99.0]])
+def test_listwise_loss_is_over_the_ids_of_the_prompt_and_makes_an_id_come_next():
+    logits = torch.tensor([[5.0, 2.0, 0.0, 1.0], [4.0, 0.0, 1.0, 3.0]], requires_grad=True)
+    identifiers = torch.tensor([1, 2, 3])
     targets = torch.stack([rank_targets([1, 3, 2], 0.5, 3), rank_targets([2, 1], 0.5, 3)])
-    first = torch.tensor([2.0, 0.0, 1.0]).log_softmax(0) @ torch.tensor([4 / 7, 1 / 7, 2 / 7])
-    second = torch.tensor([0.0, 1.0]).log_softmax(0) @ torch.tensor([1 / 3, 2 / 3])
-    assert listwise_loss(logits, targets).item() == pytest.approx(-(first + second).item() / 2)
-    logits.requires_grad_()
-    listwise_loss(logits, targets).backward()
-    assert logits.grad.isfinite().all()
-    assert logits.grad[1, 2] == 0, "there is no third page"
+    first = logits[0, 1:].log_softmax(0) @ torch.tensor([4 / 7, 1 / 7, 2 / 7])
+    second = logits[1, 1:3].log_softmax(0) @ torch.tensor([1 / 3, 2 / 3])
+    ids_come_next = (logits.softmax(-1)[:, 1:].sum(-1)).log().sum()
+    loss = listwise_loss(logits, identifiers, targets)
+    assert loss.item() == pytest.approx(-(first + second + ids_come_next).item() / 2)
+    loss.backward()
+    assert (logits.grad[:, 0] > 0).all(), "a token that is no page id becomes less likely"
+    assert logits.grad[1, 3] <= 0, "the id of a third page does not, although this prompt has two"
 
 
 def test_verdict_loss_ignores_pages_without_a_verdict():
@@ -174,7 +176,7 @@ def test_training_and_inference_score_at_the_same_position(rankings, tiny, promp
         config.seed,
     )
     dataset = distill.subset_dataset(first_two, config, prompt, processor, arguments())
-    collator = Collator(processor, lambda rows: {}, prompt, config.decay)
+    collator = Collator(processor, lambda rows: {}, prompt, config.decay, max_pages=5)
     scoring = collator([dataset[i] for i in range(4)])["scoring"]
     pages = [
         load_pages([ranking.shown[position - 1] for position in subset.positions], rankings.parent, processor)

@@ -57,8 +57,11 @@ def token_settings(processor: Any) -> dict[str, Any]:
 
 def sampling_settings(temperature: float | None, max_new_tokens: int) -> dict[str, Any]:
     """Settings of greedy decoding (None), or of sampling at `temperature`, as fields of a `GenerationConfig`."""
-    sampling = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
-    return {**sampling, **WHOLE_VOCABULARY, **_NO_EFFECT, "max_new_tokens": max_new_tokens}
+    if temperature is None:  # transformers warns of a top_k in greedy decoding, which does not use it
+        sampling = {"do_sample": False, **WHOLE_VOCABULARY, "top_k": None}
+    else:
+        sampling = {"do_sample": True, "temperature": temperature, **WHOLE_VOCABULARY}
+    return {**sampling, **_NO_EFFECT, "max_new_tokens": max_new_tokens}
 
 
 def generation_config(tokens: dict[str, Any], temperature: float | None, max_new_tokens: int) -> GenerationConfig:

@@ -49,7 +49,7 @@ from mmr5_train.recipe import main as run_all_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 PROCESSES = 2
-MAX_MINUTES = 20
+MAX_MINUTES, MAX_MINUTES_SHORT = 20, 2
 # Of the launched processes: one thread each, no GPU, no network.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 # What `size=rehearsal` may change: the checkpoints (the retriever is one, too), the data folders, the numbers of
@@ -115,7 +115,7 @@ def is_allowed(stage: str, key: str) -> bool:
 def prepare(shared: Path, family: Family, short: bool) -> float:
     """Writes the checkpoint and the data sets into `shared`. Returns the share of answers in the valid form."""
     checkpoint = write_standin(shared / "checkpoint", family)
-    train_form(checkpoint, steps=250 if short else 500)
+    train_form(checkpoint, steps=100 if short else 500)
     write_rehearsal_data(
         shared / "corpus", documents=2 if short else 4, evaluation=1 if short else 3, large=not short
     )
@@ -182,9 +182,9 @@ def largest_page(out: Path, run: Run) -> str:
     return f"{width} × {height}"
 
 
-def targets(out: Path, runs: Sequence[Run], minutes: float) -> Iterator[dict[str, Any]]:
+def targets(out: Path, runs: Sequence[Run], minutes: float, max_minutes: float) -> Iterator[dict[str, Any]]:
     """The targets of the rehearsal, read from the files that the recipes wrote."""
-    yield at_most("minutes", minutes, MAX_MINUTES)
+    yield at_most("minutes", minutes, max_minutes)
     for recipe in dict.fromkeys(run.recipe for run in runs):
         others = [f"{stage}.{key}" for stage, key, *_ in changed_settings(recipe) if not is_allowed(stage, key)]
         yield equal(f"{recipe}: settings changed besides checkpoint, amounts and device", ", ".join(others), "")
@@ -232,7 +232,7 @@ def main() -> None:
             if run.evaluates:
                 write_tables(args.out / run.name)
     minutes = (time.monotonic() - started) / 60
-    rows = list(targets(args.out, runs, minutes))
+    rows = list(targets(args.out, runs, minutes, MAX_MINUTES_SHORT if args.short else MAX_MINUTES))
     results = {"machine": machine(), "family": args.family, "minutes": round(minutes, 1), "in_form": in_form}
     write_results(args.json, results | {"runs": seconds}, rows)
     print_targets(rows)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,10 +37,10 @@ from tqdm import tqdm
 
 from data_construction.corpus.documents import Document
 from data_construction.corpus.reading import CorpusConfig, read_annotations, read_corpus
+from data_construction.corpus.splits import Draw, Split, SplitName, split_documents
 from data_construction.first_stage.exclusion import REASONS, exclude_contents, exclude_names, read_excluded
 from data_construction.first_stage.policy import Policy, choose_candidates
 from data_construction.first_stage.retriever import RankDocument, RetrieverConfig, open_retriever
-from data_construction.splits import Draw, Split, SplitName, split_documents
 from mmr5_train.common.config import StageConfig, run_stage
 from mmr5_train.common.files import (
     InputError,
@@ -236,14 +236,18 @@ class SplitSummary:
 def write_splits(
     config: CandidatesStage, spool: Path, split_of: dict[str, SplitName], skipped: list[Skipped]
 ) -> SplitSummary:
-    """Writes the ranked questions to the files of their splits. Adds those that can't be used to `skipped`."""
-    summary = SplitSummary()
+    """Writes the ranked questions to the files of their splits. Adds those that can't be used to `skipped`.
+
+    Raises `InputError` if no question has a type that `config.question_types` names.
+    """
+    summary, types_found = SplitSummary(), set[str]()
     draw = Draw(config.train_per_domain, config.seed) if config.train_per_domain else None
     with ExitStack() as stack:
         files = {split: stack.enter_context(atomic_write(config.out / f"{split}.jsonl")) for split in SPLITS}
         for line in stack.enter_context(spool.open(encoding="utf-8")):
             ranked = RankedQuestion.model_validate_json(line)
             split = split_of[ranked.question.doc_name]
+            types_found.update(ranked.question.question_types)
             types = config.question_types.get(split)
             if types is not None and not set(types) & set(ranked.question.question_types):
                 summary.other_types[split] += 1
@@ -257,11 +261,22 @@ def write_splits(
                 draw.add(task)
             else:
                 files[split].write(task.model_dump_json() + "\n")
+        check_question_types(config, types_found)
         if draw:
             files["train"].writelines(line + "\n" for line in draw.lines())
             summary.not_drawn = draw.not_drawn
             summary.questions["train"] -= draw.not_drawn
     return summary
+
+
+def check_question_types(config: CandidatesStage, found: Collection[str]) -> None:
+    """Raises `InputError` if `config.question_types` names a type that no question has."""
+    for split, types in config.question_types.items():
+        if unknown := sorted(set(types) - set(found)):
+            raise InputError(
+                f"question_types.{split}: no question has the type {unknown[0]!r} (types found: "
+                f"{', '.join(sorted(found)) or 'none'})"
+            )
 
 
 def _no_usable_question(source: Path, skipped: Sequence[Skipped]) -> InputError:

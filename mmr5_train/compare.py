@@ -5,15 +5,15 @@
 Reads every recipe.json under the folder, and the rankings of the last system that each recipe evaluated. Writes
 compare.json, table.md and compare.html. They hold for each recipe the mean and standard deviation over seeds, the
 paired difference from the baseline, and the training time. A pair is the same question under the same seed, and
-the bootstrap resamples questions within a seed. If a recipe reproduces a published row, the output also holds the
-published tables with that recipe's figures.
+the bootstrap resamples questions within a seed. `question_types` adds a table of the questions of each type. If a
+recipe reproduces a published row, the output also holds the published tables with that recipe's figures.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from mmr5_train.reporting.comparison import comparison_page
 # figure → its heading in the table
 FIGURES = {
     "recall@1": "recall@1",
+    "recall@3": "recall@3",
     "recall@1_sampled": "sampled recall@1",
     "complete_permutations": "complete orders",
     "true_descriptions": "true descriptions",
@@ -51,6 +52,9 @@ class CompareStage(StageConfig):
 
     folder: Path = Field(description="folder with recipe folders at any depth")
     baseline: str = Field(description="recipe that the others are compared with")
+    question_types: list[str] = Field(
+        default=[], description="question types that also get a table of their own, e.g. [catalogue,users]"
+    )
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,21 @@ class Run:
     seed: int
     query_ids: list[str]
     domains: list[str]  # one per question
+    types: list[tuple[str, ...]]  # the question types of each question
     values: Mapping[str, Values]  # figure → one value per question
     data: str  # file of the evaluated questions
     seconds: float  # of SFT and GRPO, even if another recipe ran them
+
+    def of_type(self, name: str) -> Run:
+        """The run on the questions of one type."""
+        chosen = [i for i, types in enumerate(self.types) if name in types]
+        return replace(
+            self,
+            query_ids=[self.query_ids[i] for i in chosen],
+            domains=[self.domains[i] for i in chosen],
+            types=[self.types[i] for i in chosen],
+            values={figure: values[chosen] for figure, values in self.values.items()},
+        )
 
 
 def main(config: CompareStage) -> None:
@@ -73,13 +89,17 @@ def main(config: CompareStage) -> None:
         raise InputError(f"baseline: no recipe under {config.folder} is called {config.baseline} (found: {names})")
     out = open_output(config.out, config.overwrite)
     rows = compare(runs, config.baseline, config.seed)
-    write_json(out / "compare.json", {"baseline": config.baseline, "rows": rows})
+    rows_by_type = {
+        name: compare(runs_of_type(runs, name), config.baseline, config.seed) for name in config.question_types
+    }
+    write_json(out / "compare.json", {"baseline": config.baseline, "rows": rows, "by_question_type": rows_by_type})
     published_blocks = published_tables(rows)
-    table = markdown(rows) + (f"\n{paper_table.markdown(published_blocks)}" if published_blocks else "")
+    tables = [markdown(rows), *(f"{name} questions:\n\n{markdown(r)}" for name, r in rows_by_type.items())]
+    table = "\n".join([*tables, *([paper_table.markdown(published_blocks)] if published_blocks else [])])
     with atomic_write(out / "table.md", "w") as stream:
         stream.write(table)
     with atomic_write(out / "compare.html") as stream:
-        stream.write(comparison_page(rows, FIGURES, runs[0].data, published_blocks))
+        stream.write(comparison_page(rows, rows_by_type, FIGURES, runs[0].data, published_blocks))
     write_manifest(out, stage="compare", config=config.model_dump(mode="json"), counts={"runs": len(runs)})
     print(table)
     print(f"compare: {len(rows)} recipes, {len(runs)} runs in {out / 'compare.html'}")
@@ -101,6 +121,19 @@ def read_runs(folder: Path) -> list[Run]:
     return runs
 
 
+def runs_of_type(runs: Sequence[Run], name: str) -> list[Run]:
+    """The runs on the questions of one type. Raises `InputError` if a run has none."""
+    selected = [run.of_type(name) for run in runs]
+    for run, all_questions in zip(selected, runs, strict=True):
+        if not run.query_ids:
+            found = sorted({t for types in all_questions.types for t in types})
+            raise InputError(
+                f"question_types: {run.name}, seed {run.seed}, evaluated no question of the type {name!r} "
+                f"(types found: {', '.join(found)})"
+            )
+    return selected
+
+
 def read_run(recipe: Mapping[str, Any], seconds: Mapping[str, float]) -> Run:
     """The run that a recipe.json describes. `seconds` maps a stage's output folder to its duration."""
     stages = recipe["stages"]
@@ -115,6 +148,7 @@ def read_run(recipe: Mapping[str, Any], seconds: Mapping[str, float]) -> Run:
         seed=recipe["seed"],
         query_ids=[ranking.query_id for ranking in rankings],
         domains=[ranking.domain for ranking in rankings],
+        types=[ranking.question_types for ranking in rankings],
         values=question_values(rankings, question_table(rankings), descriptions),
         data=read_manifest(folder)["config"]["data"],
         seconds=sum(seconds.get(stages[name]["out"], 0.0) for name in ("sft", "grpo") if name in stages),

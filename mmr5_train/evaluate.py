@@ -28,9 +28,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from pydantic import Field, field_serializer, field_validator
 
-from mmr5_train.common.config import StageConfig, run_stage
+from mmr5_train.common.config import StageConfig, config_path, run_stage
 from mmr5_train.common.files import (
     InputError,
     check_settings,
@@ -80,11 +81,21 @@ class System(RankingOptions):
     """A reranker to evaluate. Options that are not set here have the stage's values."""
 
     checkpoint: str | None = Field(
-        default=None, description="a folder, a hub id or an adapter; optional with a server"
+        default=None,
+        description="a folder, a hub id, an adapter, or an option of configs/model, which stands for its path; "
+        "optional with a server",
     )
     base: str | None = Field(default=None, description="the checkpoint that an adapter belongs to")
     server: ServerConfig | None = None
     prompt: str | None = Field(default=None, description="an option of configs/prompt or a file, for this system")
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _option_of_model(cls, checkpoint: str | None) -> str | None:
+        if checkpoint is None or "/" in checkpoint or Path(checkpoint).exists():
+            return checkpoint
+        option = config_path("model", checkpoint)
+        return str(OmegaConf.load(option)["path"]) if option else checkpoint
 
 
 class RankedBatch(Batch):

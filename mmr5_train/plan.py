@@ -4,8 +4,8 @@
 
 Page sizes come from the recipe's candidates if that stage has run. Otherwise they are those of A4 pages at 150
 dpi. The numbers of examples come from the data, from the annotation files of the corpus, or from the recipe's rule
-(mmr5_train/forecast.py). The output says which. Model sizes are exact. Memory and hours are estimates from the
-formulas in this file. They have not been checked against a GPU.
+(mmr5_train/recipes/forecast.py). The output says which. Model sizes are exact. Memory and hours are estimates from
+the formulas in this file. They have not been checked against a GPU.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from data_construction.corpus.training_set import TrainingSet
 from mmr5_train.common.config import run_stage
 from mmr5_train.common.files import InputError, read_json_lines, read_records
 from mmr5_train.distill import check_recipe
-from mmr5_train.forecast import forecasts
-from mmr5_train.inherited import inherit_settings
 from mmr5_train.models.config import ModelConfig
 from mmr5_train.models.pages import PageLimits, page_size, shrink_factor
 from mmr5_train.models.settings import complete_model
 from mmr5_train.models.shapes import empty_model
 from mmr5_train.ranking.records import RankingTask
 from mmr5_train.recipe import RecipeStage, check_verdicts, compose_stages, stage_overrides
+from mmr5_train.recipes.forecast import forecasts
+from mmr5_train.recipes.inherited import inherit_settings
 from mmr5_train.training.sharing import share
 
 GIB = 2**30

@@ -7,9 +7,9 @@
 A recipe (configs/recipe.yaml with options of `experiment` and `size`) lists, for each stage, the values that
 differ from the stage's own config. This command turns them into Hydra overrides, composes each stage's config from
 configs/<stage>.yaml and those overrides, and runs the stages in order. It first prints each setting that differs
-from MM-R5 as published (mmr5_train/departures.py). Before each stage, it prints the command that would run the
-stage. Before the first stage that costs money or trains, it prints how many examples the trainings get
-(mmr5_train/forecast.py), and stops if they are fewer than the recipe wants and a teacher would be paid for them.
+from MM-R5 as published (recipes/departures.py). Before each stage, it prints the command that would run the stage.
+Before the first stage that costs money or trains, it prints how many examples the trainings get
+(recipes/forecast.py), and stops if they are fewer than the recipe wants and a teacher would be paid for them.
 
 It skips a stage whose folder already holds the result of the same config and unchanged input files. After the
 first stage that runs, it runs all later stages, because they read new inputs. An interrupted stage resumes. So the
@@ -36,10 +36,10 @@ from data_construction import candidates, synthetic, traces
 from mmr5_train import distill, evaluate, grpo, report, select, sft
 from mmr5_train.common.config import CONFIGS, StageConfig, compose_stage, config_path, group_choices, run_stage
 from mmr5_train.common.files import RECIPE, InputError, file_hash, is_unfinished, read_manifest, write_json
-from mmr5_train.departures import Settings, launch_settings, resolved_settings
-from mmr5_train.departures import departures as find_departures
-from mmr5_train.forecast import forecasts
-from mmr5_train.inherited import inherit_settings
+from mmr5_train.recipes.departures import Settings, launch_settings, resolved_settings
+from mmr5_train.recipes.departures import departures as find_departures
+from mmr5_train.recipes.forecast import forecasts
+from mmr5_train.recipes.inherited import inherit_settings
 
 
 class Stage(NamedTuple):

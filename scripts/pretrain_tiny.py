@@ -1,12 +1,14 @@
 """Pretrains the tiny Qwen2.5-VL that ships with the package.
 
     python scripts/pretrain_tiny.py out=outputs/tiny
+    python scripts/pretrain_tiny.py out=outputs/tiny weights=mmr5_train/models/tiny from_phase=form
 
 The model is a `Qwen2_5_VLForConditionalGeneration` of about 1.2 million parameters. Its small BPE tokenizer has
 Qwen's special tokens. A model with random weights does not learn listwise reranking within minutes. So this script
 trains it, in the phases of configs/tiny.yaml, to read synthetic pages: to describe each page of a prompt, and to
-decide whether it matches the question. This replaces the pretraining of a real model. The model is not
-trained on think or answer blocks, nor on pages of the demo's corpus (other documents, other seeds).
+decide whether it matches the question. This replaces the pretraining of a real model. A short last phase shows it
+think and answer blocks, so that it writes the complete form sometimes, as a real base model does from the prompt
+alone. It never sees pages of the demo's corpus (other documents, other seeds), nor users' wording of questions.
 
 A page matches a question only if both its colour and its kind match. Two things make that learnable in minutes:
 cheap batches whose pages are text instead of images, and an extra loss on the verdict, which is only one token in
@@ -19,6 +21,7 @@ import random
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,11 +51,12 @@ from data_construction.corpus.synthetic_documents import (
     make_document,
 )
 from mmr5_train.common.config import StageConfig, run_stage
-from mmr5_train.common.files import open_output, write_json, write_manifest
+from mmr5_train.common.files import InputError, open_output, write_json, write_manifest
 from mmr5_train.models.loading import SETTINGS
 from mmr5_train.models.pages import page_limits, prepare_page
 from mmr5_train.ranking.notes import format_note, join_notes
-from mmr5_train.ranking.prompt import Prompt, build_messages, insert_images
+from mmr5_train.ranking.prompt import Prompt, build_messages, insert_images, render_completion
+from mmr5_train.ranking.records import LocalId
 
 MIN_PIXELS, MAX_PIXELS = 784, 9_500  # a page of 3 : 4 becomes 84 × 112 pixels: 12 visual tokens
 VOCABULARY = 1_024
@@ -95,6 +99,7 @@ class Phase(BaseModel):
     random_negatives: float = Field(ge=0, le=1, description="share of random pages among the irrelevant ones")
     max_verdict_pages: int = Field(ge=0, description="notes on more pages than this have no verdicts")
     list_ids: bool = Field(description="the notes end with a list of all ids, relevant ones first")
+    form: bool = Field(default=False, description="notes and list are in think and answer blocks")
     extra_loss: float = Field(ge=0, description="weight of the extra loss on the verdicts and on that list")
 
 
@@ -104,6 +109,8 @@ class TinyStage(StageConfig):
     prompt: Prompt
     pages: int = Field(gt=0, description="number of synthetic pages to draw")
     phases: dict[str, Phase] = Field(description="in the order in which they run")
+    weights: Path | None = Field(default=None, description="checkpoint to start from; null: random weights")
+    from_phase: str | None = Field(default=None, description="the first phase that runs; null: all run")
     threads: int = Field(default=2, gt=0)
 
 
@@ -242,7 +249,7 @@ class ExampleSampler:
     def batch(self, phase: Phase) -> list[dict[str, Any]]:
         """Examples in TRL's prompt-completion format, all with the same number of pages, which avoids padding."""
         as_text = self.rng.random() < phase.text_batches
-        count = self.rng.choice(range(1, 6) if as_text else phase.pages)
+        count = self.rng.choice(range(1, max(5, *phase.pages) + 1) if as_text else phase.pages)
         size = max(1, phase.batch_size * 3 // (2 + count))
         return [self.example(phase, count, as_text) for _ in range(size)]
 
@@ -262,8 +269,11 @@ class ExampleSampler:
         if pages > phase.max_verdict_pages:
             notes = [f"{page.description}." for page in shown]
         text = join_notes(notes)
-        if phase.list_ids:
-            text += f"\n{sorted(range(1, pages + 1), key=lambda i: not verdicts[i - 1])}"
+        order = sorted(range(1, pages + 1), key=lambda i: not verdicts[i - 1])
+        if phase.form:
+            text = render_completion(text, [LocalId(i) for i in order])
+        elif phase.list_ids:
+            text += f"\n{order}"
         messages = build_messages(self.prompt, query, pages)
         if as_text:
             messages = insert_images(
@@ -317,12 +327,21 @@ def train(name: str, phase: Phase, model: Any, processor: Any, sampler: ExampleS
 
 
 def main(config: TinyStage) -> None:
+    names = list(config.phases)
+    first = config.from_phase or names[0]
+    if first not in names:
+        raise InputError(f"from_phase: no phase is called {first} (choices: {', '.join(names)})")
+    phases = {name: config.phases[name] for name in names[names.index(first) :]}
     out = open_output(config.out, config.overwrite)
     torch.set_num_threads(config.threads)
-    processor = build_processor(config.prompt)
-    model = build_model(processor, config.seed)
+    if config.weights is None:
+        processor = build_processor(config.prompt)
+        model = build_model(processor, config.seed)
+    else:
+        processor = Qwen2_5_VLProcessor.from_pretrained(config.weights)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.weights)
     pool = draw_pool(processor, config.pages, config.seed, config.threads)
-    for name, phase in config.phases.items():
+    for name, phase in phases.items():
         train(name, phase, model, processor, ExampleSampler(pool, config.prompt, f"{name} {config.seed}"))
     model.save_pretrained(out)
     processor.save_pretrained(out)

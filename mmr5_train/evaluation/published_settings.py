@@ -1,8 +1,8 @@
 """Published settings of MM-R5 (arXiv 2506.12364v2 and its released code), one `Fact` per setting.
 
-`mmr5_train.departures` compares every recipe with them and prints the differences. A setting that neither the
-paper nor the released code states has the default of the framework that the code is built on: ms-swift for SFT,
-VLM-R1 (with transformers' training arguments) for GRPO.
+`mmr5_train.recipes.departures` compares every recipe with them and prints the differences. A setting that neither
+the paper nor the released code states has the default of the framework that the code is built on: ms-swift for
+SFT, VLM-R1 (with transformers' training arguments) for GRPO.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Fact(NamedTuple):
     """A published setting of a stage.
 
     `field` is the dotted name of the setting in the stage's config. The stage `launch` and `evaluate.decoding` are
-    made by `mmr5_train.departures`.
+    made by `mmr5_train.recipes.departures`.
     `reason` says why the recipe `mm_r5` differs; empty: it does not.
     """
 

@@ -20,28 +20,38 @@ Row = Mapping[str, Any]
 
 
 def comparison_page(
-    rows: Sequence[Row], figures: Mapping[str, str], data: str, published: Sequence[Sequence[PaperRow]]
+    rows: Sequence[Row],
+    rows_by_type: Mapping[str, Sequence[Row]],
+    figures: Mapping[str, str],
+    data: str,
+    published: Sequence[Sequence[PaperRow]],
 ) -> str:
     """The HTML for the rows of mmr5_train.compare, the baseline first.
 
-    `figures` maps a figure to its heading. `published` holds the published tables with the recipes that reproduce
-    a published row; it is empty if no recipe does.
+    `rows_by_type` holds the same rows on the questions of single types. `figures` maps a figure to its heading.
+    `published` holds the published tables with the recipes that reproduce a published row; it is empty if none
+    does.
     """
     shown_figures = {key: heading for key, heading in figures.items() if any(key in row for row in rows)}
+    tables = [("Results", "table", rows)]
+    tables += [(f"Questions of type {name}", f"type-{i}", r) for i, (name, r) in enumerate(rows_by_type.items())]
     return render_page(
         "compare.html.j2",
         title=f"{len(rows)} recipes",
-        rows=rows,
+        baseline=rows[0]["recipe"],
         figures=shown_figures,
         data=data,
         published=paper_view(published) if published else None,
         code=code_version(),
         pictures={},
-        forests=[(heading, forest(rows, key)) for key, heading in shown_figures.items() if len(rows) > 1],
+        tables=[
+            (title, anchor, table_rows, [(h, forest(table_rows, k, anchor)) for k, h in shown_figures.items()])
+            for title, anchor, table_rows in tables
+        ],
     )
 
 
-def forest(rows: Sequence[Row], key: str) -> str:
+def forest(rows: Sequence[Row], key: str, anchor: str) -> str:
     """Forest plot of the recipes' paired differences from the baseline with 95 % intervals, as inline SVG."""
     compared = [row for row in rows[1:] if row.get(key, {}).get("difference")]
     color = list(PLACEHOLDERS)
@@ -60,4 +70,4 @@ def forest(rows: Sequence[Row], key: str) -> str:
         axes.set_axisbelow(True)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    return inline(stream.getvalue(), f"forest-{''.join(filter(str.isalnum, key))}")
+    return inline(stream.getvalue(), f"forest-{anchor}-{''.join(filter(str.isalnum, key))}")

@@ -39,8 +39,8 @@ from mmdocir_standin import SUBSETS, write_standin
 
 from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import read_json_lines, read_manifest
-from mmr5_train.forecast import forecasts
 from mmr5_train.recipe import STAGES, RecipeStage, compose_stages, stage_overrides
+from mmr5_train.recipes.forecast import forecasts
 
 MEASURED = ("heldout", "candidates", "traces", "select")
 MAX_PEAK_MIB = 2048

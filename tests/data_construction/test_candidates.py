@@ -83,12 +83,19 @@ def test_missed_keep_keeps_questions_without_a_relevant_candidate(split: str, or
 
 
 def test_a_split_has_the_question_types_of_the_config(orchard: Path) -> None:
-    everything = (run_candidates(orchard) / "heldout.jsonl").read_text()
+    annotations = orchard / "MMDocIR_annotations.jsonl"
+    annotations.write_text(annotations.read_text().replace("Table", "Chart", 2))
+    everything = {task.query_id: task for task in read_all(run_candidates(orchard) / "heldout.jsonl", RankingTask)}
     out = run_candidates(orchard, "tables", question_types={"heldout": ["Table"], "train": ["Chart"]})
-    assert (out / "heldout.jsonl").read_text() == everything
-    out = run_candidates(orchard, "charts", question_types={"heldout": ["Chart"]})
-    assert (out / "heldout.jsonl").read_text() == ""
-    assert read_manifest(out)["counts"]["questions_of_other_types"] == {"heldout": 9}
+    tables = {i: task for i, task in everything.items() if task.question_types == ("Table",)}
+    assert {task.query_id: task for task in read_all(out / "heldout.jsonl", RankingTask)} == tables
+    assert len(tables) == 7
+    assert read_manifest(out)["counts"]["questions_of_other_types"] == {"heldout": 2}
+
+
+def test_a_question_type_that_no_question_has_is_an_error(orchard: Path) -> None:
+    with pytest.raises(InputError, match=r"question_types\.train: no question has the type 'Tabel' .*: Table\)"):
+        run_candidates(orchard, question_types={"train": ["Table", "Tabel"]})
 
 
 def test_n_heldout_sets_the_number_of_heldout_candidates(orchard: Path) -> None:

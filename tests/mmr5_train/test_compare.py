@@ -64,6 +64,24 @@ def test_html_shows_each_recipe(folder, tmp_path):
     assert text.count("weaker") > 1
 
 
+def test_each_question_type_has_a_table_of_its_own(folder, tmp_path):
+    run(folder, tmp_path / "out", "question_types=[Chart,Table]")
+    comparison = json.loads((tmp_path / "out/compare.json").read_text())
+    assert list(comparison["by_question_type"]) == ["Chart", "Table"]
+    for name, rows in comparison["by_question_type"].items():
+        for row in rows:
+            means = []
+            for seed in (0, 1):
+                results = json.loads((folder / str(seed) / row["recipe"] / "evaluation/results.json").read_text())
+                means.append(results["rows"][-1]["by_question_type"][name]["recall@1"])
+            assert row["recall@1"]["mean"] == pytest.approx(sum(means) / 2)
+    assert "Chart questions:" in (tmp_path / "out/table.md").read_text()
+    page = Reader((tmp_path / "out/compare.html").read_text()).text
+    assert "Questions of type Chart" in page
+    with pytest.raises(InputError, match="evaluated no question of the type 'Charts'"):
+        run(folder, tmp_path / "wrong", "question_types=[Charts]")
+
+
 def test_recipes_that_reproduce_the_paper_appear_in_its_tables(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "runs")
     for path in (tmp_path / "runs").rglob(RECIPE):

@@ -40,19 +40,24 @@ def test_results_have_every_figure(demo_folder):
     results = json.loads((demo_folder / "results.json").read_text())
     assert results["seed"] == 5
     assert results["seconds"] > 0
-    assert [row["system"] for row in results["rows"]] == ["first_stage", "sft", "sft+grpo"]
+    systems = ["first_stage", "base", "sft", "sft+grpo"]
+    assert [(row["population"], row["system"]) for row in results["rows"]] == [
+        (population, system) for population in demo.POPULATIONS for system in systems
+    ]
     for row in results["rows"]:
-        assert row["questions"] == 6
+        assert row["questions"] == 2
         assert 0 <= row["recall@1"] <= row["recall@3"] <= row["recall@5"] <= 1
         assert 0 <= row["recall@1_sampled"] <= 1
-    for row in results["rows"][1:]:
-        assert 0 <= row["complete_permutations"] <= 1
-        assert 0 <= row["true_descriptions"] <= 1
-    for name in ("recall@1", "recall@1_sampled"):
-        difference = results["grpo_minus_sft"][name]
-        assert difference["low"] <= difference["mean"] <= difference["high"]
-        rows = results["rows"]
-        assert difference["mean"] == pytest.approx(rows[2][name] - rows[1][name])
+        if row["system"] != "first_stage":
+            assert 0 <= row["complete_permutations"] <= 1
+            assert 0 <= row["true_descriptions"] <= 1
+    rows = {(row["population"], row["system"]): row for row in results["rows"]}
+    for population, figures in results["grpo_minus_sft"].items():
+        for name in ("recall@1", "recall@1_sampled"):
+            difference = figures[name]
+            assert difference["low"] <= difference["mean"] <= difference["high"]
+            after, before = rows[population, "sft+grpo"], rows[population, "sft"]
+            assert difference["mean"] == pytest.approx(after[name] - before[name])
 
 
 def test_report_is_self_contained(demo_folder):

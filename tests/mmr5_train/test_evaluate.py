@@ -12,7 +12,7 @@ from sample_runs import make_data
 from mmr5_train import evaluate
 from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import InputError, read_manifest, read_records, write_records
-from mmr5_train.evaluate import PARTIAL, EvaluateStage, first_stage, main
+from mmr5_train.evaluate import PARTIAL, EvaluateStage, System, first_stage, main
 from mmr5_train.evaluation.scoring import score_rankings
 from mmr5_train.evaluation.trec import QRELS, read_run
 from mmr5_train.ranking.answer import parse_answer
@@ -137,6 +137,14 @@ def test_the_ranking_of_the_first_stage_is_the_candidate_order(data: Path) -> No
     ranking = first_stage(task)
     assert ranking.ranked_pages(ranking.greedy) == tuple(candidate.id for candidate in task.candidates)
     assert ranking.greedy.completion == ""
+
+
+def test_an_option_of_the_model_group_stands_for_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert System(checkpoint="qwen2_5_vl_7b").checkpoint == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert System(checkpoint="outputs/sft/model").checkpoint == "outputs/sft/model"
+    monkeypatch.chdir(tmp_path)
+    Path("qwen2_5_vl_7b").mkdir()
+    assert System(checkpoint="qwen2_5_vl_7b").checkpoint == "qwen2_5_vl_7b"
 
 
 @pytest.mark.parametrize("name", ["first_stage", "a/b", "..", "-x"])

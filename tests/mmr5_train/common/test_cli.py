@@ -1,3 +1,4 @@
+import importlib.resources
 import subprocess
 import sys
 
@@ -54,3 +55,12 @@ def test_command_runs_its_module_with_the_arguments(tmp_path):
 def test_help_loads_no_torch():
     code = "import sys; from mmr5_train.common.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("package", ["mmr5_train", "data_construction"])
+def test_only_commands_are_directly_in_a_package(package):
+    """Libraries are in folders, so that a reader finds the commands at the top."""
+    folder = importlib.resources.files(package)
+    modules = {f"{package}.{file.name[:-3]}" for file in folder.iterdir() if file.name.endswith(".py")}
+    commands = {module for module in cli.MODULES.values() if module.startswith(f"{package}.")}
+    assert modules == commands | {f"{package}.__init__"}

@@ -15,9 +15,9 @@ from typing import Any
 
 from data_construction.candidates import CandidatesStage
 from data_construction.corpus.reading import read_annotations
+from data_construction.corpus.splits import split_documents
 from data_construction.corpus.training_set import TrainingSet
 from data_construction.first_stage.exclusion import exclude_names, normalize_name, read_excluded
-from data_construction.splits import split_documents
 from mmr5_train.common.config import StageConfig
 from mmr5_train.common.files import MANIFEST, InputError, read_manifest
 

@@ -10,8 +10,8 @@ from mmdocir_standin import SUBSETS, write_standin
 
 from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import InputError
-from mmr5_train.forecast import forecasts
 from mmr5_train.recipe import STAGES, RecipeStage, show_forecast
+from mmr5_train.recipes.forecast import forecasts
 
 SCALE = 0.01
 

@@ -8,7 +8,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_construction.splits import Draw
+from data_construction.corpus.splits import Draw
 from mmr5_train.ranking.records import Candidate, PageId, RankingTask
 
 

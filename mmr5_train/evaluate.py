@@ -95,7 +95,7 @@ class System(RankingOptions):
         if checkpoint is None or "/" in checkpoint or Path(checkpoint).exists():
             return checkpoint
         option = config_path("model", checkpoint)
-        return str(OmegaConf.load(option)["path"]) if option else checkpoint
+        return str(OmegaConf.select(OmegaConf.load(option), "path")) if option else checkpoint
 
 
 class RankedBatch(Batch):

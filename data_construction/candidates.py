@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from data_construction.corpus.documents import Document
@@ -96,6 +96,11 @@ class CandidatesStage(StageConfig):
         description="train and select questions without a relevant candidate: drop them (as in MM-R5), or keep "
         "them, to train the model on questions that no page answers",
     )
+
+    @field_validator("question_types", mode="before")
+    @classmethod
+    def _null_is_empty(cls, value: Any) -> Any:
+        return {} if value is None else value  # the default is null, so that Hydra can add splits
 
 
 class RankedQuestion(Record):

@@ -15,7 +15,7 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
 fi
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
-ALL="base_only rl_only sft_only sft_continued reward_mm_r5 reward_gated reward_ndcg reward_rearank reward_reasonrank \
+ALL="base_only rl_only sft_only sft_continued reward_mm_r5 reward_true_reasoning reward_ndcg reward_rearank reward_reasonrank \
 reward_fidelity kl_0 candidates_3"
 SEEDS=${SEEDS:-10 11 12} # no setting was chosen on these; choose settings on seeds 0 to 9
 TINY=()
@@ -35,8 +35,8 @@ LAUNCH=${LAUNCH:+launch=$LAUNCH}
 
 job() { # SEED RECIPE [OVERRIDE…]: runs one recipe, with its output in a log file
     local name=${2:-recommended} folder="$OUT/$1" steps=()
-    # size=tiny counts SFT in steps; this many take as long as SFT and GRPO of `recommended`.
-    if [[ ${TINY[*]} && $name == sft_continued ]]; then steps=(stages.sft.trainer.max_steps=$CONTINUED_STEPS); fi
+    # size=tiny counts SFT in steps; 450 of them take as long as SFT and GRPO of `recommended`.
+    if [[ ${TINY[*]} && $name == sft_continued ]]; then steps=(stages.sft.trainer.max_steps=450); fi
     mkdir -p "$folder"
     if "$PYTHON" -m mmr5_train.recipe "experiment=[recommended${2:+,$2}]" seed="$1" out="$folder/$name" \
         shared="$folder/shared" ${LAUNCH:-} "${TINY[@]}" "${steps[@]}" "${@:3}" > "$folder/$name.log" 2>&1; then

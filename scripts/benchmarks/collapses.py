@@ -54,7 +54,7 @@ RUNS: dict[str, tuple[str, int | None, str]] = {
         "reward=gated lr=1e-3 questions=16 group=8 temperature=0.7 beta=0.02 steps=100",
     ),
     "default": (
-        "the demo's settings",
+        "the settings of an earlier demo",
         None,
         "reward=gated lr=3e-4 questions=16 group=6 temperature=1 beta=0.04 steps=100 schedule=linear",
     ),

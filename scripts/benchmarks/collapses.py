@@ -4,7 +4,7 @@
     python scripts/benchmarks/collapses.py --runs released constant
 
 All runs train the shipped model on the synthetic corpus and start from the same SFT checkpoint, except for two
-that start from an early SFT checkpoint. Each run fails in a known way, except `default`, which has the demo's
+that start from an early SFT checkpoint. Each run fails in a known way, except `default`, which has an earlier demo's
 settings. Stages whose results exist for the same settings are skipped. Prints the table in docs/training.md, and
 writes outputs/collapses/collapses.json.
 """

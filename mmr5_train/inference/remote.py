@@ -22,7 +22,7 @@ from mmr5_train.models.pages import PageLimits
 from mmr5_train.models.sampling import sampling_settings
 from mmr5_train.ranking.answer import to_model_answer
 from mmr5_train.ranking.answer_constraints import gbnf_grammar
-from mmr5_train.ranking.prompt import Prompt
+from mmr5_train.ranking.prompt import THINK_OPEN, Prompt
 from mmr5_train.ranking.records import Mode, ModelAnswer
 
 
@@ -136,6 +136,9 @@ class RemoteBackend:
             raise InputError(
                 f"{self.server.url}: the response is not a chat completion ({error!r:.200})"
             ) from None
+        cut_off = choice.finish_reason == "length"
+        if reasoning and cut_off and not text:  # the think block was cut off, so it has no end
+            text, reasoning = f"{THINK_OPEN}{reasoning}", None
         counts = {"visual_tokens": sum(image.width * image.height // self.limits.factor**2 for image in images)}
         if response.usage:
             counts |= {"tokens": response.usage.completion_tokens, "prompt_tokens": response.usage.prompt_tokens}
@@ -144,7 +147,7 @@ class RemoteBackend:
             len(images),
             counts=counts,
             reasoning=reasoning,
-            cut_off=choice.finish_reason == "length",
+            cut_off=cut_off,
             expect_think=self.mode == "reason",
         )
 

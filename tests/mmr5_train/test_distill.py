@@ -162,7 +162,9 @@ def test_batch_size_1_trains_the_share_of_completions_with_the_loss_of_larger_ba
     for name in ("listwise_loss", "verdict_loss"):
         assert [e[name] for e in one] == pytest.approx([e[name] for e in eight], abs=1e-4)
     weighted = [e["loss"] - 0.4 * e["listwise_loss"] - 0.8 * e["verdict_loss"] for e in (*one, *eight)]
-    assert weighted == pytest.approx([weighted[0]] * 4, rel=0.3), "the completion loss has weight 1 in each step"
+    # The completions of the steps differ, so their losses do. A wrong weight would change them by a factor of 4.
+    ratios = [value / weighted[0] for value in weighted]
+    assert all(0.5 < ratio < 2 for ratio in ratios), f"the completion loss has weight 1 in each step: {weighted}"
 
 
 def test_training_and_inference_score_at_the_same_position(rankings, tiny, prompt, processor):

@@ -98,6 +98,20 @@ def test_reasoning_is_read_from_either_field(scripted_server, paths, field):
     assert results[0].note == "a list, so it helps."
 
 
+def test_reasoning_that_is_cut_off_is_a_think_block_without_an_end(scripted_server, paths):
+    scripted_server.replies(
+        completion("", reasoning_content="Image 1: a table, so it", finish_reason="length"),
+        completion("", reasoning_content="Image 1: a table, so it helps.", finish_reason="stop"),
+    )
+    [cut] = remote_reranker(scripted_server).rank("Which?", paths[:2]).answers
+    assert cut.completion == "<think>Image 1: a table, so it"
+    assert cut.defects == ("no_think", "no_answer", "cut_off"), (
+        "as for the same text from the model in this process"
+    )
+    [ended] = remote_reranker(scripted_server).rank("Which?", paths[:2]).answers
+    assert ended.completion == "<think>Image 1: a table, so it helps.</think>"
+
+
 def test_requests_are_concurrent_and_answers_keep_their_order(scripted_server, paths):
     def script(number, body):
         n = sum(part["type"] == "image_url" for part in body["messages"][1]["content"])

@@ -53,8 +53,9 @@ def at_least(name: str, measured: float, bound: float) -> Row:
     return _target(name, measured, f"at least {bound:g}", measured >= bound)
 
 
-def at_most(name: str, measured: float, bound: float) -> Row:
-    return _target(name, measured, f"at most {bound:g}", measured <= bound)
+def at_most(name: str, measured: float | None, bound: float) -> Row:
+    """A value that is not known (None) does not meet the target."""
+    return _target(name, measured, f"at most {bound:g}", measured is not None and measured <= bound)
 
 
 def equal(name: str, measured: Any, expected: Any) -> Row:

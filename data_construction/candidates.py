@@ -241,18 +241,14 @@ class SplitSummary:
 def write_splits(
     config: CandidatesStage, spool: Path, split_of: dict[str, SplitName], skipped: list[Skipped]
 ) -> SplitSummary:
-    """Writes the ranked questions to the files of their splits. Adds those that can't be used to `skipped`.
-
-    Raises `InputError` if no question has a type that `config.question_types` names.
-    """
-    summary, types_found = SplitSummary(), set[str]()
+    """Writes the ranked questions to the files of their splits. Adds those that can't be used to `skipped`."""
+    summary = SplitSummary()
     draw = Draw(config.train_per_domain, config.seed) if config.train_per_domain else None
     with ExitStack() as stack:
         files = {split: stack.enter_context(atomic_write(config.out / f"{split}.jsonl")) for split in SPLITS}
         for line in stack.enter_context(spool.open(encoding="utf-8")):
             ranked = RankedQuestion.model_validate_json(line)
             split = split_of[ranked.question.doc_name]
-            types_found.update(ranked.question.question_types)
             types = config.question_types.get(split)
             if types is not None and not set(types) & set(ranked.question.question_types):
                 summary.other_types[split] += 1
@@ -266,7 +262,6 @@ def write_splits(
                 draw.add(task)
             else:
                 files[split].write(task.model_dump_json() + "\n")
-        check_question_types(config, types_found)
         if draw:
             files["train"].writelines(line + "\n" for line in draw.lines())
             summary.not_drawn = draw.not_drawn
@@ -296,6 +291,7 @@ def main(config: CandidatesStage) -> None:
     skipped: list[Skipped] = []
     excluded = read_excluded(config.exclude)
     annotations = exclude_names(read_annotations(config.corpus, config.seed, skipped), excluded, skipped)
+    check_question_types(config, {t for a in annotations for q in a.questions for t in q.question_types})
     rank = open_retriever(
         config.retriever, [q for annotation in annotations for q in annotation.questions], skipped
     )

@@ -87,11 +87,10 @@ def main(config: CompareStage) -> None:
     if config.baseline not in {run.name for run in runs}:
         names = ", ".join(sorted({run.name for run in runs}))
         raise InputError(f"baseline: no recipe under {config.folder} is called {config.baseline} (found: {names})")
+    selected = {name: runs_of_type(runs, name) for name in config.question_types}
     out = open_output(config.out, config.overwrite)
     rows = compare(runs, config.baseline, config.seed)
-    rows_by_type = {
-        name: compare(runs_of_type(runs, name), config.baseline, config.seed) for name in config.question_types
-    }
+    rows_by_type = {name: compare(group, config.baseline, config.seed) for name, group in selected.items()}
     write_json(out / "compare.json", {"baseline": config.baseline, "rows": rows, "by_question_type": rows_by_type})
     published_blocks = published_tables(rows)
     tables = [markdown(rows), *(f"{name} questions:\n\n{markdown(r)}" for name, r in rows_by_type.items())]

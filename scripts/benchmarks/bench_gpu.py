@@ -1,6 +1,7 @@
 """What only a GPU can show: time and memory of the real shapes, next to what `mmr5_train.plan` forecasts.
 
     python scripts/benchmarks/bench_gpu.py --gpu h100  # on a GPU: 3B and 7B, five pages of 1,024 and 2,772 tokens
+    python scripts/benchmarks/bench_gpu.py --rounds 2 --models 7B  # less of it, in less time
     python scripts/benchmarks/bench_gpu.py --plan  # without a GPU: the table to fill in, with the forecasts
     python scripts/benchmarks/bench_gpu.py --models FOLDER --page-tokens 64  # a small checkpoint, also on a CPU
 
@@ -8,11 +9,11 @@ Measures a step of SFT, a step of GRPO with TRL's trainer and with shared prompt
 logits. Settings are those of MM-R5 for one GPU, except that GRPO accumulates a whole group (4) instead of half
 of one: a rollout batch of one GPU must hold whole groups. The weights are random and nothing is downloaded,
 because time and memory depend only on shapes. The shape 3B or 7B is written as a checkpoint folder without
-weights, with the shipped model's processor. Each measurement runs in a separate process. One that fails, for
-example for lack of memory, becomes a row that says so.
+weights, with the shipped model's processor. Each measurement runs in a separate process, whose messages are kept
+in outputs/bench/gpu_logs. One that fails, for example for lack of memory, becomes a row that says so.
 
-Prints a table in the format of docs/benchmarks.md, and writes outputs/bench/gpu.json. Seconds of GRPO are means
-over the optimizer steps of a rollout batch, sampling included. Memory is the peak of PyTorch's reserved memory
+Prints a table in the format of docs/benchmarks.md, and writes outputs/bench/gpu.json after each row. Seconds of
+GRPO are means over the optimizer steps of a rollout batch, sampling included. The last of `--rounds` counts. Memory is the peak of PyTorch's reserved memory
 plus what other libraries use on the GPU. On a CPU, memory is not measured.
 """
 
@@ -50,7 +51,6 @@ PAGES, QUESTIONS = 5, 16
 MODELS = {"3B": "Qwen/Qwen2.5-VL-3B-Instruct", "7B": "Qwen/Qwen2.5-VL-7B-Instruct"}
 LIMITS = {"shortest_edge": 3136, "longest_edge": 12_845_056}  # pixels of a page, as published
 WORK = ("sft", "grpo stock", "grpo shared", "logits")
-ROUNDS = 3  # the last one is measured; in GRPO a round is a rollout batch
 
 
 def write_shape(folder: Path, path: str) -> Path:
@@ -142,7 +142,7 @@ def measure(work: str, model: str, tokens: int, args: argparse.Namespace, folder
     if args.plan:
         return row
     make_data(folder, tokens, network.token_side)
-    seconds = time_logits(config, folder) if work == "logits" else time_training(stage, config)
+    seconds = time_logits(config, folder) if work == "logits" else time_training(stage, config, args.rounds)
     return row | {"measured_s": seconds, "measured_gib": peak_gib() if torch.cuda.is_available() else None}
 
 
@@ -165,7 +165,7 @@ def stage_config(
     iterations = 2 if stage == "grpo" else 1
     overrides += [
         f"data={data}", f"out={folder}/out", f"model.path={checkpoint}", "heldout=null",
-        "trainer.save_strategy=no", f"trainer.max_steps={ROUNDS * iterations}",
+        "trainer.save_strategy=no", f"trainer.max_steps={args.rounds * iterations}",
     ]  # fmt: skip
     if not torch.cuda.is_available():
         overrides += ["model.dtype=float32"]
@@ -179,8 +179,8 @@ def stage_config(
     return compose_stage(kind, entry, overrides)
 
 
-def time_training(stage: str, config: Any) -> float:
-    """Seconds of an optimizer step: the mean of the last round."""
+def time_training(stage: str, config: Any, rounds: int) -> float:
+    """Seconds of an optimizer step: the mean of the last round. In GRPO a round is a rollout batch."""
     module: Any = STAGES[stage][0]
     times, train = StepTimes(), run.train
 
@@ -191,7 +191,7 @@ def time_training(stage: str, config: Any) -> float:
     module.load_model, module.train = random_model, timed_train
     run.save_result = lambda trainer, processor, model, settings, *_: settings  # random weights are not kept
     module.main(config)
-    steps = len(times.ends) // ROUNDS
+    steps = len(times.ends) // rounds
     return (times.ends[-1] - times.ends[-1 - steps]) / steps
 
 
@@ -218,8 +218,11 @@ def peak_gib() -> float:
 def run_in_process(work: str, model: str, tokens: int, args: argparse.Namespace) -> Row:
     """The results of `measure`. If the work fails, `error` is the last line of its messages."""
     command = [sys.executable, __file__, "--one", work, "--models", model, "--page-tokens", str(tokens)]
-    command += ["--completion", str(args.completion), "--gpu", args.gpu]
+    command += ["--completion", str(args.completion), "--rounds", str(args.rounds), "--gpu", args.gpu]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    log = args.out.parent / "gpu_logs" / f"{Path(model).name}_{tokens}_{work.replace(' ', '_')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(process.stdout + process.stderr, encoding="utf-8")
     if process.returncode:
         return {"error": process.stderr.strip().splitlines()[-1][:200]}
     result: Row = json.loads(process.stdout.splitlines()[-1])
@@ -250,6 +253,7 @@ def main() -> None:
     parser.add_argument("--page-tokens", nargs="+", type=int, default=[1024, 2772], help="visual tokens per page")
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--completion", type=int, default=300, help="tokens of a completion in GRPO")
+    parser.add_argument("--rounds", type=int, default=3, help="training rounds, of which the last is measured")
     parser.add_argument("--plan", action="store_true", help="measure nothing: print the table to fill in")
     parser.add_argument("--gpu", choices=list(plan.GPUS), default="h100", help="the GPU that the plan is for")
     parser.add_argument("--out", type=Path, default=OUTPUT / "gpu.json")
@@ -260,7 +264,9 @@ def main() -> None:
             row = measure(args.one, args.models[0], args.page_tokens[0], args, Path(folder))
         print(json.dumps(row))
         return
-    rows = []
+    rows: list[Row] = []
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine()
+    results = {"rows": rows, "device": device, "gpu": args.gpu, "completion": args.completion}
     for model, tokens, work in itertools.product(args.models, args.page_tokens, args.work):
         row: Row = {"model": Path(model).name, "page_tokens": tokens, "work": work}
         if args.plan:
@@ -270,9 +276,8 @@ def main() -> None:
             row |= run_in_process(work, model, tokens, args)
         rows.append(row)
         print(table(rows[-1:]).splitlines()[-1], flush=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine()
+        write_results(args.out, results, [])
     print(f"\n{device}; planned for {args.gpu}\n{table(rows)}")
-    write_results(args.out, {"rows": rows, "device": device, "gpu": args.gpu, "completion": args.completion}, [])
 
 
 if __name__ == "__main__":

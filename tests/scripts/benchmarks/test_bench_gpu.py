@@ -10,7 +10,7 @@ from small_shape import SMALL
 from mmr5_train.models.shapes import SHAPES
 from mmr5_train.training import run
 
-ARGS = Namespace(completion=6, gpu="h100", plan=False)
+ARGS = Namespace(completion=6, rounds=2, gpu="h100", plan=False)
 
 
 @pytest.fixture
@@ -40,14 +40,13 @@ def test_measures_a_shape_with_the_published_settings(work, tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
-def test_measures_a_checkpoint_with_the_real_tokenizer(standin, tmp_path, monkeypatch, restored):
-    monkeypatch.setattr(bench_gpu, "ROUNDS", 2)
+def test_measures_a_checkpoint_with_the_real_tokenizer(standin, tmp_path, restored):
     row = bench_gpu.measure("grpo shared", str(standin), 12, ARGS, tmp_path)
     assert row["measured_s"] > 0
 
 
 def test_the_table_to_fill_in_has_the_forecasts_of_the_real_shape(tmp_path):
-    args = Namespace(completion=300, gpu="h100", plan=True)
+    args = Namespace(completion=300, rounds=2, gpu="h100", plan=True)
     stock, shared = (bench_gpu.measure(f"grpo {kind}", "7B", 2772, args, tmp_path) for kind in ("stock", "shared"))
     assert stock.keys() == {"planned_gib", "planned_s"}
     assert 20 < shared["planned_gib"] < stock["planned_gib"]

@@ -5,14 +5,13 @@
 Page sizes come from the recipe's candidates if that stage has run. Otherwise they are those of A4 pages at 150
 dpi. The numbers of examples come from the data, from the annotation files of the corpus, or from the recipe's rule
 (mmr5_train/recipes/forecast.py). The output says which. Model sizes are exact. Memory and hours are estimates from
-the formulas in this file. They have not been checked against a GPU.
+the formulas in mmr5_train/recipes/cost.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,38 +25,16 @@ from mmr5_train.distill import check_recipe
 from mmr5_train.models.config import ModelConfig
 from mmr5_train.models.pages import PageLimits, page_size, shrink_factor
 from mmr5_train.models.settings import complete_model
-from mmr5_train.models.shapes import empty_model
 from mmr5_train.ranking.records import RankingTask
 from mmr5_train.recipe import RecipeStage, check_verdicts, compose_stages, stage_overrides
+from mmr5_train.recipes.cost import GIB, GPUS, ZERO, Gpu, Network, Workload, measure, memory, seconds
 from mmr5_train.recipes.forecast import forecasts
 from mmr5_train.recipes.inherited import inherit_settings
 from mmr5_train.training.sharing import share
 
-GIB = 2**30
 TEXT_TOKENS = 200  # tokens of a prompt without its pages: system prompt, question, chat template
 A4 = (1240, 1754)  # pixels of a portrait page at 150 dpi
 TRAINING_SET_GB = 49  # MMDocIR's training set as published
-KERNELS = 1.5 * GIB  # CUDA context, cuBLAS workspaces, fragmentation
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Data sheet of a GPU: memory in GiB, dense bfloat16 FLOP per second, memory bandwidth in bytes per second."""
-
-    gib: float
-    flops: float
-    bytes_per_s: float
-
-
-GPUS = {
-    "rtx_4090": Gpu(24, 165e12, 1.01e12),
-    "l40s": Gpu(48, 362e12, 0.86e12),
-    "a100_40gb": Gpu(40, 312e12, 1.56e12),
-    "a100_80gb": Gpu(80, 312e12, 2.04e12),
-    "h100": Gpu(80, 989e12, 3.35e12),
-    "h200": Gpu(141, 989e12, 4.8e12),
-}
-UTILIZATION = 0.4  # share of peak FLOP/s reached in training and prefill, and of bandwidth reached in decoding
 
 
 class PlanStage(RecipeStage):
@@ -66,42 +43,6 @@ class PlanStage(RecipeStage):
     gpu: str = Field(description="GPU type: " + ", ".join(GPUS))
     gpus: int = Field(gt=0)
     completion_tokens: int = Field(gt=0, description="expected length of a completion, in tokens")
-
-
-@dataclass(frozen=True)
-class Network:
-    """A model's sizes: parameters by part, and the dimensions that determine activations."""
-
-    language: int
-    vision: int
-    trained: int
-    adapters: int  # those of the trained parameters that adapters add to the model
-    layers: int
-    hidden: int
-    intermediate: int
-    kv: int  # width of the keys (or values) of one layer
-    vocabulary: int
-    vision_layers: int
-    vision_hidden: int
-    token_side: int  # side of a visual token in pixels
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The work of a training stage. `rows` and `groups` are per GPU."""
-
-    prompts: list[int]  # tokens of each prompt in the data
-    rows: int  # sequences in a forward pass: SFT examples or GRPO completions
-    groups: int  # different prompts in a forward pass; equals `rows` without a shared prefix
-    completion: int  # longest completion in tokens
-    expected: int  # expected completion length in tokens
-    updates: int  # optimizer steps
-    sequences: int  # sequences trained on by all GPUs; counts each iteration over a rollout
-    passes: float  # forward passes in addition to the update's own: old policy, reference policy
-    rollouts: int  # completions sampled by all GPUs
-    checkpointing: bool
-    sampled_rows: int = 0  # completions that a GPU samples at once: those of a rollout batch
-    sampled_prompts: int = 0  # different prompts among them; equals `sampled_rows` without a shared prefix
 
 
 def main(config: PlanStage) -> None:
@@ -174,38 +115,6 @@ def histogram(values: Sequence[int], bins: int = 6) -> Iterator[str]:
     for start in range(low, high + 1, width):
         count = sum(start <= value < start + width for value in values)
         yield f"  {start:>7,} to {start + width - 1:>7,}  {count:>7,}  {'█' * round(30 * count / len(values))}"
-
-
-def measure(model: ModelConfig) -> Network:
-    """The exact sizes of a model, from its modules without weights."""
-    network = empty_model(model.path)
-    text, vision = network.config.text_config, network.config.vision_config
-    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
-    vision_size = sum(size for name, size in sizes.items() if ".visual." in name)
-    trained = sum(sizes.values()) - (vision_size if model.freeze_vision else 0)
-    adapters = 0
-    if model.lora is not None:
-        from peft import get_peft_model
-
-        from mmr5_train.training.adapters import lora_config
-
-        adapted: Any = get_peft_model(network, lora_config(model))  # type: ignore[arg-type]
-        trained = adapters = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
-    head_width = text.hidden_size // text.num_attention_heads
-    return Network(
-        language=sum(sizes.values()) - vision_size,
-        vision=vision_size,
-        trained=trained,
-        adapters=adapters,
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        kv=text.num_key_value_heads * head_width,
-        vocabulary=text.vocab_size,
-        vision_layers=vision.depth,
-        vision_hidden=vision.hidden_size,
-        token_side=vision.patch_size * vision.spatial_merge_size,
-    )
 
 
 def prompt_tokens(candidates: Any, model: ModelConfig, split: str, side: int) -> tuple[list[int], str]:
@@ -297,7 +206,6 @@ def grpo_work(stage: Any, prompts: list[int], questions: int, config: PlanStage)
     )
 
 
-ZERO = {"ddp": 0, "zero2": 2, "zero3": 3, "zero3_offload": 3}  # config of accelerate → stage of ZeRO
 ADVICE = {
     "weights": "Use a smaller model, more GPUs with ZeRO-3, or a 4-bit base.",
     "gradients": "Train adapters (model.lora) instead of the whole model.",
@@ -307,51 +215,6 @@ ADVICE = {
     "logits": "Lower trainer.max_completion_length or the batch.",
     "kernels": "Use a GPU with more memory.",
 }
-
-
-def memory(network: Network, work: Workload, zero: str, gpus: int) -> dict[str, float]:
-    """Bytes per GPU at the longest prompt, by part."""
-    stage, offload = ZERO[zero], zero.endswith("offload")
-    total, prompt = network.language + network.vision, max(work.prompts)
-    gpu_share = 1 / gpus
-    # bfloat16 weights. Trained weights are float32, with float32 gradients and two Adam moments.
-    weights = 2 * total * (gpu_share if stage == 3 else 1) * (0 if offload else 1)
-    if offload:
-        weights = 2 * total / network.layers * 2  # two layers at a time are on the GPU
-    tokens = work.groups * prompt + work.rows * work.completion
-    layer = 2 * (7 * network.hidden + 2 * network.kv + 4 * network.intermediate) + 8 * network.hidden
-    # Bytes per token. Gradient checkpointing stores only each layer's input and recomputes one layer at a time.
-    stored = network.layers * 2 * network.hidden + layer if work.checkpointing else network.layers * layer
-    if work.sequences == 0:
-        stored = layer  # without a backward pass, only one layer's activations exist at a time
-    # A frozen vision tower stores nothing for the backward pass. Each visual token has four patches. It reads the
-    # pages of a rollout batch at once.
-    vision = 2 * max(work.groups, work.sampled_prompts) * 4 * prompt * 8 * network.vision_hidden
-    cached_tokens = work.sampled_prompts * prompt + work.sampled_rows * work.completion
-    cache = 2 * 2 * network.layers * network.kv * cached_tokens
-    return {
-        "weights": weights + 2 * network.trained + 2 * network.adapters,
-        "gradients": 4 * network.trained * (gpu_share if stage >= 2 else 1),
-        "optimizer": 8 * network.trained * (gpu_share if stage >= 2 else 1) * (0 if offload else 1),
-        "activations": tokens * stored + vision,
-        "KV cache": cache,
-        "logits": 10.0 * work.rows * min(work.completion, 1024) * network.vocabulary,
-        "kernels": KERNELS,
-    }
-
-
-def seconds(network: Network, work: Workload, gpu: Gpu, gpus: int) -> float:
-    """Seconds of all updates and rollouts, from FLOP (training, prefill) and bytes read (decoding)."""
-    prompt = mean(work.prompts)
-    tokens = prompt * work.groups / work.rows + work.expected  # per row
-    forward = 2 * network.language * tokens + 4 * network.layers * network.hidden * prompt * tokens
-    vision = 2 * network.vision * 4 * prompt * work.groups / work.rows
-    passes = 3 + (1 if work.checkpointing else 0) + work.passes
-    training = work.sequences * (forward * passes + vision * (1 + work.passes)) / (gpu.flops * UTILIZATION * gpus)
-    batches = work.rollouts / max(1, work.sampled_rows) / gpus
-    decoding = batches * work.expected * 2 * network.language / (gpu.bytes_per_s * UTILIZATION)
-    prefill = work.rollouts * (forward + vision) / (gpu.flops * UTILIZATION * gpus)
-    return training + decoding + prefill
 
 
 if __name__ == "__main__":

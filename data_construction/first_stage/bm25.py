@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import bm25s
-
 from data_construction.corpus.documents import Document
+from mmr5_train.common.bm25s_import import bm25s
 from mmr5_train.ranking.records import Page
 
 

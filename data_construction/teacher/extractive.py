@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from bm25s.stopwords import STOPWORDS_EN
 from pydantic import BaseModel, ConfigDict
 
 from data_construction.teacher.replies import PageNote
+from mmr5_train.common.bm25s_import import STOPWORDS
 from mmr5_train.ranking.notes import remove_verdict
 from mmr5_train.ranking.prompt import fill_template, neutralize
 from mmr5_train.ranking.records import LocalId, Page
@@ -27,7 +27,7 @@ QUESTION_WORDS = (
     "has", "have", "had", "were", "can", "from", "page", "document", "according", "about", "all", "its", "your",
     "you", "them", "list", "give", "write", "answer", "please",
 )  # fmt: skip
-_STOP_WORDS = frozenset((*STOPWORDS_EN, *QUESTION_WORDS))
+_STOP_WORDS = frozenset((*STOPWORDS, *QUESTION_WORDS))
 
 
 class ExtractiveConfig(BaseModel):

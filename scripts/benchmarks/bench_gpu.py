@@ -13,8 +13,9 @@ weights, with the shipped model's processor. Each measurement runs in a separate
 in outputs/bench/gpu_logs. One that fails, for example for lack of memory, becomes a row that says so.
 
 Prints a table in the format of docs/benchmarks.md, and writes outputs/bench/gpu.json after each row. Seconds of
-GRPO are means over the optimizer steps of a rollout batch, sampling included. The last of `--rounds` counts. Memory is the peak of PyTorch's reserved memory
-plus what other libraries use on the GPU. On a CPU, memory is not measured.
+GRPO are means over the optimizer steps of a rollout batch, sampling included. The last of `--rounds` counts.
+Memory is the peak of PyTorch's reserved memory plus what other libraries use on the GPU. On a CPU,
+memory is not measured.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from mmr5_train.models.shapes import shape_config
 from mmr5_train.ranking.notes import format_note, join_notes
 from mmr5_train.ranking.records import Candidate, LocalId, PageId, RankingTask, Trace
 from mmr5_train.recipe import STAGES, stage_overrides
+from mmr5_train.recipes import cost
 from mmr5_train.training import run
 
 PAGES, QUESTIONS = 5, 16
@@ -128,16 +130,19 @@ def measure(work: str, model: str, tokens: int, args: argparse.Namespace, folder
     recipe = recipe.model_copy(update={"completion_tokens": args.completion})
     stage = "grpo" if work.startswith("grpo") else "sft"  # logits: only the model of the stage is used
     config = stage_config(stage, work, checkpoint, recipe, args, folder)
-    network, prompt = plan.measure(config.model), plan.TEXT_TOKENS + PAGES * tokens
+    network, prompt = cost.measure(config.model), plan.TEXT_TOKENS + PAGES * tokens
     if work == "logits":
-        network, load = replace(network, trained=0, adapters=0), one_pass(prompt)
+        network, load = (
+            replace(network, trained=0, adapters=0, adapted_inputs=0, adapted_input=0),
+            one_pass(prompt),
+        )
     elif stage == "sft":
         load = plan.sft_work(config, [prompt], QUESTIONS, recipe)
     else:
         load = plan.grpo_work(config, [prompt], QUESTIONS, recipe)
     row: Row = {
-        "planned_gib": sum(plan.memory(network, load, "ddp", 1).values()) / plan.GIB,
-        "planned_s": plan.seconds(network, load, plan.GPUS[args.gpu], 1) / load.updates,
+        "planned_gib": sum(cost.memory(network, load, "ddp", 1).values()) / cost.GIB,
+        "planned_s": cost.seconds(network, load, cost.GPUS[args.gpu], 1) / load.updates,
     }
     if args.plan:
         return row
@@ -146,9 +151,9 @@ def measure(work: str, model: str, tokens: int, args: argparse.Namespace, folder
     return row | {"measured_s": seconds, "measured_gib": peak_gib() if torch.cuda.is_available() else None}
 
 
-def one_pass(prompt: int) -> plan.Workload:
+def one_pass(prompt: int) -> cost.Workload:
     """One question in mode logits: one forward pass over its prompt."""
-    return plan.Workload(
+    return cost.Workload(
         prompts=[prompt], rows=1, groups=1, completion=1, expected=1, updates=1, sequences=0, passes=0, rollouts=1,
         checkpointing=True, sampled_rows=1, sampled_prompts=1,
     )  # fmt: skip
@@ -212,7 +217,7 @@ def peak_gib() -> float:
     """PyTorch's peak of reserved memory, plus the GPU memory that is used outside of PyTorch's allocator."""
     free, total = torch.cuda.mem_get_info()
     outside = total - free - torch.cuda.memory_reserved()
-    return (torch.cuda.max_memory_reserved() + outside) / plan.GIB
+    return (torch.cuda.max_memory_reserved() + outside) / cost.GIB
 
 
 def run_in_process(work: str, model: str, tokens: int, args: argparse.Namespace) -> Row:
@@ -255,7 +260,7 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=300, help="tokens of a completion in GRPO")
     parser.add_argument("--rounds", type=int, default=3, help="training rounds, of which the last is measured")
     parser.add_argument("--plan", action="store_true", help="measure nothing: print the table to fill in")
-    parser.add_argument("--gpu", choices=list(plan.GPUS), default="h100", help="the GPU that the plan is for")
+    parser.add_argument("--gpu", choices=list(cost.GPUS), default="h100", help="the GPU that the plan is for")
     parser.add_argument("--out", type=Path, default=OUTPUT / "gpu.json")
     parser.add_argument("--one", choices=WORK, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -265,8 +270,7 @@ def main() -> None:
         print(json.dumps(row))
         return
     rows: list[Row] = []
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine()
-    results = {"rows": rows, "device": device, "gpu": args.gpu, "completion": args.completion}
+    results = {"rows": rows, "gpu": args.gpu, "completion": args.completion}
     for model, tokens, work in itertools.product(args.models, args.page_tokens, args.work):
         row: Row = {"model": Path(model).name, "page_tokens": tokens, "work": work}
         if args.plan:
@@ -277,6 +281,9 @@ def main() -> None:
         rows.append(row)
         print(table(rows[-1:]).splitlines()[-1], flush=True)
         write_results(args.out, results, [])
+    # Only now: this process uses no memory of the GPU while others measure it.
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else machine()
+    write_results(args.out, results | {"device": device}, [])
     print(f"\n{device}; planned for {args.gpu}\n{table(rows)}")
 
 

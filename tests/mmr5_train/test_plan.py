@@ -7,6 +7,7 @@ from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import InputError
 from mmr5_train.models.loading import load_model
 from mmr5_train.models.shapes import SHAPES, empty_model
+from mmr5_train.recipes import cost
 
 
 def compose(*overrides):
@@ -26,7 +27,7 @@ def test_model_shapes_have_the_published_sizes(path, billions):
 
 def test_measure_counts_parameters_exactly(tiny):
     model = load_model(tiny)
-    network = plan.measure(tiny)
+    network = cost.measure(tiny)
     assert network.language + network.vision == sum(p.numel() for p in model.parameters())
     assert network.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +12,8 @@ from hypothesis import strategies as st
 from data_construction.corpus.documents import Document
 from data_construction.first_stage.bm25 import rank_by_bm25
 from mmr5_train.ranking.records import Page, PageId, Question
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def document(texts: list[str], *queries: str) -> Document:
@@ -67,3 +74,17 @@ def test_document_without_pages_or_questions_has_no_ranked_pages() -> None:
 )
 def test_every_page_is_ranked_once(texts: list[str], query: str) -> None:
     assert sorted(bm25_order(texts, query or "q")) == list(range(len(texts)))
+
+
+def test_bm25s_is_imported_without_jax(tmp_path):
+    """JAX reserves 75 % of the GPU's memory when bm25s calls it at import. Later imports of JAX succeed."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax/__init__.py").write_text("")
+    (tmp_path / "jax/lax.py").write_text("print('jax used')\ntop_k = lambda scores, k: None\n")
+    code = "{}import data_construction.first_stage.bm25, sys; print('jax.lax' in sys.modules); import jax.lax"
+    for jax_first, printed in (("", "False\njax used\n"), ("import jax; jax.x = 1; ", "False\njax used\n")):
+        process = subprocess.run(
+            [sys.executable, "-c", code.format(jax_first) + (jax_first and "; assert jax.x == 1")],
+            env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert process.stdout == printed

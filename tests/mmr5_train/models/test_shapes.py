@@ -7,9 +7,9 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForImageTextToText
 
-from mmr5_train import plan
 from mmr5_train.common.config import compose_stage
 from mmr5_train.models.shapes import empty_model, shape_config
+from mmr5_train.recipes import cost
 from mmr5_train.sft import SftStage
 from mmr5_train.training.adapters import lora_config
 
@@ -30,7 +30,7 @@ def model_config(size, r):
 
 @lru_cache
 def planned_network(size):
-    return plan.measure(model_config(size, 64))
+    return cost.measure(model_config(size, 64))
 
 
 @pytest.mark.parametrize("size", PATHS)
@@ -71,14 +71,16 @@ def test_planned_memory_is_that_of_the_parameters_and_of_a_key_value_cache(size)
             position_ids=torch.empty(3, 2, 50, dtype=torch.long),
             use_cache=True,
         ).past_key_values
-    stage = plan.Workload(
+    stage = cost.Workload(
         prompts=[40], rows=2, groups=2, completion=10, expected=10, updates=1, sequences=2, passes=0, rollouts=2,
         checkpointing=True, sampled_rows=2, sampled_prompts=2,
     )  # fmt: skip
-    planned = plan.memory(network, stage, "ddp", 1)
+    planned = cost.memory(network, stage, "ddp", 1)
     trained = 64 * ADAPTERS[size]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     assert planned["weights"] == weights + 4 * trained
     assert planned["gradients"] + planned["optimizer"] == 12 * trained
     cached = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    assert planned["KV cache"] == sum(tensor.numel() * tensor.element_size() for tensor in cached)
+    assert cost.sampling_memory(network, stage, 40)["KV cache"] == sum(
+        tensor.numel() * tensor.element_size() for tensor in cached
+    )

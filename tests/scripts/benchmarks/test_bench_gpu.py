@@ -53,6 +53,24 @@ def test_the_table_to_fill_in_has_the_forecasts_of_the_real_shape(tmp_path):
     assert stock["planned_s"] > 2 * shared["planned_s"]
 
 
+@pytest.mark.parametrize(
+    ("model", "work", "gib", "seconds"),
+    [
+        ("7B", "sft", 28.8, 15.1),
+        ("7B", "grpo stock", 46.3, 35.0),
+        ("7B", "grpo shared", 29.7, 12.0),
+        ("7B", "logits", 21.7, 1.6),
+        ("3B", "sft", 15.9, 10.7),
+    ],
+)
+def test_forecasts_are_close_to_what_an_h200_measured(model, work, gib, seconds, tmp_path):
+    """The measurements of docs/benchmarks.md, at five pages of 2,772 tokens."""
+    args = Namespace(completion=300, rounds=2, gpu="h200", plan=True)
+    row = bench_gpu.measure(work, model, 2772, args, tmp_path)
+    assert row["planned_gib"] == pytest.approx(gib, rel=0.1)
+    assert row["planned_s"] == pytest.approx(seconds, rel=0.3)
+
+
 @pytest.mark.parametrize(("tokens", "sides"), [(1024, (32, 32)), (2772, (44, 63)), (12, (3, 4))])
 def test_pages_have_exactly_the_stated_tokens(tokens, sides):
     assert bench_gpu.page_sides(tokens) == sides

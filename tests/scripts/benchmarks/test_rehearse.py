@@ -7,14 +7,16 @@ from unittest.mock import patch
 
 import pytest
 import rehearse
-from rehearse import ROOT, changed_settings, is_allowed
+from rehearse import ROOT, RUNS, SHORT_RUNS, changed_settings, is_allowed
 
 from mmr5_train.common.files import read_manifest
 
 
-@pytest.mark.parametrize("recipe", ["mm_r5", "recommended"])
-def test_only_checkpoint_amounts_and_device_are_changed(recipe):
-    changed = {f"{stage}.{key}": is_allowed(stage, key) for stage, key, *_ in changed_settings(recipe)}
+@pytest.mark.parametrize("run", RUNS + SHORT_RUNS, ids=lambda run: f"{run.name}-{len(run.overrides)}")
+def test_only_checkpoint_amounts_and_device_are_changed(run):
+    changed = {
+        f"{stage}.{key}": is_allowed(stage, key) for stage, key, *_ in changed_settings(run.recipe, run.overrides)
+    }
     assert [setting for setting, allowed in changed.items() if not allowed] == []
     assert {"sft.model.path", "sft.model.dtype", "sft.limit", "grpo.trainer.max_steps"} <= changed.keys()
 

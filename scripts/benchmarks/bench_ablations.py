@@ -1,9 +1,9 @@
 """Targets of the ablations, and how often a GRPO run that did not collapse raised an alarm.
 
-    python scripts/benchmarks/bench_ablations.py --folder outputs/ablations    # writes outputs/bench/ablations.json
+    python scripts/benchmarks/bench_ablations.py --folder outputs/ablations
 
-`scripts/ablations.sh --tiny` runs this at its end. Reads compare/compare.json in the folder, and for each run its
-evaluation and its alarms.json. An alarm is false if the run ended with sampled recall@1 no lower than that of the
+`scripts/ablations.sh --tiny` runs this at its end; it writes outputs/bench/ablations.json. Reads
+compare/compare.json in the folder, and for each run its evaluation and its alarms.json. An alarm is false if the run ended with sampled recall@1 no lower than that of the
 policy it started from (`sft_only` or, for `rl_only`, `base_only`), and with at least as many complete orders.
 """
 
@@ -72,8 +72,12 @@ def targets(compared: dict[str, Any], minutes: float | None) -> list[Row]:
         recommended = figures["recommended"]
         best = max(figures[name]["recall@1"]["mean"] for name in ("recommended", "reward_true_reasoning"))
         rows += [
-            at_least(f"recommended, complete orders, {population}", recommended["complete_permutations"]["mean"], 0.98),
-            at_least(f"recommended, true descriptions, {population}", recommended["true_descriptions"]["mean"], 0.95),
+            at_least(
+                f"recommended, complete orders, {population}", recommended["complete_permutations"]["mean"], 0.98
+            ),
+            at_least(
+                f"recommended, true descriptions, {population}", recommended["true_descriptions"]["mean"], 0.95
+            ),
             at_least(
                 f"recommended − better of gated and true_reasoning, recall@1, {population}",
                 recommended["recall@1"]["mean"] - best,

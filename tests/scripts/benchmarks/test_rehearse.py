@@ -31,17 +31,20 @@ def test_other_settings_are_not_allowed():
 
 
 @pytest.mark.launch
-def test_short_form_runs_the_recipe_from_the_data_to_the_table(standin, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_short_form_runs_the_recipe_from_the_data_to_the_table(family, standin, tmp_path, monkeypatch, capfd):
     """With two DeepSpeed processes; `standin` skips the test where the tokenizer is missing.
 
-    The main process of the rehearsal is this one, which has imported the libraries already.
+    The stand-in of Qwen3-VL has one token for each think tag. The main process of the rehearsal is this one, which
+    has imported the libraries already.
     """
-    arguments = ["--short", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "rehearsal.json")]
+    folder, result = str(tmp_path / "out"), tmp_path / "rehearsal.json"
+    arguments = ["--short", "--family", family, "--out", folder, "--json", str(result)]
     monkeypatch.setattr(sys, "argv", ["rehearse.py", *arguments])
     monkeypatch.chdir(ROOT)
     with patch.dict(os.environ):  # the rehearsal sets variables for the processes that it starts
         rehearse.main()
-    targets = json.loads((tmp_path / "rehearsal.json").read_text())["targets"]
+    targets = json.loads(result.read_text())["targets"]
     assert [target for target in targets if not target["met"] and target["name"] != "minutes"] == []
     assert len(targets) > 4
     assert "sft.model.dtype: float32 (published: bfloat16)" in capfd.readouterr().out

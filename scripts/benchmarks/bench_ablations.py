@@ -3,8 +3,9 @@
     python scripts/benchmarks/bench_ablations.py --folder outputs/ablations
 
 `scripts/ablations.sh --tiny` runs this at its end; it writes outputs/bench/ablations.json. Reads
-compare/compare.json in the folder, and for each run its evaluation and its alarms.json. An alarm is false if the run ended with sampled recall@1 no lower than that of the
-policy it started from (`sft_only` or, for `rl_only`, `base_only`), and with at least as many complete orders.
+compare/compare.json in the folder, and for each run its evaluation and its alarms.json. An alarm is false if the
+run ended with sampled recall@1 no lower than that of the policy it started from (`sft_only` or, for `rl_only`,
+`base_only`), and with at least as many complete orders.
 """
 
 from __future__ import annotations

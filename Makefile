@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo demo-modes test test-long bench-demo bench-grpo bench-constrained bench-pages bench-gpu bench-data bench-amounts bench-train bench-serve bench-rerank rehearsal test-wheel lint format lock clean
+.PHONY: help setup demo demo-modes test test-long bench-demo bench-reasoning bench-grpo bench-constrained bench-pages bench-gpu bench-data bench-amounts bench-train bench-serve bench-rerank rehearsal test-wheel lint format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test-long      run the tests that launch several processes, and slow variants of other tests"
 	@echo "make test-wheel     install the wheel into a fresh environment and run the demo there"
 	@echo "make bench-demo     run the demo on seeds 10, 11 and 12; writes outputs/bench/demo.json"
+	@echo "make bench-reasoning  compare models with and without reasoning; writes outputs/bench/reasoning.json"
 	@echo "make bench-grpo     compare GRPO with shared prompts to TRL's trainer; writes outputs/bench/grpo.json"
 	@echo "make bench-constrained  measure constrained decoding next to xgrammar; writes outputs/bench/constrained.json"
 	@echo "make bench-pages    measure the part of a GRPO step that is data; writes outputs/bench/pages.json"
@@ -69,6 +70,9 @@ test-wheel: setup
 
 bench-demo: setup
 	$(BIN)/python scripts/benchmarks/bench_demo.py
+
+bench-reasoning: setup
+	$(BIN)/python scripts/benchmarks/bench_reasoning.py
 
 bench-grpo: setup
 	$(BIN)/python scripts/benchmarks/bench_grpo.py --figure outputs/bench/grpo.svg

@@ -7,7 +7,8 @@
 #
 # Overrides apply to every recipe. Stages that the recipes of one seed share (candidates, traces, SFT) run once. To
 # resume after an interruption, run the same command again. JOBS recipes run at the same time, with one core each.
-# RECIPES and SEEDS select other recipes and seeds.
+# RECIPES and SEEDS select other recipes and seeds. --tiny takes fewer GRPO steps and held-out questions than the demo,
+# and at the end prints its targets (outputs/bench/ablations.json).
 set -euo pipefail
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$0"
@@ -22,7 +23,7 @@ TINY=()
 TABLES=
 if [[ ${1:-} == --tiny ]]; then
     shift
-    TINY=(size=tiny)
+    TINY=(size=tiny stages.grpo.trainer.max_steps=40 stages.evaluate.limit=300)
     ALL="$ALL sft_users" # users' questions are in the synthetic corpus only
     TABLES=catalogue,users,users_unseen
     JOBS=${JOBS:-2}
@@ -35,8 +36,8 @@ LAUNCH=${LAUNCH:+launch=$LAUNCH}
 
 job() { # SEED RECIPE [OVERRIDE…]: runs one recipe, with its output in a log file
     local name=${2:-recommended} folder="$OUT/$1" steps=()
-    # size=tiny counts SFT in steps; 450 of them take as long as SFT and GRPO of `recommended`.
-    if [[ ${TINY[*]} && $name == sft_continued ]]; then steps=(stages.sft.trainer.max_steps=450); fi
+    # size=tiny counts SFT in steps; 230 of them take as long as SFT and GRPO of `recommended`.
+    if [[ ${TINY[*]} && $name == sft_continued ]]; then steps=(stages.sft.trainer.max_steps=230); fi
     mkdir -p "$folder"
     if "$PYTHON" -m mmr5_train.recipe "experiment=[recommended${2:+,$2}]" seed="$1" out="$folder/$name" \
         shared="$folder/shared" ${LAUNCH:-} "${TINY[@]}" "${steps[@]}" "${@:3}" > "$folder/$name.log" 2>&1; then
@@ -55,7 +56,9 @@ start() { # runs a job in the background, at most JOBS at the same time; the fir
     running=$((running + 1))
 }
 finish() { while ((running > 0)); do wait -n; running=$((running - 1)); done; }
-trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
+mkdir -p "$OUT"
+# Each part of an interrupted run adds its seconds.
+trap 'kill $(jobs -p) 2> /dev/null || true; echo $SECONDS >> "$OUT/seconds.txt"' EXIT
 
 for seed in $SEEDS; do start "$seed" "" "$@"; done # these run the shared stages
 finish
@@ -65,4 +68,8 @@ done
 finish
 "$PYTHON" -m mmr5_train.compare folder="$OUT" baseline=recommended \
     "question_types=[$TABLES]" out="$OUT/compare" overwrite=true
+if [[ ${TINY[*]} && $RECIPES == "$ALL" ]]; then
+    parts=$(paste -sd+ "$OUT/seconds.txt" 2> /dev/null || echo 0)
+    "$PYTHON" scripts/benchmarks/bench_ablations.py --folder "$OUT" --seconds $((parts + SECONDS))
+fi
 echo "ablations: $SECONDS s; open $OUT/compare/compare.html"

@@ -25,11 +25,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from random import Random
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -66,6 +67,8 @@ from mmr5_train.ranking.records import (
 
 FIRST_STAGE_KS = (1, 3, 5, 10, 20)
 
+Share = Annotated[float, Field(gt=0, le=1)]
+
 
 class CandidatesStage(StageConfig):
     """`python -m data_construction.candidates` (configs/candidates.yaml)."""
@@ -82,8 +85,10 @@ class CandidatesStage(StageConfig):
         default=None, gt=0, description="pages per heldout question; None: the same as `candidates`"
     )
     split: Split
-    question_types: dict[SplitName, tuple[str, ...]] = Field(
-        default={}, description="question types of a split's questions; a split that is not listed has all"
+    question_types: dict[SplitName, dict[str, Share]] = Field(
+        default={},
+        description="question types of a split's questions, as a list or with the share of each type's questions "
+        "that is kept, e.g. {users: 1.0, catalogue: 0.5}; a split that is not listed has all",
     )
     train_per_domain: int | None = Field(
         default=None,
@@ -99,8 +104,23 @@ class CandidatesStage(StageConfig):
 
     @field_validator("question_types", mode="before")
     @classmethod
-    def _null_is_empty(cls, value: Any) -> Any:
-        return {} if value is None else value  # the default is null, so that Hydra can add splits
+    def _lists_keep_all(cls, value: Any) -> Any:
+        if value is None:
+            return {}  # the default is null, so that Hydra can add splits
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            split: dict.fromkeys(types, 1.0) if isinstance(types, list | tuple) else types
+            for split, types in value.items()
+        }
+
+    def keeps(self, split: SplitName, question: Question) -> bool:
+        """Whether `question_types` keeps a question of the split. The choice depends on the seed and its id."""
+        if split not in self.question_types:
+            return True
+        shares = self.question_types[split]
+        share = max((shares.get(kind, 0.0) for kind in question.question_types), default=0.0)
+        return Random(f"{self.seed}/{question.query_id}/type").random() < share
 
 
 class RankedQuestion(Record):
@@ -249,8 +269,7 @@ def write_splits(
         for line in stack.enter_context(spool.open(encoding="utf-8")):
             ranked = RankedQuestion.model_validate_json(line)
             split = split_of[ranked.question.doc_name]
-            types = config.question_types.get(split)
-            if types is not None and not set(types) & set(ranked.question.question_types):
+            if not config.keeps(split, ranked.question):
                 summary.other_types[split] += 1
                 continue
             task = split_task(config, split, ranked)

@@ -158,6 +158,7 @@ def write_results(
             "skipped": dict(sorted(Counter(skip.reason for skip in skipped).items())),
             "teacher": dict(sorted(teacher.counts.items())),
         },
+        resolved=teacher.resolved,
     )
     print(
         f"traces: {len(traces)} of {len(results)} questions explained by the {config.teacher.name} teacher "

@@ -31,6 +31,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from pydantic import Field, field_serializer, field_validator
 
+from mmr5_train.chat.dialect import Dialect
 from mmr5_train.common.config import StageConfig, config_path, run_stage
 from mmr5_train.common.files import (
     InputError,
@@ -52,7 +53,7 @@ from mmr5_train.inference.processes import (
     run_unfinished,
     start_inference_processes,
 )
-from mmr5_train.inference.remote import ServerConfig
+from mmr5_train.inference.remote import RemoteBackend, ServerConfig
 from mmr5_train.inference.reranker import RankingOptions, Reranker
 from mmr5_train.inference.tasks import Batch, batch_seed
 from mmr5_train.models.config import MAX_NEW_TOKENS, CheckpointOptions
@@ -104,6 +105,7 @@ class RankedBatch(Batch):
     seconds: float
     sampling_seconds: float
     rankings: tuple[Ranking, ...]
+    dialect: Dialect | None = None  # in which a server was asked
 
 
 class EvaluateStage(StageConfig, CheckpointOptions):
@@ -216,10 +218,14 @@ def write_results(
     """
     out, source = config.out, config.data.parent
     rankings, timing = {FIRST_STAGE: [first_stage(task) for task in tasks]}, {}
+    dialects: dict[str, Dialect] = {}
     for name in config.systems:
         batches = finished_batches(out / PARTIAL, name, RankedBatch)
         rankings[name] = [ranking for start in sorted(batches) for ranking in batches[start].rankings]
         timing[name] = cost(list(batches.values()))
+        for batch in batches.values():
+            if batch.dialect:
+                dialects[name] = batch.dialect
     for name, system_rankings in rankings.items():
         folder = out / "rankings"
         write_records(folder / f"{name}.jsonl", rebase_images(system_rankings, source, folder))
@@ -231,6 +237,8 @@ def write_results(
     origins = checkpoint_origins(config.systems)
     counts: dict[str, Any] = {"questions": len(tasks), "systems": len(rankings), "samples": config.samples}
     counts |= {"checkpoints": origins} if origins else {}
+    if dialects:
+        counts["dialects"] = {name: dialect.model_dump(mode="json") for name, dialect in dialects.items()}
     write_manifest(
         out,
         stage="evaluate",
@@ -358,6 +366,7 @@ def rank_batch(
         seconds=sampling_start - greedy_start,
         sampling_seconds=time.monotonic() - sampling_start,
         rankings=tuple(_ranking(name, *row) for row in zip(prompted, greedy, samples, strict=True)),
+        dialect=backend.dialect if isinstance(backend, RemoteBackend) else None,
     )
 
 

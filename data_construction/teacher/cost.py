@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,6 +27,7 @@ class Price(BaseModel):
     input: float = Field(ge=0)
     output: float = Field(ge=0)
     pixels_per_token: float = Field(default=PIXELS_PER_TOKEN, gt=0)
+    read: date | None = Field(default=None, description="the day on which the price was read")
 
     def dollars(self, prompt_tokens: float, completion_tokens: float) -> float:
         return (prompt_tokens * self.input + completion_tokens * self.output) / 1e6
@@ -96,6 +98,7 @@ class Estimate:
         if price:
             dollars = price.dollars(self.image_tokens + self.text_tokens, self.output_tokens)
             cost = f"${dollars:,.2f} at ${price.input:g} and ${price.output:g} per million tokens in and out"
+            cost += f" (prices of {price.read})" if price.read else ""
         return (
             f"calls          {self.calls:,}\n"
             f"image tokens   {self.image_tokens:,} ({pixels:g} pixels per token)\n"

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -58,6 +58,7 @@ class ExtractiveTeacher:
     def __init__(self, config: ExtractiveConfig) -> None:
         self.config = config
         self.counts: Counter[str] = Counter()
+        self.resolved: dict[str, Any] = {}
 
     async def explain(
         self, query: str, page: Page, image: Path, helps: bool, words: int, problem: str = ""

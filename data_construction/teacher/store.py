@@ -39,16 +39,22 @@ CREATE TABLE spent (
 CREATE TABLE claims (key TEXT PRIMARY KEY, owner TEXT NOT NULL, until REAL NOT NULL);
 CREATE TABLE settings (value TEXT NOT NULL UNIQUE);
 """
+_DIALECTS = """CREATE TABLE IF NOT EXISTS dialects (
+    model TEXT NOT NULL, configured TEXT NOT NULL, learned TEXT NOT NULL, PRIMARY KEY (model, configured)
+)"""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The parts of a server's reply that are used. `finish` is the reply's finish_reason, or "refusal"."""
+    """The parts of a server's reply that are used. `finish` is as in `mmr5_train.chat.completion.Completion`.
+
+    A stored answer has both counts. Until it is stored, None means that the server did not report one.
+    """
 
     text: str
     finish: str
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: int | None
+    completion_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ class AnswerStore:
                 raise InputError(
                     f"{path}: is not a store of answers that this version can read; choose another with answers=…"
                 )
+            self._db.execute(_DIALECTS)
 
     def register_settings(self, settings: Mapping[str, Any], accept_other_settings: bool) -> None:
         """Records the settings that the requests of this run depend on.
@@ -121,6 +128,18 @@ class AnswerStore:
                     "overwrite=true: it keeps its answers and reuses those whose requests are the same"
                 )
             self._db.execute("INSERT OR IGNORE INTO settings VALUES (?)", (value,))
+
+    def dialect(self, model: str, configured: str) -> str | None:
+        """What a model's refusals have taught runs that began with the dialect `configured`. Both are JSON."""
+        with self._sqlite_errors():
+            row = self._db.execute(
+                "SELECT learned FROM dialects WHERE model = ? AND configured = ?", (model, configured)
+            ).fetchone()
+        return row[0] if row else None
+
+    def put_dialect(self, model: str, configured: str, learned: str) -> None:
+        with self._transaction():
+            self._db.execute("INSERT OR REPLACE INTO dialects VALUES (?, ?, ?)", (model, configured, learned))
 
     def get(self, key: str) -> Answer | None:
         with self._sqlite_errors():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 from pydantic import Field
 
@@ -34,6 +34,9 @@ class Teacher(Protocol):
 
     concurrency: int
     counts: Counter[str]
+
+    @property
+    def resolved(self) -> dict[str, Any]: ...  # for the manifest: settings that the config leaves to the server
 
     async def explain(
         self, query: str, page: Page, image: Path, helps: bool, words: int, problem: str = ""
@@ -59,4 +62,5 @@ def make_teacher(config: TeacherConfig, answers: Path, max_words: int, accept_ot
     server = ChatServer(config)  # before the store, so that no file is created if the key is missing
     store = AnswerStore(answers)
     store.register_settings({**config.request_settings(), "max_words": max_words}, accept_other_settings)
+    server.remember_dialect(store)
     return OpenAITeacher(config, server, store)

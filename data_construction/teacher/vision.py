@@ -9,9 +9,9 @@ so an interrupted run never pays twice for the same request. An unusable answer 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,11 +33,13 @@ from data_construction.teacher.replies import (
     reply_text,
 )
 from data_construction.teacher.store import Answer, AnswerStore, request_key
+from mmr5_train.chat.dialect import Dialect
 from mmr5_train.ranking.notes import format_note, join_notes
 from mmr5_train.ranking.prompt import fill_template, neutralize
 from mmr5_train.ranking.records import LocalId, Page, PageId, PromptedTask
 
 POLL_SECONDS = 0.1
+MAX_EMPTY = 3  # empty answers to one request; each one is paid for
 
 
 class OpenAIConfig(BaseModel):
@@ -64,6 +66,11 @@ class OpenAIConfig(BaseModel):
         gt=0, description="limit of an answer, think block included; doubled when a request is repeated"
     )
     temperature: float | None = Field(ge=0, description="null: not sent, which some models require")
+    detail: Literal["low", "high", "auto", "original"] | None = Field(
+        description="resolution at which the model reads an image; null: not sent"
+    )
+    extra: dict[str, Any] = Field(description="further fields of each request, e.g. {reasoning_effort: low}")
+    dialect: Dialect = Field(description="the request fields to begin with; others are learned from refusals")
     max_pixels: int = Field(ge=784, description="larger page images are shrunk")
     system: str
     can_help: str
@@ -90,7 +97,7 @@ class OpenAIConfig(BaseModel):
 
     def request_settings(self) -> dict[str, Any]:
         """The settings that change what is requested, and so invalidate stored answers."""
-        others = {"name", "concurrency", "max_cost_usd", "prices", "timeout", "attempts", "max_wait"}
+        others = {"name", "concurrency", "max_cost_usd", "prices", "timeout", "attempts", "max_wait", "dialect"}
         return self.model_dump(exclude=others)
 
     def explain_text(self, query: str, helps: bool, words: int) -> str:
@@ -144,7 +151,7 @@ class OpenAITeacher:
     """A `Teacher` over HTTP, with a store of its answers.
 
     After an unusable answer, the request is repeated with the problem added to the prompt and twice the token
-    limit: up to `attempts` tries for empty answers, none after a refusal, two for every other problem.
+    limit: up to `MAX_EMPTY` tries for empty answers, none after a refusal, two for every other problem.
     """
 
     def __init__(self, config: OpenAIConfig, server: ChatServer, store: AnswerStore) -> None:
@@ -153,7 +160,11 @@ class OpenAITeacher:
         self.counts: Counter[str] = Counter()
         self.model = config.model or ""
         self.budget = Budget(self.model, config.price, config.max_cost_usd, lambda: store.spent(self.model))
-        self._max_tries = {**dict.fromkeys(REPLY_PROBLEMS, 2), "empty": config.attempts, "refused": 1}
+        self._max_tries = {
+            **dict.fromkeys(REPLY_PROBLEMS, 2),
+            "empty": min(config.attempts, MAX_EMPTY),
+            "refused": 1,
+        }
         self._slots = asyncio.Semaphore(config.concurrency)
         self._counted_keys: set[str] = set()
         self._paid_answers = 0
@@ -176,6 +187,10 @@ class OpenAITeacher:
         """Summarizes the notes in one or two sentences, without images. Otherwise like `explain`."""
         prompt = self._with_problem(self.config.refine_text(query, notes, positives, words), problem, words)
         return await self._answer(prompt, words, read_line)
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        return {"dialect": self.server.dialect.model_dump(mode="json")}
 
     async def close(self) -> None:
         await self.server.close()
@@ -213,7 +228,9 @@ class OpenAITeacher:
             if key not in self._counted_keys:  # two questions may send the same request
                 self._counted_keys.add(key)
                 self.counts.update(
-                    answers=1, prompt_tokens=answer.prompt_tokens, completion_tokens=answer.completion_tokens
+                    answers=1,
+                    prompt_tokens=answer.prompt_tokens or 0,
+                    completion_tokens=answer.completion_tokens or 0,
                 )
                 if problem:
                     self.counts[problem] += 1
@@ -255,8 +272,14 @@ class OpenAITeacher:
         prompt_tokens = text_tokens(self.config.system + text) + image_tokens
 
         def store(answer: Answer) -> Answer:
-            if not answer.prompt_tokens:  # the server reports no usage; the budget must not count that as free
-                answer = Answer(answer.text, answer.finish, round(prompt_tokens), text_tokens(answer.text))
+            # A count that the server does not report is estimated. The budget must not count it as free.
+            answer = replace(
+                answer,
+                prompt_tokens=round(prompt_tokens) if answer.prompt_tokens is None else answer.prompt_tokens,
+                completion_tokens=(
+                    text_tokens(answer.text) if answer.completion_tokens is None else answer.completion_tokens
+                ),
+            )
             self.store.put(key, self.model, answer)
             self._paid_answers += 1
             return answer
@@ -264,23 +287,23 @@ class OpenAITeacher:
         # The prompt tokens are an estimate: reserve twice as many.
         reserved = await self.budget.reserve(2 * prompt_tokens, max_tokens)
         try:
-            return await self.server.complete(self._body(text, max_tokens, url), store)
+            return await self.server.complete(self._request(text, max_tokens, url), [url] if url else [], store)
         finally:
             await self.budget.release(reserved)
 
-    def _body(self, text: str, max_tokens: int, url: str | None) -> bytes:
-        image_part = [{"type": "image_url", "image_url": {"url": ""}}] if url else []
+    def _request(self, text: str, max_tokens: int, url: str | None) -> dict[str, Any]:
+        """The request without the data of its image."""
+        detail = {"detail": self.config.detail} if self.config.detail else {}
+        image_part = [{"type": "image_url", "image_url": {"url": "", **detail}}] if url else []
         request: dict[str, Any] = {
             "model": self.model,
             "messages": [
                 {"role": "system", "content": self.config.system},
                 {"role": "user", "content": [*image_part, {"type": "text", "text": text}]},
             ],
-            "max_completion_tokens": max_tokens,
+            "max_tokens": max_tokens,
+            **self.config.extra,
         }
         if self.config.temperature is not None:
             request["temperature"] = self.config.temperature
-        # Insert the image after encoding: escaping a megabyte of base64 takes as long as the rest of a call. The
-        # first match is the image's empty url, since json.dumps escapes the quotes in any text.
-        head, mark, tail = json.dumps(request).encode().partition(b'"url": "')
-        return b"".join([head, mark, url.encode() if url else b"", tail])
+        return request

@@ -1,29 +1,32 @@
-"""The backend that calls an OpenAI-compatible server (vLLM, SGLang, `transformers serve`).
+"""The backend that calls an OpenAI-compatible server (vLLM, SGLang, llama.cpp, `transformers serve`, a router).
 
 It has the interface of `mmr5_train.inference.local`: `limits` and `generate`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
-from urllib.parse import urlsplit
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Any, Literal, TypeVar
 
-import openai
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from mmr5_train.chat.client import ChatClient, ChatError, api_key, base_url, explain_rejection
+from mmr5_train.chat.completion import Completion
+from mmr5_train.chat.dialect import Dialect
 from mmr5_train.common.files import InputError
-from mmr5_train.models.inputs import openai_messages
+from mmr5_train.models.inputs import data_url, openai_messages
 from mmr5_train.models.pages import PageLimits
 from mmr5_train.models.sampling import sampling_settings
 from mmr5_train.ranking.answer import to_model_answer
 from mmr5_train.ranking.answer_constraints import gbnf_grammar
-from mmr5_train.ranking.prompt import THINK_OPEN, Prompt
+from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Mode, ModelAnswer
+
+ResultT = TypeVar("ResultT")
 
 
 class ServerConfig(BaseModel):
@@ -33,12 +36,12 @@ class ServerConfig(BaseModel):
 
     url: str = Field(description="e.g. http://localhost:8000/v1")
     model: str = Field(description="the model's name on the server")
-    structured: Literal["none", "vllm", "sglang"] = Field(
+    structured: Literal["none", "vllm", "sglang", "llama_cpp"] = Field(
         default="none",
         description="server whose structured-output parameters constrain answers to a list of all pages; "
         "none: no constraint",
     )
-    kind: Literal["openai", "transformers", "vllm", "sglang"] | None = Field(
+    kind: Literal["openai", "transformers", "vllm", "sglang", "llama_cpp"] | None = Field(
         default=None,
         description="server whose request fields switch off the sampling settings in the checkpoint's "
         "generation_config; openai: only the fields that every server accepts; null: the server of `structured`, "
@@ -47,6 +50,10 @@ class ServerConfig(BaseModel):
     concurrency: int = Field(default=16, gt=0, description="largest number of concurrent requests")
     timeout: float = Field(default=600, gt=0, description="seconds after which a request has failed")
     attempts: int = Field(default=5, gt=0, description="attempts of a request that fails with a temporary error")
+    max_wait: float = Field(default=60, gt=0, description="longest wait between two attempts, seconds")
+    dialect: Dialect = Field(
+        default=Dialect(limit="max_tokens"), description="the request fields to begin with; others are learned"
+    )
     factor: int = Field(
         default=28, gt=0, description="pixels along one side of a visual token: 28; 32 for Qwen3-VL"
     )
@@ -68,19 +75,13 @@ class RemoteBackend:
     ) -> None:
         if mode == "logits":
             raise InputError("mode logits: needs the model in this process; with a server, use reason or direct")
-        url = urlsplit(server.url)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise InputError(f"server.url: expected a URL such as http://localhost:8000/v1, found {server.url}")
         self.server, self.prompt, self.mode = server, prompt, mode
         self.max_new_tokens, self.constrain = max_new_tokens, constrain and server.structured != "none"
         # Images are resized here, so the server's processor does not resize them again.
         self.limits = PageLimits(server.factor, min_pixels, max_pixels)
-        self._client = openai.OpenAI(
-            api_key=os.environ.get("OPENAI_API_KEY", "").strip() or "none",
-            base_url=server.url,
-            timeout=server.timeout,
-            max_retries=server.attempts - 1,
-        )
+        self._url, self._key = base_url(server.url, "server.url"), api_key(required=False)
+        self.dialect = server.dialect
+        """The request fields that the server takes, as learned so far."""
 
     def generate(
         self,
@@ -93,63 +94,86 @@ class RemoteBackend:
     ) -> list[list[ModelAnswer]]:
         """The answers to one batch, as in `LocalBackend.generate`. Each sample has its own seed.
 
-        A server may return other samples for the same seed. Raises `InputError` if the server can't
-        be reached or rejects a request.
+        A server may return other samples for the same seed. An answer that a filter of the server refused is
+        empty. Raises `InputError` if the server can't be reached or rejects a request.
         """
         group_size = max(samples, 1)
-        requests = [index for index in range(len(queries)) for _ in range(group_size)]
 
-        def send(numbered_request: tuple[int, int]) -> ModelAnswer:
-            number, index = numbered_request
-            sampled = {"temperature": temperature, "seed": seed + number} if samples else {"temperature": 0.0}
-            return self._request(queries[index], images[index], sampled)
+        async def ask_all() -> list[ModelAnswer]:
+            client = ChatClient(
+                self._url,
+                self._key,
+                timeout=self.server.timeout,
+                attempts=self.server.attempts,
+                max_wait=self.server.max_wait,
+                dialect=self.dialect,
+            )
+            slots = asyncio.Semaphore(self.server.concurrency)
 
-        with ThreadPoolExecutor(self.server.concurrency) as pool:
+            async def ask(number: int) -> ModelAnswer:
+                index = number // group_size
+                sampled = {"temperature": temperature, "seed": seed + number} if samples else {"temperature": 0.0}
+                async with slots:
+                    return await self._ask(client, queries[index], images[index], sampled)
+
             try:
-                answers = list(pool.map(send, enumerate(requests)))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # after the first failure, send no further requests
-                raise
+                async with asyncio.TaskGroup() as group:  # after the first failure, it cancels the other requests
+                    tasks = [group.create_task(ask(number)) for number in range(len(queries) * group_size)]
+            finally:
+                self.dialect = client.dialect
+                await client.close()
+            return [task.result() for task in tasks]
+
+        answers = run_in_thread(ask_all())
         return [answers[i : i + group_size] for i in range(0, len(answers), group_size)]
 
-    def _request(self, query: str, images: Sequence[Image.Image], sampling: dict[str, Any]) -> ModelAnswer:
+    async def _ask(
+        self, client: ChatClient, query: str, images: Sequence[Image.Image], sampling: dict[str, Any]
+    ) -> ModelAnswer:
+        urls = await asyncio.to_thread(lambda: [data_url(image) for image in images])
+        request = {
+            "model": self.server.model,
+            "messages": openai_messages(self.prompt, query, len(images)),
+            "max_tokens": self.max_new_tokens,
+            "top_p": 1.0,
+            "frequency_penalty": 0.0,  # on `transformers serve`, it replaces the repetition penalty
+            **self._own_sampling(sampling["temperature"]),
+            **self._structured_outputs(len(images)),
+            **sampling,
+        }
         try:
-            response = self._client.chat.completions.create(
-                model=self.server.model,
-                messages=openai_messages(self.prompt, query, images),  # type: ignore[arg-type]
-                max_tokens=self.max_new_tokens,
-                top_p=1.0,
-                frequency_penalty=0.0,  # on `transformers serve`, it replaces the repetition penalty
-                extra_body=self._own_sampling(sampling["temperature"]) | self._structured_outputs(len(images)),
-                **sampling,
-            )
-            choice = response.choices[0]
-            text, reasoning = choice.message.content or "", separate_reasoning(choice.message)
-        except openai.APIStatusError as error:
-            raise InputError(f"{self.server.url}: rejects the request ({_status_message(error)})") from None
-        except openai.APIConnectionError as error:
-            raise InputError(
-                f"{self.server.url}: can't be reached ({error.__cause__ or error}) after {self.server.attempts} "
-                "attempts; check server.url and that the server is running"
-            ) from None
-        except (openai.APIError, LookupError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(
-                f"{self.server.url}: the response is not a chat completion ({error!r:.200})"
-            ) from None
-        cut_off = choice.finish_reason == "length"
-        if reasoning and cut_off and not text:  # the think block was cut off, so it has no end
-            text, reasoning = f"{THINK_OPEN}{reasoning}", None
-        counts = {"visual_tokens": sum(image.width * image.height // self.limits.factor**2 for image in images)}
-        if response.usage:
-            counts |= {"tokens": response.usage.completion_tokens, "prompt_tokens": response.usage.prompt_tokens}
+            completion = await client.complete(request, urls)
+        except ChatError as error:
+            if error.fault.kind != "refused":
+                raise self._input_error(error) from None
+            completion = Completion("", finish="content_filter")
+        visual = sum(image.width * image.height // self.limits.factor**2 for image in images)
+        counts = {
+            "visual_tokens": visual,
+            "tokens": completion.completion_tokens,
+            "prompt_tokens": completion.prompt_tokens,
+        }  # fmt: skip
         return to_model_answer(
-            text,
+            completion.whole,
             len(images),
-            counts=counts,
-            reasoning=reasoning,
-            cut_off=cut_off,
+            counts={name: count for name, count in counts.items() if count is not None},
+            cut_off=completion.finish == "length",
             expect_think=self.mode == "reason",
         )
+
+    def _input_error(self, error: ChatError) -> InputError:
+        fault, url = error.fault, self.server.url
+        if fault.kind == "lost":
+            return InputError(
+                f"{url}: can't be reached ({fault.message}) after {error.tries} attempts; check server.url and "
+                "that the server is running"
+            )
+        if fault.kind == "garbage":
+            return InputError(f"{url}: the response is not a chat completion ({fault.message})")
+        if fault.kind == "timeout":
+            return InputError(f"{url}: {fault.message}, {error.tries} times; raise server.timeout")
+        hint = explain_rejection(fault, url, "server.url")
+        return InputError(f"{url}: rejects the request ({fault.message}){hint}")
 
     def _own_sampling(self, temperature: float) -> dict[str, Any]:
         """The request's parameters that replace the sampling settings in the generation_config on the server."""
@@ -159,6 +183,8 @@ class RemoteBackend:
         if kind == "transformers":
             settings = sampling_settings(temperature or None, self.max_new_tokens)
             return {"generation_config": json.dumps(settings)}
+        if kind == "llama_cpp":
+            return {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
         return {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 
     def _structured_outputs(self, n_pages: int) -> dict[str, Any]:
@@ -166,17 +192,28 @@ class RemoteBackend:
         if not self.constrain:
             return {}
         grammar = gbnf_grammar(n_pages, think=self.mode == "reason")
-        return (
-            {"structured_outputs": {"grammar": grammar}} if self.server.structured == "vllm" else {"ebnf": grammar}
-        )
+        if self.server.structured == "vllm":
+            return {"structured_outputs": {"grammar": grammar}}
+        return {"ebnf": grammar} if self.server.structured == "sglang" else {"grammar": grammar}
 
 
-def separate_reasoning(message: Any) -> str | None:
-    """The think block, if the server returned it separately: `reasoning_content`, or `reasoning` (newer vLLM)."""
-    return getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+def run_in_thread(coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
+    """Runs a coroutine in an event loop of its own thread, so that the caller may have a running event loop.
 
-
-def _status_message(error: openai.APIStatusError) -> str:
-    body = error.body
-    message = body.get("message") or body.get("detail") or body if isinstance(body, dict) else body
-    return f"{error.status_code}: {' '.join(str(message or error.response.reason_phrase).split())[:300]}"
+    Cancels the coroutine if the caller is interrupted. An exception of a task group is raised as the first
+    exception in it.
+    """
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    try:
+        return future.result()
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
+    finally:
+        future.cancel()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(timeout=5)
+        if not thread.is_alive():
+            loop.close()

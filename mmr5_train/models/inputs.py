@@ -99,13 +99,14 @@ def page_id_tokens(tokenizer: Any, count: int) -> list[int]:
     return tokens
 
 
-def openai_messages(prompt: Prompt, query: str, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-    """The same prompt as messages of the OpenAI API, with the prepared images as PNG data URLs (lossless)."""
-    parts = [{"type": "image_url", "image_url": {"url": _data_url(image)}} for image in images]
-    return insert_images(build_messages(prompt, query, len(images)), parts)
+def openai_messages(prompt: Prompt, query: str, n_pages: int) -> list[dict[str, Any]]:
+    """The same prompt as messages of the OpenAI API. Each image has an empty URL: `data_url` gives it."""
+    parts = [{"type": "image_url", "image_url": {"url": ""}} for _ in range(n_pages)]
+    return insert_images(build_messages(prompt, query, n_pages), parts)
 
 
-def _data_url(image: Image.Image) -> str:
+def data_url(image: Image.Image) -> str:
+    """A prepared page image as a PNG data URL (lossless)."""
     png = io.BytesIO()
     image.save(png, "PNG")
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()

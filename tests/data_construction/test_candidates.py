@@ -93,6 +93,23 @@ def test_a_split_has_the_question_types_of_the_config(orchard: Path) -> None:
     assert read_manifest(out)["counts"]["questions_of_other_types"] == {"heldout": 2}
 
 
+def test_a_share_of_a_types_questions_is_kept_whatever_the_other_types(orchard: Path) -> None:
+    annotations = orchard / "MMDocIR_annotations.jsonl"
+    annotations.write_text(annotations.read_text().replace("Table", "Chart", 2))
+
+    def kept(name: str, types: Any) -> dict[str, RankingTask]:
+        out = run_candidates(orchard, name, question_types={"heldout": types})
+        return {task.query_id: task for task in read_all(out / "heldout.jsonl", RankingTask)}
+
+    all_tables, some = kept("all", ["Table"]), kept("some", {"Table": 0.5})
+    assert 0 < len(some) < len(all_tables) == 7
+    assert some.items() <= all_tables.items()
+    both = kept("both", {"Chart": 1.0, "Table": 0.5})
+    assert both.keys() == some.keys() | kept("charts", ["Chart"]).keys()
+    with pytest.raises(InputError, match=r"question_types\.heldout\.Table"):
+        kept("wrong", {"Table": 1.5})
+
+
 def test_a_question_type_that_no_question_has_is_an_error(orchard: Path) -> None:
     with pytest.raises(InputError, match=r"question_types\.train: no question has the type 'Tabel' .*: Table\)"):
         run_candidates(orchard, question_types={"train": ["Table", "Tabel"]})

@@ -15,9 +15,12 @@ from servers import Reply, ScriptedServer, completion
 from vision_teachers import KEY, PAGE, make_config, new_teacher
 
 from data_construction.teacher.calls import TeacherFailure
+from data_construction.teacher.cost import Estimate
 from data_construction.teacher.replies import DOES_NOT_HELP, HELPS, REPLY_PROBLEMS, PageNote
+from data_construction.teacher.teacher import make_teacher
 from data_construction.teacher.vision import OpenAIConfig, OpenAITeacher
-from mmr5_train.common.config import validate
+from data_construction.traces import TracesStage
+from mmr5_train.common.config import compose_stage, validate
 from mmr5_train.common.files import InputError
 from mmr5_train.ranking.prompt import fill_template
 from mmr5_train.ranking.records import LocalId
@@ -97,6 +100,32 @@ def test_request_has_the_prompt_the_image_and_the_key(scripted_server: ScriptedS
 def test_null_temperature_is_not_sent(scripted_server: ScriptedServer, image: Path):
     explain(image, temperature=None)
     assert "temperature" not in scripted_server.requests[0]
+
+
+def test_a_refused_field_is_refused_once_in_all_runs_with_a_store(scripted_server: ScriptedServer, image: Path):
+    def script(number: int, body: dict[str, Any]) -> Reply:
+        message = "Unsupported value: 'temperature'. Only the default (1) value is supported."
+        return Reply(400, {"error": {"message": message}}) if "temperature" in body else FINE
+
+    scripted_server.script = script
+
+    async def explain_some(queries: range) -> dict[str, Any]:
+        teacher = make_teacher(make_config(), image.parent / "answers.sqlite", 40, False)
+        await asyncio.gather(*(teacher.explain(f"{i}?", PAGE, image, True, 40) for i in queries))
+        await teacher.close()
+        return teacher.resolved
+
+    resolved = asyncio.run(explain_some(range(1)))
+    assert resolved["dialect"]["omit"] == ["temperature"]
+    assert asyncio.run(explain_some(range(1, 4))) == resolved
+    assert ["temperature" in body for body in scripted_server.requests] == [True, False, False, False, False]
+
+
+def test_image_detail_and_further_fields_are_sent(scripted_server: ScriptedServer, image: Path):
+    explain(image, detail="low", extra={"reasoning_effort": "low"})
+    [body] = scripted_server.requests
+    assert body["messages"][1]["content"][0]["image_url"]["detail"] == "low"
+    assert body["reasoning_effort"] == "low"
 
 
 def test_question_cannot_inject_tags_or_fields(scripted_server: ScriptedServer, tmp_path: Path):
@@ -293,7 +322,11 @@ def test_concurrency_limit_is_respected(scripted_server: ScriptedServer, image: 
     [
         ("OPENAI_API_KEY", None, "OPENAI_API_KEY is not set"),
         ("OPENAI_API_KEY", "sk-\x07bell", "characters that are not printable ASCII"),
-        ("OPENAI_BASE_URL", "localhost:8000/v1", "expected something like http://localhost:8000/v1"),
+        (
+            "OPENAI_BASE_URL",
+            "localhost:8000/v1",
+            "expected a URL such as http://localhost:8000/v1, found localhost:8000/v1",
+        ),
     ],
 )
 def test_invalid_environment_raises(
@@ -308,6 +341,15 @@ def test_invalid_environment_raises(
     with pytest.raises(InputError, match=match):
         new_teacher(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["gpt_4o", "gpt_5", "gemini", "claude", "qwen"])
+def test_the_presets_have_prices_with_a_date(name: str):
+    teacher = compose_stage(TracesStage, "traces", [f"teacher={name}", "data=d.jsonl"]).teacher
+    assert isinstance(teacher, OpenAIConfig)
+    assert teacher.price is not None
+    assert teacher.price.read is not None
+    assert f"(prices of {teacher.price.read})" in Estimate(1, 1, 1, 1).report("m", teacher.price, 1)
 
 
 def test_missing_model_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

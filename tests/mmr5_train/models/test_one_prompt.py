@@ -1,5 +1,7 @@
 """The one-prompt contract: SFT, GRPO, evaluation and an HTTP server get the same token ids and pixels."""
 
+import json
+
 import torch
 from transformers import AutoProcessor
 from transformers.cli.serving.utils import BaseHandler, Modality
@@ -7,10 +9,16 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from mmr5_train.models.inputs import encode, load_pages, openai_messages
+from mmr5_train.chat.client import encode as encode_request
+from mmr5_train.models.inputs import data_url, encode, load_pages, openai_messages
 from mmr5_train.models.loading import TINY, load_model
 from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.training.dataset import prompt_dataset
+
+
+def with_urls(messages, images):
+    """The messages as a server gets them: `ChatClient` puts the images into the encoded request."""
+    return json.loads(encode_request({"messages": messages}, [data_url(image) for image in images]))["messages"]
 
 
 def test_every_stage_gets_the_same_prompt(page_folder, tasks, tiny, prompt, processor, tmp_path):
@@ -54,7 +62,7 @@ def test_every_stage_gets_the_same_prompt(page_folder, tasks, tiny, prompt, proc
         assert torch.equal(torch.as_tensor(fields["pixel_values"]), pixels)
 
         messages = BaseHandler.get_processor_inputs_from_messages(
-            openai_messages(prompt, queries[i], images[i]), Modality.VLM
+            with_urls(openai_messages(prompt, queries[i], len(images[i])), images[i]), Modality.VLM
         )
         served = server_processor.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, tokenize=True

@@ -118,6 +118,8 @@ format: setup
 
 lock:
 	$(BIN)/uv pip compile --quiet --universal --no-header --no-annotate --python-version 3.11 --extra dev --upgrade -o constraints.txt pyproject.toml
+	$(BIN)/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
+		--extra vllm --upgrade -o constraints-vllm.txt pyproject.toml
 
 clean:
 	rm -rf $(VENV) outputs .mypy_cache .ruff_cache .pytest_cache *.egg-info

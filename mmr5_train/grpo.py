@@ -33,7 +33,7 @@ from mmr5_train.models.lengths import (
     lowest,
     setting_limit,
 )
-from mmr5_train.models.loading import load_model, load_processor
+from mmr5_train.models.loading import load_model, load_processor, vision_token_ids
 from mmr5_train.models.sampling import end_token_ids, rollout_settings
 from mmr5_train.models.settings import Settings
 from mmr5_train.ranking.answer import Defect, parse_answer
@@ -51,6 +51,7 @@ from mmr5_train.training.dataset import prompt_dataset
 from mmr5_train.training.run import TrainingStage, finish_run, policy_settings, start_run, train
 from mmr5_train.training.shared_grpo import unsupported
 from mmr5_train.training.sharing import sharing_of
+from mmr5_train.training.vllm_rollouts import check_rollouts
 
 VERDICT_METRICS = ("answers/true_verdicts", "answers/follow_verdicts")
 
@@ -91,6 +92,10 @@ def main(config: GrpoStage) -> None:
     query_ids, limit = [task.query_id for task in tasks], prompt_limit(config, arguments)
     fitting = leave_out_too_long(config.data, query_ids, lengths, limit, config.max_too_long)
     prompted = [prompted[i] for i in fitting.indices]
+    if arguments.use_vllm and arguments.vllm_max_model_length is None:
+        # vLLM would reserve memory for the model's whole context.
+        longest = max(lengths[i].prompt for i in fitting.indices)
+        arguments.vllm_max_model_length = longest + (arguments.max_completion_length or 0)
     run = start_run("grpo", config, policy, arguments, processor, fitting)
 
     model = load_model(policy.model)
@@ -127,6 +132,8 @@ def main(config: GrpoStage) -> None:
             peft_config=lora_config(policy.model),
         )
     use_lora_plus(trainer, policy.model)
+    if arguments.use_vllm:
+        check_rollouts(trainer, [processor.image_token_id], vision_token_ids(processor))
     if policy.verdicts is False and trainer.accelerator.is_main_process:
         print("grpo: the model writes no verdicts on pages: they are not logged, and no alarm watches them")
     if config.alarms != "off":

@@ -136,6 +136,14 @@ def zero_variance_groups(history: Sequence[Entry]) -> str | None:
     return f"in {share:.0%} of the groups all completions get the same reward"
 
 
+def engine_differs(history: Sequence[Entry]) -> str | None:
+    """With vLLM: how far its log-probabilities of the sampled tokens are from the trainer's."""
+    difference = _latest_mean(history, "sampling/sampling_logp_difference/mean")
+    if difference is None or difference < 0.1:
+        return None
+    return f"the log-probabilities of vLLM and of the trainer differ by {difference:.2g} per token"
+
+
 # name → (check of the log, which settings to change)
 CHECKS: dict[str, tuple[Callable[[Sequence[Entry]], Change | str | None], str]] = {
     "ranking falls": (
@@ -169,6 +177,11 @@ CHECKS: dict[str, tuple[Callable[[Sequence[Entry]], Change | str | None], str]] 
         zero_variance_groups,
         "Groups without reward variance give no gradient. Select harder questions (difficulty of "
         "mmr5_train.select), or raise trainer.temperature or trainer.num_generations.",
+    ),
+    "engine differs": (
+        engine_differs,
+        "The rollouts are not those of the trained policy. Check that vLLM has the trainer's weights, dtype and "
+        "prompts, and keep trainer.vllm_importance_sampling_correction=true.",
     ),
 }
 

@@ -1,0 +1,91 @@
+"""Rollouts by vLLM: hands page prompts over so that vLLM reads the trainer's tokens, and checks that it does.
+
+In colocate mode, TRL 1.16 gives vLLM the trainer's prompt, in which each page is as many placeholder tokens as it
+has features, together with the images. vLLM expands each placeholder again, so it would read a longer prompt, and
+the rollouts would be noise without any error (TRL issue 6294). `check_rollouts` gives vLLM one placeholder per
+page. In server mode TRL sends the features' positions, and vLLM expands nothing.
+
+A server ignores request fields that it does not know. So the ban on vision tokens is tried once before the first
+rollouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+from mmr5_train.common.files import InputError
+
+SHOWN = 20  # tokens around the first difference, in an error
+
+
+def check_rollouts(trainer: Any, placeholders: Sequence[int], banned: Sequence[int]) -> None:
+    """Makes a GRPO trainer's vLLM engine read the trainer's prompts, and checks each of its rollout batches.
+
+    Args:
+        trainer: a `trl.GRPOTrainer` with `use_vllm`.
+        placeholders: the token ids that stand for page features.
+        banned: the token ids that no completion may contain.
+
+    The trainer's later calls raise `InputError` if the engine read other tokens, or if it sampled a banned one.
+    """
+    engine = trainer.vllm_generation
+    generate, colocated = engine.generate, engine.mode == "colocate"
+    checked_ban = colocated  # in process, an unknown field of SamplingParams is an error
+
+    def checked_generate(prompts: list[list[int]], images: Any, *args: Any, **options: Any) -> Any:
+        nonlocal checked_ban
+        if not checked_ban and trainer.accelerator.is_main_process:
+            check_bias(engine.vllm_client, prompts[0][:1], int(trainer.processing_class.tokenizer.eos_token_id))
+        checked_ban = True
+        handed = [collapse(ids, placeholders) for ids in prompts] if colocated and images is not None else prompts
+        read, completions, *rest = generate(handed, images, *args, **options)
+        for ids, found in zip(prompts, read, strict=True):
+            check_prompt(ids, list(found))
+        for ids in completions:
+            if sampled := set(ids) & set(banned):
+                raise InputError(
+                    f"vLLM sampled the vision token {min(sampled)}, which is excluded (logit_bias); use the vLLM "
+                    "version in constraints-vllm.txt"
+                )
+        return prompts, completions, *rest
+
+    engine.generate = checked_generate
+
+
+def collapse(ids: Sequence[int], placeholders: Sequence[int]) -> list[int]:
+    """The ids with each run of the same placeholder shortened to one.
+
+    Between two pages there are always other tokens, so a run belongs to one page.
+    """
+    kept = []
+    for token, run in groupby(ids):
+        kept += [token] if token in placeholders else list(run)
+    return kept
+
+
+def check_prompt(expected: Sequence[int], found: Sequence[int]) -> None:
+    """Raises `InputError`, which shows both, if the engine read another prompt than the trainer's."""
+    if list(expected) == list(found):
+        return
+    pairs = zip(expected, found, strict=False)
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
+    start = max(first - SHOWN // 2, 0)
+    raise InputError(
+        f"vLLM reads another prompt than the trainer: {len(found):,} tokens instead of {len(expected):,}, "
+        f"different from token {first} on. Trainer: {list(expected[start : start + SHOWN])}. "
+        f"vLLM: {list(found[start : start + SHOWN])}. Its rollouts would not be those of the policy; use the "
+        "versions in constraints-vllm.txt, and check that the server serves the checkpoint that is trained"
+    )
+
+
+def check_bias(client: Any, prompt: list[int], token: int) -> None:
+    """Raises `InputError` if a server does not apply logit_bias: with a large bias it has to sample `token`."""
+    output = client.generate(prompts=[prompt], n=1, max_tokens=1, generation_kwargs={"logit_bias": {token: 100.0}})
+    [[sampled]] = output["completion_ids"]
+    if sampled != token:
+        raise InputError(
+            f"the vLLM server ignores logit_bias: with a bias of 100 on token {token} it sampled {sampled}, so it "
+            "would sample vision tokens; use the vLLM version in constraints-vllm.txt"
+        )

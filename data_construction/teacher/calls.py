@@ -159,9 +159,5 @@ class ChatServer:
 
 
 def _answer(completion: Completion) -> Answer:
-    return Answer(
-        completion.text if completion.finish == "length" else completion.answer,
-        completion.finish,
-        completion.prompt_tokens,
-        completion.completion_tokens,
-    )
+    counts = completion.prompt_tokens, completion.completion_tokens
+    return Answer(completion.text, completion.finish, *counts)

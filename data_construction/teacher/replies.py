@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 from data_construction.teacher.store import Answer
+from mmr5_train.chat.completion import text_after_reasoning
 from mmr5_train.ranking.notes import contains_verdict, format_note, read_verdict, remove_verdict
-from mmr5_train.ranking.prompt import THINK_CLOSE, THINK_OPEN
 
 HELPS, DOES_NOT_HELP = "Verdict: helps", "Verdict: does not help"
 """The last line of a reply about a page, as the prompt asks for it."""
@@ -63,10 +63,8 @@ def reply_text(answer: Answer) -> tuple[str, str]:
         return "", "refused"
     if answer.finish == "length":
         return "", "cut_off"
-    text = answer.text.rpartition(THINK_CLOSE)[2].strip()
-    if not text or text.startswith(THINK_OPEN):
-        return "", "empty"
-    return text, ""
+    text = text_after_reasoning(answer.text)
+    return text, "" if text else "empty"
 
 
 def read_line(text: str, words: int) -> tuple[str | None, str]:

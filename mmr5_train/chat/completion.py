@@ -19,6 +19,7 @@ A token count that the server does not report is None, not 0.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -72,8 +73,13 @@ class Completion:
     @property
     def answer(self) -> str:
         """The text after the reasoning, wherever the reasoning is. "" if the completion is reasoning only."""
-        text = self.text.rpartition(THINK_CLOSE)[2].strip()
-        return "" if text.startswith(THINK_OPEN) else text
+        return text_after_reasoning(self.text)
+
+
+def text_after_reasoning(text: str) -> str:
+    """The text after the last think block, "" if that block has no end."""
+    after = text.rpartition(THINK_CLOSE)[2].strip()
+    return "" if after.startswith(THINK_OPEN) else after
 
 
 def read_reply(reply: str) -> Completion:
@@ -93,11 +99,9 @@ def read_body(body: Any) -> Completion:
     if not isinstance(body, Mapping):
         raise NoCompletion(f"found {_quote(json.dumps(body))}")
     _raise_error(body)
-    choices = body.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, Mapping):
+    choice = _first_choice(body)
+    if choice is None:
         raise NoCompletion(f"it has no choices: {_quote(json.dumps(body))}")
-    _raise_error(choice)
     message = choice.get("message")
     if message is None and isinstance(choice.get("text"), str):
         message = {"content": choice["text"]}
@@ -107,11 +111,18 @@ def read_body(body: Any) -> Completion:
     return _read_message(message, choice.get("finish_reason"), body.get("usage"))
 
 
+def _first_choice(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The first choice of a reply or of a stream's chunk; None without one. Raises `ReplyError` for its error."""
+    choices = body.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, Mapping):
+        return None
+    _raise_error(choice)
+    return choice
+
+
 def _read_message(message: Mapping[str, Any], finish_reason: Any, usage: Any) -> Completion:
-    content = message.get("content")
-    if not isinstance(content, str | list | Mapping | None):
-        raise NoCompletion(f"its content is {type(content).__name__}, not text")
-    parts = list(_parts(content))
+    parts = list(_parts(message.get("content")))
     text = "".join(value for kind, value in parts if kind == "text")
     reasoning = "".join(value for kind, value in parts if kind == "reasoning") or _separate_reasoning(message)
     refusal = _text(message.get("refusal")) or "".join(value for kind, value in parts if kind == "refusal")
@@ -140,8 +151,13 @@ def _separated(completion: Completion) -> Completion:
     return replace(completion, text=text, reasoning=reasoning)
 
 
-def _parts(content: str | list[Any] | Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """(kind, text) of each part of a message's content: kind is text, reasoning or refusal."""
+def _parts(content: Any) -> Iterator[tuple[str, str]]:
+    """(kind, text) of each part of a message's content: kind is text, reasoning or refusal.
+
+    Raises `NoCompletion` for content that is neither a text nor parts.
+    """
+    if not isinstance(content, str | list | Mapping | None):
+        raise NoCompletion(f"its content is {type(content).__name__}, not text")
     if isinstance(content, str):
         yield "text", content
         return
@@ -198,7 +214,7 @@ def _token_counts(usage: Any) -> tuple[int | None, int | None]:
     counts = []
     for names in (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens")):
         value = next((usage[name] for name in names if usage.get(name) is not None), None)
-        is_count = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+        is_count = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
         counts.append(int(value) if is_count else None)  # type: ignore[arg-type]
     return counts[0], counts[1]
 
@@ -228,17 +244,17 @@ def _read_stream(text: str) -> Completion:
             break
         try:
             chunk = json.loads(data)
-        except ValueError:
-            raise NoCompletion(f"its stream holds {_quote(data)}") from None
+        except (ValueError, RecursionError):
+            chunk = None
         if not isinstance(chunk, Mapping):
             raise NoCompletion(f"its stream holds {_quote(data)}")
         _raise_error(chunk)
         usage = chunk.get("usage") or usage
-        choices = chunk.get("choices")
-        choice = choices[0] if isinstance(choices, list) and choices else {}
-        _raise_error(choice)
+        choice = _first_choice(chunk) or {}  # a chunk with the usage has none
         finish = choice.get("finish_reason") or finish
-        _add_delta(message, choice.get("delta") or choice.get("message") or {})
+        delta = choice.get("delta") or choice.get("message")
+        if isinstance(delta, Mapping):
+            _add_delta(message, delta)
     if not done and finish is None:
         raise NoCompletion("its stream ends before the completion")
     return _read_message(message, finish, usage)

@@ -69,7 +69,7 @@ class Fault:
 
     kind: Kind
     message: str
-    """What the server says, on one line of at most 300 characters."""
+    """What the server says, on one line. `ChatClient` removes the key from it and shortens it."""
     status: int | None = None
     wait: float | None = None
     """Seconds after which the server wants to be asked again."""
@@ -151,8 +151,7 @@ def _message(error: Any) -> str:
             for item in error
             if isinstance(item, Mapping)
         )
-    line = " ".join(str(text or "").split())
-    return line if len(line) <= 300 else line[:300] + "…"
+    return " ".join(str(text or "").split())
 
 
 def _wait(headers: Mapping[str, str], error: Any, message: str) -> float | None:

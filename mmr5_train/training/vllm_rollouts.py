@@ -32,6 +32,7 @@ def check_rollouts(trainer: Any, placeholders: Sequence[int], banned: Sequence[i
     """
     engine = trainer.vllm_generation
     generate, colocated = engine.generate, engine.mode == "colocate"
+    banned_ids = set(banned)
     checked_ban = colocated  # in process, an unknown field of SamplingParams is an error
 
     def checked_generate(prompts: list[list[int]], images: Any, *args: Any, **options: Any) -> Any:
@@ -44,7 +45,7 @@ def check_rollouts(trainer: Any, placeholders: Sequence[int], banned: Sequence[i
         for ids, found in zip(prompts, read, strict=True):
             check_prompt(ids, list(found))
         for ids in completions:
-            if sampled := set(ids) & set(banned):
+            if sampled := set(ids) & banned_ids:
                 raise InputError(
                     f"vLLM sampled the vision token {min(sampled)}, which is excluded (logit_bias); use the vLLM "
                     "version in constraints-vllm.txt"

@@ -296,6 +296,17 @@ def test_permanent_errors_are_not_retried(
     assert len(scripted_server.requests) == 1
 
 
+def test_a_key_at_the_end_of_a_long_message_is_hidden_before_the_message_is_cut(
+    scripted_server: ScriptedServer, image: Path
+):
+    """A message is cut after 300 characters, here in the middle of the key."""
+    message = f"{'a' * (300 - len('401: ') - len(KEY) // 2)}{KEY}"
+    scripted_server.replies(Reply(401, {"error": {"message": message}}))
+    with pytest.raises(InputError, match="refuses the key") as caught:
+        explain(image)
+    assert KEY[: len(KEY) // 2 - 1] not in str(caught.value)
+
+
 def test_concurrency_limit_is_respected(scripted_server: ScriptedServer, image: Path):
     def wait_for_others(number: int, body: dict[str, Any]) -> Reply:
         end = time.monotonic() + 20

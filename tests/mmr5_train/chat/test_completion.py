@@ -79,3 +79,24 @@ def test_any_text_is_a_completion_or_one_of_the_two_errors(text):
             assert isinstance(read_reply(reply_text), Completion)
         except (NoCompletion, ReplyError):
             continue
+
+
+@given(values)
+def test_any_chunk_of_a_stream_is_read_or_one_of_the_two_errors(value):
+    for chunk in (
+        value,
+        {"choices": [value]},
+        {"choices": [{"delta": value}]},
+        {"choices": [{"delta": {"content": value}}]},
+    ):
+        try:
+            assert isinstance(read_reply(f"data: {json.dumps(chunk)}\n\ndata: [DONE]"), Completion)
+        except (NoCompletion, ReplyError):
+            continue
+
+
+def test_an_infinite_count_is_unknown():
+    assert (
+        read_reply('{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": 1e999}}').prompt_tokens
+        is None
+    )

@@ -39,7 +39,6 @@ from mmr5_train.ranking.prompt import fill_template, neutralize
 from mmr5_train.ranking.records import LocalId, Page, PageId, PromptedTask
 
 POLL_SECONDS = 0.1
-MAX_EMPTY = 3  # empty answers to one request; each one is paid for
 
 
 class OpenAIConfig(BaseModel):
@@ -151,7 +150,7 @@ class OpenAITeacher:
     """A `Teacher` over HTTP, with a store of its answers.
 
     After an unusable answer, the request is repeated with the problem added to the prompt and twice the token
-    limit: up to `MAX_EMPTY` tries for empty answers, none after a refusal, two for every other problem.
+    limit: up to `attempts` tries for empty answers, none after a refusal, two for every other problem.
     """
 
     def __init__(self, config: OpenAIConfig, server: ChatServer, store: AnswerStore) -> None:
@@ -160,11 +159,7 @@ class OpenAITeacher:
         self.counts: Counter[str] = Counter()
         self.model = config.model or ""
         self.budget = Budget(self.model, config.price, config.max_cost_usd, lambda: store.spent(self.model))
-        self._max_tries = {
-            **dict.fromkeys(REPLY_PROBLEMS, 2),
-            "empty": min(config.attempts, MAX_EMPTY),
-            "refused": 1,
-        }
+        self._max_tries = {**dict.fromkeys(REPLY_PROBLEMS, 2), "empty": config.attempts, "refused": 1}
         self._slots = asyncio.Semaphore(config.concurrency)
         self._counted_keys: set[str] = set()
         self._paid_answers = 0

@@ -176,7 +176,7 @@ def estimate(prompted: Sequence[PromptedTask], pages: dict[PageId, Page], config
     return (
         f"dry run: {len(selected)} of {len(prompted)} questions, if every answer has the full length and passes "
         f"at the first try; answers that are already in {config.answers_file} are not paid for again\n"
-        + cost.report(teacher.model or "model", teacher.price, teacher.concurrency)
+        + cost.report(teacher.model or "model", teacher.price, teacher.concurrency, teacher.batch)
     )
 
 

@@ -56,7 +56,7 @@ from mmr5_train.inference.processes import (
 from mmr5_train.inference.remote import RemoteBackend, ServerConfig
 from mmr5_train.inference.reranker import RankingOptions, Reranker
 from mmr5_train.inference.tasks import Batch, batch_seed
-from mmr5_train.models.config import MAX_NEW_TOKENS, CheckpointOptions
+from mmr5_train.models.config import MAX_NEW_TOKENS, BackendOptions, CheckpointOptions
 from mmr5_train.models.lengths import image_sizes
 from mmr5_train.models.loading import load_processor, read_settings
 from mmr5_train.models.pages import load_page
@@ -108,7 +108,7 @@ class RankedBatch(Batch):
     dialect: Dialect | None = None  # in which a server was asked
 
 
-class EvaluateStage(StageConfig, CheckpointOptions):
+class EvaluateStage(StageConfig, CheckpointOptions, BackendOptions):
     """`python -m mmr5_train.evaluate` (configs/evaluate.yaml)."""
 
     data: Path = Field(description="ranking tasks, e.g. heldout.jsonl, with pages.jsonl in the same folder")
@@ -325,10 +325,14 @@ def load_system(system: System, config: EvaluateStage, device: str) -> Reranker:
 
 def ranking_options(system: System, config: EvaluateStage) -> dict[str, Any]:
     """How a system ranks: its own options, and the stage's for those that it does not set."""
-    options = {"window": None, **config.model_dump(include={"constrain", "max_new_tokens", "batch_size"})}
+    shared = {"constrain", "max_new_tokens", "batch_size", "backend", "vllm"}
+    options = {"window": None, **config.model_dump(include=shared)}
     if config.think is not None:
         options["mode"] = "reason" if config.think else "direct"
-    return options | system.model_dump(include=set(RankingOptions.model_fields), exclude_unset=True)
+    options |= system.model_dump(include=set(RankingOptions.model_fields), exclude_unset=True)
+    if options["backend"] != "vllm" and not system.vllm:
+        options["vllm"] = {}
+    return options
 
 
 def system_options(system: System, config: EvaluateStage) -> CheckpointOptions:

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from pydantic import Field
@@ -51,7 +52,7 @@ from mmr5_train.training.dataset import prompt_dataset
 from mmr5_train.training.run import TrainingStage, finish_run, policy_settings, start_run, train
 from mmr5_train.training.shared_grpo import unsupported
 from mmr5_train.training.sharing import sharing_of
-from mmr5_train.training.vllm_rollouts import check_rollouts
+from mmr5_train.training.vllm_rollouts import check_rollouts, memory_share
 
 VERDICT_METRICS = ("answers/true_verdicts", "answers/follow_verdicts")
 
@@ -101,6 +102,8 @@ def main(config: GrpoStage) -> None:
     model = load_model(policy.model)
     end_ids = end_token_ids(processor.tokenizer)
     model.generation_config.eos_token_id = end_ids  # TRL ends completions at these tokens
+    if arguments.use_vllm and arguments.vllm_mode == "colocate":
+        set_memory_share(config, arguments, model, max(lengths[i].prompt for i in fitting.indices))
     dataset = prompt_dataset(
         [
             {
@@ -142,6 +145,22 @@ def main(config: GrpoStage) -> None:
     train(run, trainer, progress={"reward": "reward", "kl": "kl", "entropy": "entropy"})
     counts = {"tasks": len(prompted), "alarms": len(read_alarms(config.out))}
     finish_run(run, trainer, counts=counts, metric="reward")
+
+
+def set_memory_share(config: GrpoStage, arguments: GRPOConfig, model: Any, longest_prompt: int) -> None:
+    """Sets trainer.vllm_gpu_memory_utilization from the data, unless the config gives it."""
+    if "vllm_gpu_memory_utilization" in config.trainer or not torch.cuda.is_available():
+        return
+    rollouts = arguments.per_device_train_batch_size * (arguments.steps_per_generation or 1)
+    arguments.vllm_gpu_memory_utilization = memory_share(
+        model,
+        -(-rollouts // (arguments.num_generations or 1)),
+        rollouts,
+        longest_prompt,
+        arguments.vllm_max_model_length or longest_prompt,
+        torch.cuda.mem_get_info()[1],
+    )
+    print(f"grpo: vLLM takes {arguments.vllm_gpu_memory_utilization:.0%} of the GPU's memory")
 
 
 def prompt_limit(config: GrpoStage, arguments: GRPOConfig) -> TokenLimit | None:

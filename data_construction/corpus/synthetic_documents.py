@@ -44,21 +44,26 @@ CATALOGUE, USERS, USERS_UNSEEN = "catalogue", "users", "users_unseen"  # questio
 
 @dataclass(frozen=True)
 class Wording:
-    """How users ask: sentence forms, and other words for the kinds of figures."""
+    """How users ask: sentence forms, and other words for each kind of figure."""
 
     forms: tuple[str, ...]
-    kinds: dict[str, str]
+    kinds: dict[str, tuple[str, ...]]
 
 
 WORDINGS = {
     USERS: Wording(
         (
             "I need the {topic} page, the {kind} one drawn in {color}.",
-            "{topic}: {kind}, mostly {color}",
+            "My colleague remembers a {kind} for {topic} and says that its colour was {color}.",
             "Somebody drew {topic} in {color}, as a {kind}. Which page is it?",
             "Please show me {topic}. It was a {kind} and it was {color}.",
         ),
-        {"bar chart": "bar graph", "line chart": "line graph", "pie chart": "pie graph", "table": "spreadsheet"},
+        {
+            "bar chart": ("bar graph", "bar plot"),
+            "line chart": ("line graph", "line plot"),
+            "pie chart": ("pie graph", "pie diagram"),
+            "table": ("data table", "spreadsheet"),
+        },
     ),
     USERS_UNSEEN: Wording(
         (
@@ -67,10 +72,10 @@ WORDINGS = {
             "Which {kind} in {color} deals with {topic}?",
         ),
         {
-            "bar chart": "column graph",
-            "line chart": "curve",
-            "pie chart": "circle diagram",
-            "table": "grid of numbers",
+            "bar chart": ("column graph",),
+            "line chart": ("curve",),
+            "pie chart": ("circle diagram",),
+            "table": ("grid of numbers",),
         },
     ),
 }
@@ -151,7 +156,7 @@ def make_document(
 
 def users_query(wording: Wording, topic: str, color: str, kind: str, rng: random.Random) -> str:
     """A question for the page with a figure of this colour and kind, as a user asks it."""
-    word = wording.kinds[kind] if rng.random() < OTHER_WORD else kind
+    word = rng.choice(wording.kinds[kind]) if rng.random() < OTHER_WORD else kind
     query = rng.choice(wording.forms).format(topic=topic, color=color, kind=word)
     return query[0].upper() + query[1:]
 

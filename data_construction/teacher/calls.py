@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from data_construction.teacher.batches import BatchQueue
 from data_construction.teacher.store import Answer, AnswerStore
 from mmr5_train.chat.client import ChatClient, ChatError, api_key, base_url, explain_rejection
 from mmr5_train.chat.completion import Completion
@@ -87,6 +88,10 @@ class ChatServer:
         if learned := store.dialect(model, configured):
             self._client.dialect = Dialect.model_validate_json(learned)
         self._client.on_learned = lambda dialect: store.put_dialect(model, configured, dialect.model_dump_json())
+
+    def batch_queue(self, store: AnswerStore, poll_seconds: float) -> BatchQueue:
+        """A queue for this server's batch endpoint."""
+        return BatchQueue(self._client, store, self.config.model or "", poll_seconds)
 
     async def complete(
         self, request: Mapping[str, Any], images: Sequence[str], store: Callable[[Answer], Answer]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_construction.teacher.store import Spent
+from data_construction.teacher.store import Answer, Spent
 from mmr5_train.common.files import InputError
 
 TOKENS_PER_CHARACTER = 1 / 4
@@ -91,8 +91,11 @@ class Estimate:
     text_tokens: int = 0
     output_tokens: int = 0
 
-    def report(self, model: str, price: Price | None, concurrency: int) -> str:
-        hours = self.calls * SECONDS_PER_CALL / concurrency / 3600
+    def report(self, model: str, price: Price | None, concurrency: int, batch: bool = False) -> str:
+        hours = f"{self.calls * SECONDS_PER_CALL / concurrency / 3600:,.2f} at {SECONDS_PER_CALL:g} s per call, "
+        hours += f"{concurrency} at once"
+        if batch:
+            hours = "up to 24 for the batches, and the same for the batches of refinements"
         pixels = price.pixels_per_token if price else PIXELS_PER_TOKEN
         cost = f"unknown: teacher.prices has no {model!r}"
         if price:
@@ -105,10 +108,20 @@ class Estimate:
             f"text tokens    {self.text_tokens:,}\n"
             f"output tokens  {self.output_tokens:,}\n"
             f"cost           {cost}\n"
-            f"hours          {hours:,.2f} at {SECONDS_PER_CALL:g} s per call, {concurrency} at once"
+            f"hours          {hours}"
         )
 
 
 def text_tokens(text: str) -> int:
     """Approximate number of tokens of a text."""
     return math.ceil(len(text) * TOKENS_PER_CHARACTER)
+
+
+def with_estimates(answer: Answer, prompt_tokens: int) -> Answer:
+    """The answer with both counts. One that the server does not report must not count as free for the budget."""
+    prompt, count = answer.prompt_tokens, answer.completion_tokens
+    return replace(
+        answer,
+        prompt_tokens=prompt_tokens if prompt is None else prompt,
+        completion_tokens=text_tokens(answer.text) if count is None else count,
+    )

@@ -39,9 +39,17 @@ CREATE TABLE spent (
 CREATE TABLE claims (key TEXT PRIMARY KEY, owner TEXT NOT NULL, until REAL NOT NULL);
 CREATE TABLE settings (value TEXT NOT NULL UNIQUE);
 """
-_DIALECTS = """CREATE TABLE IF NOT EXISTS dialects (
+_LATER_TABLES = """
+CREATE TABLE IF NOT EXISTS dialects (
     model TEXT NOT NULL, configured TEXT NOT NULL, learned TEXT NOT NULL, PRIMARY KEY (model, configured)
-)"""
+);
+CREATE TABLE IF NOT EXISTS batches (
+    token TEXT PRIMARY KEY, model TEXT NOT NULL, url TEXT NOT NULL, owner TEXT NOT NULL, id TEXT
+);
+CREATE TABLE IF NOT EXISTS batch_requests (
+    key TEXT PRIMARY KEY, token TEXT NOT NULL, prompt_tokens INTEGER NOT NULL
+)
+"""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,20 @@ class Answer:
     finish: str
     prompt_tokens: int | None
     completion_tokens: int | None
+
+
+@dataclass(frozen=True)
+class StoredBatch:
+    """A batch of requests whose answers are not stored yet."""
+
+    token: str
+    """Made by this project, and sent with the batch."""
+    url: str
+    """Base URL of its server."""
+    id: str | None
+    """The server's name of it. None: the process ended before it learned the name."""
+    requests: dict[str, int]
+    """Request key → estimated prompt tokens."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +125,8 @@ class AnswerStore:
                 raise InputError(
                     f"{path}: is not a store of answers that this version can read; choose another with answers=…"
                 )
-            self._db.execute(_DIALECTS)
+            for statement in _LATER_TABLES.split(";\n"):
+                self._db.execute(statement)
 
     def register_settings(self, settings: Mapping[str, Any], accept_other_settings: bool) -> None:
         """Records the settings that the requests of this run depend on.
@@ -189,6 +212,42 @@ class AnswerStore:
                 "INSERT OR REPLACE INTO claims VALUES (?, ?, ?)", (key, self._owner, time.time() + seconds)
             )
         return True
+
+    def begin_batch(self, batch: StoredBatch, model: str) -> None:
+        """Records a batch before it is sent, so that it is found again if this process ends while it is sent."""
+        with self._transaction():
+            row = (batch.token, model, batch.url, self._owner, batch.id)
+            self._db.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?)", row)
+            self._db.executemany(
+                "INSERT OR REPLACE INTO batch_requests VALUES (?, ?, ?)",
+                [(key, batch.token, tokens) for key, tokens in batch.requests.items()],
+            )
+
+    def name_batch(self, token: str, id: str) -> None:
+        """Records the server's name of a batch."""
+        with self._transaction():
+            self._db.execute("UPDATE batches SET id = ? WHERE token = ?", (id, token))
+
+    def end_batch(self, token: str) -> None:
+        """Deletes the record of a batch whose answers are stored, or which was never sent."""
+        with self._transaction():
+            self._db.execute("DELETE FROM batch_requests WHERE token = ?", (token,))
+            self._db.execute("DELETE FROM batches WHERE token = ?", (token,))
+
+    def batches(self, model: str) -> list[StoredBatch]:
+        """The batches of a model that no running process waits for. This process waits for them from now on."""
+        found = []
+        with self._transaction():
+            rows = self._db.execute("SELECT token, url, owner, id FROM batches WHERE model = ?", (model,))
+            for token, url, owner, id in rows.fetchall():
+                if self._is_running(owner):
+                    continue
+                self._db.execute("UPDATE batches SET owner = ? WHERE token = ?", (self._owner, token))
+                requests = self._db.execute(
+                    "SELECT key, prompt_tokens FROM batch_requests WHERE token = ?", (token,)
+                )
+                found.append(StoredBatch(token, url, id, dict(requests.fetchall())))
+        return found
 
     def release(self, key: str) -> None:
         with self._transaction():

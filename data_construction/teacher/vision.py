@@ -11,14 +11,22 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data_construction.teacher.batches import BatchQueue
 from data_construction.teacher.calls import ChatServer, TeacherFailure
-from data_construction.teacher.cost import PIXELS_PER_TOKEN, TOKENS_PER_WORD, Budget, Estimate, Price, text_tokens
+from data_construction.teacher.cost import (
+    PIXELS_PER_TOKEN,
+    TOKENS_PER_WORD,
+    Budget,
+    Estimate,
+    Price,
+    text_tokens,
+    with_estimates,
+)
 from data_construction.teacher.extractive import image_names
 from data_construction.teacher.pages import PageImages
 from data_construction.teacher.replies import (
@@ -39,6 +47,8 @@ from mmr5_train.ranking.prompt import fill_template, neutralize
 from mmr5_train.ranking.records import LocalId, Page, PageId, PromptedTask
 
 POLL_SECONDS = 0.1
+UNLIMITED = 10**9
+BATCH_CLAIM_SECONDS = 2 * 24 * 3600.0  # a batch takes a day at most
 
 
 class OpenAIConfig(BaseModel):
@@ -70,6 +80,9 @@ class OpenAIConfig(BaseModel):
     )
     extra: dict[str, Any] = Field(description="further fields of each request, e.g. {reasoning_effort: low}")
     dialect: Dialect = Field(description="the request fields to begin with; others are learned from refusals")
+    batch: bool = Field(default=False, description="send files of requests to the server's batch endpoint")
+    batch_poll: float = Field(default=30, gt=0, description="seconds between two questions about a batch's state")
+    batch_price: float = Field(default=0.5, ge=0, le=1, description="price of a batch, as a share of `prices`")
     max_pixels: int = Field(ge=784, description="larger page images are shrunk")
     system: str
     can_help: str
@@ -92,12 +105,17 @@ class OpenAIConfig(BaseModel):
 
     @property
     def price(self) -> Price | None:
-        return self.prices.get(self.model or "")
+        """The model's row of `prices`, or that of its batches."""
+        price = self.prices.get(self.model or "")
+        if price is None or not self.batch:
+            return price
+        share = {name: getattr(price, name) * self.batch_price for name in ("input", "output")}
+        return price.model_copy(update=share)
 
     def request_settings(self) -> dict[str, Any]:
         """The settings that change what is requested, and so invalidate stored answers."""
         others = {"name", "concurrency", "max_cost_usd", "prices", "timeout", "attempts", "max_wait", "dialect"}
-        return self.model_dump(exclude=others)
+        return self.model_dump(exclude={*others, "batch", "batch_poll", "batch_price"})
 
     def explain_text(self, query: str, helps: bool, words: int) -> str:
         return fill_template(
@@ -155,12 +173,19 @@ class OpenAITeacher:
 
     def __init__(self, config: OpenAIConfig, server: ChatServer, store: AnswerStore) -> None:
         self.config, self.server, self.store = config, server, store
-        self.concurrency = config.concurrency
+        self.queue: BatchQueue | None = None
+        self.concurrency, self._poll_seconds = config.concurrency, POLL_SECONDS
+        self._claim_seconds = config.attempts * (config.timeout + config.max_wait)
+        if config.batch:  # all requests wait at the same time
+            self.queue = server.batch_queue(store, config.batch_poll)
+            self.concurrency, self._poll_seconds = UNLIMITED, config.batch_poll
+            self._claim_seconds = BATCH_CLAIM_SECONDS
         self.counts: Counter[str] = Counter()
         self.model = config.model or ""
         self.budget = Budget(self.model, config.price, config.max_cost_usd, lambda: store.spent(self.model))
         self._max_tries = {**dict.fromkeys(REPLY_PROBLEMS, 2), "empty": config.attempts, "refused": 1}
-        self._slots = asyncio.Semaphore(config.concurrency)
+        self._slots = asyncio.Semaphore(self.concurrency)
+        self._calls = asyncio.Semaphore(config.concurrency)
         self._counted_keys: set[str] = set()
         self._paid_answers = 0
         self._images = PageImages(config.max_pixels)
@@ -188,6 +213,8 @@ class OpenAITeacher:
         return {"dialect": self.server.dialect.model_dump(mode="json")}
 
     async def close(self) -> None:
+        if self.queue:
+            await self.queue.close()
         await self.server.close()
         self.store.close()
 
@@ -199,6 +226,7 @@ class OpenAITeacher:
             f"{spent.prompt_tokens + spent.completion_tokens:,} tokens",
             f"${dollars:,.2f}" if dollars is not None else "",
             " ".join(f"{name} {count}" for name, count in sorted(self.server.faults.items())),
+            self.queue.status() if self.queue else "",
         ]
         return ", ".join(part for part in parts if part)
 
@@ -252,29 +280,38 @@ class OpenAITeacher:
             if answer := self.store.get(key):
                 return key, answer
             async with self._slots:
-                if self.store.claim(key, config.attempts * (config.timeout + config.max_wait)):
+                if self.store.claim(key, self._claim_seconds):
                     try:
                         # Another process may have stored it after the first `get` and before the claim.
-                        answer = self.store.get(key) or await self._pay(key, text, max_tokens, image, image_tokens)
+                        answer = self.store.get(key)
+                        if not answer:
+                            # A repeated request goes by itself, because each batch may take a day.
+                            queue = None if tries else self.queue
+                            answer = await self._pay(key, text, max_tokens, image, image_tokens, queue)
                         return key, answer
                     except Exception:  # not on cancellation: the call may still be in flight
                         self.store.release(key)
                         raise
-            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(self._poll_seconds)
 
-    async def _pay(self, key: str, text: str, max_tokens: int, image: Path | None, image_tokens: float) -> Answer:
-        url = await self._images.url(image) if image else None
+    async def _pay(
+        self,
+        key: str,
+        text: str,
+        max_tokens: int,
+        image: Path | None,
+        image_tokens: float,
+        queue: BatchQueue | None,
+    ) -> Answer:
+        """The answer to a request, which is stored: from a batch if there is a queue, or else by itself."""
         prompt_tokens = text_tokens(self.config.system + text) + image_tokens
+        request = self._request(text, max_tokens, bool(image))
+
+        async def urls() -> list[str]:
+            return [await self._images.url(image)] if image else []
 
         def store(answer: Answer) -> Answer:
-            # A count that the server does not report is estimated. The budget must not count it as free.
-            answer = replace(
-                answer,
-                prompt_tokens=round(prompt_tokens) if answer.prompt_tokens is None else answer.prompt_tokens,
-                completion_tokens=(
-                    text_tokens(answer.text) if answer.completion_tokens is None else answer.completion_tokens
-                ),
-            )
+            answer = with_estimates(answer, round(prompt_tokens))
             self.store.put(key, self.model, answer)
             self._paid_answers += 1
             return answer
@@ -282,14 +319,21 @@ class OpenAITeacher:
         # The prompt tokens are an estimate: reserve twice as many.
         reserved = await self.budget.reserve(2 * prompt_tokens, max_tokens)
         try:
-            return await self.server.complete(self._request(text, max_tokens, url), [url] if url else [], store)
+            if queue and (answer := await queue.answer(key, request, urls, round(prompt_tokens))):
+                self._paid_answers += 1
+                return answer
+            async with self._calls:
+                answer = await self.server.complete(request, await urls(), store)
+            if queue:
+                queue.probed()
+            return answer
         finally:
             await self.budget.release(reserved)
 
-    def _request(self, text: str, max_tokens: int, url: str | None) -> dict[str, Any]:
+    def _request(self, text: str, max_tokens: int, has_image: bool) -> dict[str, Any]:
         """The request without the data of its image."""
         detail = {"detail": self.config.detail} if self.config.detail else {}
-        image_part = [{"type": "image_url", "image_url": {"url": "", **detail}}] if url else []
+        image_part = [{"type": "image_url", "image_url": {"url": "", **detail}}] if has_image else []
         request: dict[str, Any] = {
             "model": self.model,
             "messages": [

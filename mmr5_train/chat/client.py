@@ -94,8 +94,8 @@ class ChatClient:
         self._key = key
         self._stopped = asyncio.Event()
         self._http = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
-            timeout=None,  # `_try` limits the time of a whole call
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=None,  # `_send` limits the time of a whole call
             follow_redirects=False,  # a redirect would send the key to another address
             verify=_tls_context(),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=100),
@@ -140,37 +140,79 @@ class ChatClient:
                 continue
             tries += 1
             self.faults[result.kind] += 1
-            too_long = result.wait is not None and result.wait > self.max_wait
-            if not result.is_retried or tries >= self.attempts or too_long or self._stopped.is_set():
+            if not self._is_repeated(result, tries, self.attempts):
                 raise ChatError(result, tries)
             await self._wait(self._seconds_to_wait(result, tries))
 
+    async def call(
+        self, method: str, path: str, *, attempts: int | None = None, timeout: float | None = None, **content: Any
+    ) -> str:
+        """The text of the reply of another endpoint, such as "/batches". Repeats it after temporary errors.
+
+        Args:
+            path: the address below the base URL.
+            attempts, timeout: other values than the client's.
+            **content: the content as httpx takes it: `params`, `json`, or `data` and `files`. Files are read again
+                from their beginning when the request is repeated.
+
+        Raises `ChatError`.
+        """
+        tries = 0
+        while True:
+            for _, file, _ in content.get("files", {}).values():
+                file.seek(0)
+            reply = await self._send(method, path, timeout or self.timeout, **content)
+            if isinstance(reply, Fault):
+                fault = reply
+            else:
+                status, headers, text = reply
+                if status < 300:
+                    return text
+                fault = self._fault(status, _parsed(text), headers)
+            tries += 1
+            self.faults[fault.kind] += 1
+            if not self._is_repeated(fault, tries, attempts or self.attempts):
+                raise ChatError(fault, tries)
+            await self._wait(self._seconds_to_wait(fault, tries))
+
+    def _is_repeated(self, fault: Fault, tries: int, attempts: int) -> bool:
+        too_long = fault.wait is not None and fault.wait > self.max_wait
+        return fault.is_retried and tries < attempts and not too_long and not self._stopped.is_set()
+
     async def _try(self, body: bytes) -> Completion | Fault:
-        try:
-            async with asyncio.timeout(self.timeout):
-                status, headers, text = await self._post(body)
-        except TimeoutError:
-            return Fault("timeout", f"no reply within {self.timeout:g} s")
-        except httpx.HTTPError as error:
-            return Fault("lost", self._one_line(str(error) or type(error).__name__))
+        headers = {"Content-Type": "application/json"}
+        reply = await self._send("POST", ENDPOINT, self.timeout, content=body, headers=headers)
+        if isinstance(reply, Fault):
+            return reply
+        status, reply_headers, text = reply
         if status != 200:
-            return self._fault(status, _parsed(text), headers)
+            return self._fault(status, _parsed(text), reply_headers)
         try:
             return read_reply(text)
         except NoCompletion as error:
             return Fault("garbage", self._one_line(str(error)), status)
         except ReplyError as error:
-            return self._fault(status, {"error": error.error}, headers)
+            return self._fault(status, {"error": error.error}, reply_headers)
 
-    async def _post(self, body: bytes) -> tuple[int, httpx.Headers, str]:
+    async def _send(
+        self, method: str, path: str, timeout: float, **content: Any
+    ) -> tuple[int, httpx.Headers, str] | Fault:
         """Status, headers and text of a reply of at most `MAX_REPLY_BYTES` bytes."""
-        async with self._http.stream("POST", f"{self.url}{ENDPOINT}", content=body) as response:
-            data = bytearray()
-            async for piece in response.aiter_bytes():
-                data += piece
-                if len(data) > MAX_REPLY_BYTES:
-                    raise httpx.ReadError(f"the reply is longer than {MAX_REPLY_BYTES:,} bytes")
-            return response.status_code, response.headers, data.decode("utf-8", "replace")
+        try:
+            async with (
+                asyncio.timeout(timeout),
+                self._http.stream(method, f"{self.url}{path}", **content) as response,
+            ):
+                data = bytearray()
+                async for piece in response.aiter_bytes():
+                    data += piece
+                    if len(data) > MAX_REPLY_BYTES:
+                        raise httpx.ReadError(f"the reply is longer than {MAX_REPLY_BYTES:,} bytes")
+                return response.status_code, response.headers, data.decode("utf-8", "replace")
+        except TimeoutError:
+            return Fault("timeout", f"no reply within {timeout:g} s")
+        except httpx.HTTPError as error:
+            return Fault("lost", self._one_line(str(error) or type(error).__name__))
 
     def _fault(self, status: int, body: Any, headers: Mapping[str, str]) -> Fault:
         fault = read_fault(status, body, headers)

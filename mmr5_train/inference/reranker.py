@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from mmr5_train.common.files import InputError, validation_message
 from mmr5_train.inference.local import MAX_SCORED_PAGES, LocalBackend, load_backend
 from mmr5_train.inference.remote import RemoteBackend, ServerConfig
 from mmr5_train.inference.tasks import batch_seed
-from mmr5_train.models.config import MAX_NEW_TOKENS, CheckpointOptions, ModelOptions
+from mmr5_train.inference.vllm_engine import VllmBackend, load_vllm_backend
+from mmr5_train.models.config import MAX_NEW_TOKENS, BackendOptions, CheckpointOptions, ModelOptions
 from mmr5_train.models.pages import PageInput, open_pages
 from mmr5_train.models.settings import resolve_mode, resolve_settings
 from mmr5_train.ranking.answer import parse_answer
@@ -44,10 +45,8 @@ from mmr5_train.ranking.results import RankedResults, build_results
 from mmr5_train.ranking.windows import Strategy, fuse_orders, make_plan
 
 
-class RankingOptions(BaseModel):
+class RankingOptions(BackendOptions):
     """How a reranker ranks; each field is a keyword argument of `Reranker`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     mode: Mode | None = Field(
         default=None,
@@ -72,6 +71,8 @@ class RankingOptions(BaseModel):
             raise ValueError(f"stride must be less than window ({self.window})")
         if self.mode == "logits" and self.samples:
             raise ValueError("mode logits generates no text to sample: samples must be 0")
+        if self.mode == "logits" and self.backend == "vllm":
+            raise ValueError("mode logits needs backend: transformers")
         return self
 
 
@@ -146,12 +147,21 @@ class Reranker:
             prompt=prompt if prompt is None or isinstance(prompt, Prompt) else read_prompt(prompt),
             override_checkpoint=override_checkpoint,
         )
-        self.backend: LocalBackend | RemoteBackend
+        self.backend: LocalBackend | RemoteBackend | VllmBackend
         if server is not None:
             config = server if isinstance(server, ServerConfig) else _validated(ServerConfig, server)
             self.backend = _remote_backend(config, checkpoint, settings, backend_options)
         elif checkpoint is None:
             raise InputError("checkpoint: give a folder, a hub id, or a server")
+        elif self.options.backend == "vllm":
+            self.backend = load_vllm_backend(
+                checkpoint,
+                settings,
+                base=base,
+                window=self.options.window,
+                arguments=self.options.vllm,
+                **backend_options,
+            )
         else:
             self.backend = load_backend(checkpoint, settings, base=base, device=device, **backend_options)
 
@@ -229,7 +239,7 @@ class Reranker:
     def _generate(self, prompts: Sequence[tuple[str, Sequence[Image.Image]]]) -> list[list[ModelAnswer]]:
         """The answers to each (query, images) prompt, generated in batches."""
         is_local = isinstance(self.backend, LocalBackend)
-        size = self.options.batch_size if is_local else len(prompts)  # a server forms its own batches
+        size = self.options.batch_size if is_local else len(prompts)  # servers and vLLM form their own batches
         sampling = self.options.model_dump(include={"samples", "temperature"})
         answers = []
         for start in range(0, len(prompts), size):

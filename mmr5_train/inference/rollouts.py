@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from mmr5_train.common.files import InputError, read_records
 from mmr5_train.inference.tasks import Batch, rank_tasks
-from mmr5_train.models.config import MAX_NEW_TOKENS, CheckpointOptions
+from mmr5_train.models.config import MAX_NEW_TOKENS, BackendOptions, CheckpointOptions
 from mmr5_train.ranking.records import ModelAnswer, Order, PromptedTask, RankingTask, Rollouts
 from mmr5_train.ranking.rewards import RewardConfig, score_group
 
 if TYPE_CHECKING:
     from mmr5_train.inference.local import LocalBackend
+    from mmr5_train.inference.vllm_engine import VllmBackend
     from mmr5_train.models.lengths import Fitting
 
 ROLLOUTS = "rollouts.jsonl"
@@ -30,10 +31,8 @@ PARTIAL = "partial"
 """Folder in the output folder of an unfinished run, with its finished batches."""
 
 
-class RolloutConfig(BaseModel):
+class RolloutConfig(BackendOptions):
     """The source of rollouts: a checkpoint that samples them, or a file of an earlier run."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     checkpoint: str | None = Field(default=None, description="a model that sft or grpo wrote")
     rollouts: Path | None = Field(
@@ -86,18 +85,25 @@ def leave_out_long_questions(
     return leave_out_too_long(source, [task.query_id for task in tasks], counts, limit, max_share)
 
 
-def load_sampler(config: RolloutConfig, options: CheckpointOptions, device: str) -> LocalBackend:
+def load_sampler(config: RolloutConfig, options: CheckpointOptions, device: str) -> LocalBackend | VllmBackend:
     """The backend that samples. The settings of the checkpoint are its own, unless `options` override them.
 
     Raises `InputError` if the checkpoint can't be used.
     """
+    checkpoint = str(config.checkpoint)
+    if config.backend == "vllm":
+        from mmr5_train.inference.vllm_engine import load_vllm_backend
+
+        return load_vllm_backend(
+            checkpoint, options, window=None, max_new_tokens=config.max_new_tokens, arguments=config.vllm
+        )
     from mmr5_train.inference.local import load_backend
 
-    return load_backend(str(config.checkpoint), options, device=device, max_new_tokens=config.max_new_tokens)
+    return load_backend(checkpoint, options, device=device, max_new_tokens=config.max_new_tokens)
 
 
 def sample_rollouts(
-    backend: LocalBackend,
+    backend: LocalBackend | VllmBackend,
     tasks: Sequence[RankingTask],
     folder: Path,
     partial: Path,

@@ -14,6 +14,7 @@ from mmr5_train.ranking.records import ModelAnswer, PromptedTask, Record
 if TYPE_CHECKING:  # imports torch, which `select` does not need when it reads rollouts of an earlier run
     from mmr5_train.inference.local import LocalBackend
     from mmr5_train.inference.remote import RemoteBackend
+    from mmr5_train.inference.vllm_engine import VllmBackend
 
 
 class Batch(Record):
@@ -28,7 +29,7 @@ def batch_seed(seed: int, start: int) -> int:
 
 
 def rank_tasks(
-    backend: LocalBackend | RemoteBackend,
+    backend: LocalBackend | RemoteBackend | VllmBackend,
     tasks: Sequence[PromptedTask],
     folder: Path,
     *,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Mode, Record
@@ -100,6 +100,30 @@ class CheckpointOptions(BaseModel):
         description="use the model, prompt and think of this config where the checkpoint's reranker.json has "
         "others; false: that is an error",
     )
+
+
+class BackendOptions(BaseModel):
+    """What runs a checkpoint in this process."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backend: Literal["transformers", "vllm"] = Field(
+        default="transformers", description="transformers, or vLLM's offline engine"
+    )
+    vllm: dict[str, Any] = Field(
+        default={}, description="arguments of vllm.LLM for backend vllm, e.g. tensor_parallel_size: 4"
+    )
+
+    @field_validator("vllm", mode="before")
+    @classmethod
+    def _no_arguments(cls, arguments: Any) -> Any:
+        return {} if arguments is None else arguments  # the default is null, so that Hydra can add names
+
+    @model_validator(mode="after")
+    def _arguments_are_used(self) -> Self:
+        if self.vllm and self.backend != "vllm":
+            raise ValueError("vllm is read with backend: vllm only")
+        return self
 
 
 class RerankerSettings(Record):

@@ -69,6 +69,19 @@ def encode(
     )
 
 
+def prompt_token_ids(
+    processor: Any, prompt: Prompt, queries: Sequence[str], page_counts: Sequence[int]
+) -> list[list[int]]:
+    """The token ids of each prompt without padding, with one placeholder for each of its pages.
+
+    `encode` repeats the placeholder of a page for each of its features; otherwise the ids are the same.
+    """
+    messages = [build_messages(prompt, query, n) for query, n in zip(queries, page_counts, strict=True)]
+    texts = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids: list[list[int]] = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
+
+
 def append_list_open(inputs: Any, tokenizer: Any) -> Any:
     """Appends the tokens of `LIST_OPEN`, the beginning of an answer, to each left-padded prompt of `inputs`.
 

@@ -16,8 +16,11 @@ from itertools import groupby
 from typing import Any
 
 from mmr5_train.common.files import InputError
+from mmr5_train.inference.vllm_engine import check_prompt
 
-SHOWN = 20  # tokens around the first difference, in an error
+ENGINE_BYTES = 3 * 2**30
+"""vLLM's memory besides weights and KV cache: activations of 4,096 tokens, and of the pages in one prompt."""
+MAX_SHARE = 0.6  # of the GPU's memory; training needs the rest
 
 
 def check_rollouts(trainer: Any, placeholders: Sequence[int], banned: Sequence[int]) -> None:
@@ -55,6 +58,30 @@ def check_rollouts(trainer: Any, placeholders: Sequence[int], banned: Sequence[i
     engine.generate = checked_generate
 
 
+def memory_share(model: Any, prompts: int, rollouts: int, prompt_length: int, length: int, total: int) -> float:
+    """The share of a GPU's memory for a colocated vLLM engine: what the rollouts of one batch need.
+
+    Args:
+        model: the policy. Its weights are in the engine a second time.
+        prompts, rollouts: distinct prompts, and completions, of a rollout batch on this GPU. The completions of a
+            prompt share its part of the KV cache.
+        prompt_length, length: tokens of the longest prompt, and of the longest prompt with its completion.
+        total: the GPU's memory in bytes.
+
+    With less than `MAX_SHARE`, vLLM generates a batch at once; otherwise it queues some rollouts. The share is
+    never too small for one rollout.
+    """
+    text, weight = model.config.get_text_config(), next(model.parameters()).element_size()
+    heads = text.num_key_value_heads * (
+        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    )
+    token_bytes = 2 * text.num_hidden_layers * heads * weight
+    fixed = sum(p.numel() * p.element_size() for p in model.parameters()) + ENGINE_BYTES
+    all_tokens = prompts * prompt_length + rollouts * (length - prompt_length)
+    least, wanted = ((fixed + token_bytes * tokens) / total for tokens in (length, all_tokens))
+    return max(least, min(wanted, MAX_SHARE))
+
+
 def collapse(ids: Sequence[int], placeholders: Sequence[int]) -> list[int]:
     """The ids with each run of the same placeholder shortened to one.
 
@@ -64,21 +91,6 @@ def collapse(ids: Sequence[int], placeholders: Sequence[int]) -> list[int]:
     for token, run in groupby(ids):
         kept += [token] if token in placeholders else list(run)
     return kept
-
-
-def check_prompt(expected: Sequence[int], found: Sequence[int]) -> None:
-    """Raises `InputError`, which shows both, if the engine read another prompt than the trainer's."""
-    if list(expected) == list(found):
-        return
-    pairs = zip(expected, found, strict=False)
-    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
-    start = max(first - SHOWN // 2, 0)
-    raise InputError(
-        f"vLLM reads another prompt than the trainer: {len(found):,} tokens instead of {len(expected):,}, "
-        f"different from token {first} on. Trainer: {list(expected[start : start + SHOWN])}. "
-        f"vLLM: {list(found[start : start + SHOWN])}. Its rollouts would not be those of the policy; use the "
-        "versions in constraints-vllm.txt, and check that the server serves the checkpoint that is trained"
-    )
 
 
 def check_bias(client: Any, prompt: list[int], token: int) -> None:

@@ -10,7 +10,15 @@ import pytest
 from trl.generation.vllm_generation import VLLMGeneration
 
 from mmr5_train.common.files import InputError
-from mmr5_train.training.vllm_rollouts import check_bias, check_prompt, check_rollouts, collapse
+from mmr5_train.inference.vllm_engine import check_prompt
+from mmr5_train.training.vllm_rollouts import (
+    ENGINE_BYTES,
+    MAX_SHARE,
+    check_bias,
+    check_rollouts,
+    collapse,
+    memory_share,
+)
 
 PAD, START, END, EOS = 7, 5, 6, 2
 PROMPT = [1, START, PAD, PAD, PAD, END, 3, START, PAD, PAD, END, 4]
@@ -113,3 +121,20 @@ def test_trl_hands_over_expanded_prompts_still():
     assert 'row = {"prompt_token_ids": ids}' in source
     parameters = list(inspect.signature(VLLMGeneration.generate).parameters)
     assert parameters == ["self", "prompts", "images", "num_generations", "profiler"]
+
+
+def test_the_memory_share_holds_the_rollouts_of_a_batch():
+    """By hand, for the 7B shape in bfloat16: 28 layers with 4 KV heads of 128, so 57,344 bytes per token."""
+    parameter = SimpleNamespace(numel=lambda: 8_292_166_656, element_size=lambda: 2)
+    text = SimpleNamespace(num_hidden_layers=28, num_key_value_heads=4, hidden_size=3584, num_attention_heads=28)
+    model = SimpleNamespace(
+        parameters=lambda: iter([parameter]), config=SimpleNamespace(get_text_config=lambda: text)
+    )
+    total = 80 * 2**30
+    fixed = 2 * 8_292_166_656 + ENGINE_BYTES
+    few = memory_share(model, 1, 8, 14_000, 16_048, total)
+    assert few == pytest.approx((fixed + 57_344 * (14_000 + 8 * 2_048)) / total)
+    assert memory_share(model, 64, 512, 14_000, 16_048, total) == MAX_SHARE
+    assert memory_share(model, 64, 512, 14_000, 16_048, 24 * 2**30) == pytest.approx(
+        (fixed + 57_344 * 16_048) / (24 * 2**30)
+    )

@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo demo-modes test test-long bench-demo bench-reasoning bench-grpo bench-constrained bench-pages bench-gpu bench-data bench-amounts bench-train bench-serve bench-rerank rehearsal test-wheel lint format lock clean
+.PHONY: help setup demo demo-modes test test-long test-vllm bench-demo bench-reasoning bench-grpo bench-constrained bench-pages bench-gpu bench-data bench-amounts bench-train bench-serve bench-rerank rehearsal test-wheel lint format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make demo-modes     continue the demo with distillation; adds the comparison of the three modes to the report"
 	@echo "make test           run the tests"
 	@echo "make test-long      run the tests that launch several processes, and slow variants of other tests"
+	@echo "make test-vllm VLLM_ENV=folder  compare vLLM, in the environment in the folder, to transformers; writes outputs/bench/engines.json"
 	@echo "make test-wheel     install the wheel into a fresh environment and run the demo there"
 	@echo "make bench-demo     run the demo on seeds 10, 11 and 12; writes outputs/bench/demo.json"
 	@echo "make bench-reasoning  compare models with and without reasoning; writes outputs/bench/reasoning.json"
@@ -67,6 +68,9 @@ test-wheel: setup
 	$(BIN)/uv venv --quiet --python $(BIN)/python outputs/wheel/venv
 	$(BIN)/uv pip install --quiet --python outputs/wheel/venv/bin/python --constraint constraints.txt outputs/wheel/*.whl
 	cd outputs/wheel/empty && ../venv/bin/mmr5 demo seed=$(SEED)
+
+test-vllm: setup
+	VLLM_ENV='$(VLLM_ENV)' $(BIN)/python scripts/benchmarks/bench_engines.py
 
 bench-demo: setup
 	$(BIN)/python scripts/benchmarks/bench_demo.py

@@ -44,7 +44,7 @@ from mmr5_train.common.files import (
     write_manifest,
     write_records,
 )
-from mmr5_train.evaluation.scoring import results_table, score_rankings
+from mmr5_train.evaluation.scoring import known_mean, results_table, score_rankings
 from mmr5_train.evaluation.trec import write_trec
 from mmr5_train.inference.fit import check_prompts_fit
 from mmr5_train.inference.processes import (
@@ -265,17 +265,16 @@ def cost(batches: Sequence[RankedBatch]) -> dict[str, float]:
     """A system's time and tokens.
 
     `seconds` is the total and includes sampling. `seconds_per_question` and the mean token counts are those of the
-    greedy answers.
+    greedy answers; a count that a server does not report is left out.
     """
     answers = [ranking.greedy for batch in batches for ranking in batch.rankings]
     greedy = sum(batch.seconds for batch in batches)
+    names = ("tokens", "prompt_tokens", "visual_tokens")
+    means = {name: known_mean(getattr(answer, name) for answer in answers) for name in names}
     return {
         "seconds": greedy + sum(batch.sampling_seconds for batch in batches),
         "seconds_per_question": greedy / len(answers),
-        **{
-            name: sum(getattr(answer, name) for answer in answers) / len(answers)
-            for name in ("tokens", "prompt_tokens", "visual_tokens")
-        },
+        **{name: mean for name, mean in means.items() if mean is not None},
     }
 
 

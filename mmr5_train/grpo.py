@@ -10,7 +10,7 @@ MM-R5, section 3.3. The reward formulas are in mmr5_train/ranking/rewards.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +26,7 @@ from mmr5_train.common.config import run_stage
 from mmr5_train.common.files import InputError, read_records
 from mmr5_train.evaluation.alarms import Action, read_alarms
 from mmr5_train.models.lengths import (
+    Fitting,
     TokenLimit,
     context_limit,
     count_tokens,
@@ -39,7 +40,7 @@ from mmr5_train.models.sampling import end_token_ids, rollout_settings
 from mmr5_train.models.settings import Settings
 from mmr5_train.ranking.answer import Defect, parse_answer
 from mmr5_train.ranking.notes import page_verdicts
-from mmr5_train.ranking.records import LocalId, Order, RankingTask
+from mmr5_train.ranking.records import LocalId, Order, PromptedTask, RankingTask
 from mmr5_train.ranking.rewards import GROUP_REWARDS, REWARDS, RewardConfig, follows_verdicts, score_group
 from mmr5_train.training.adapters import lora_config, use_lora_plus
 from mmr5_train.training.arguments import (
@@ -86,24 +87,48 @@ def main(config: GrpoStage) -> None:
     policy = policy_settings("grpo", config)
     policy = policy if policy.think else replace(policy, verdicts=False)
     config.reward.check_verdicts(policy.verdicts, config.model.path)
-    sizes = image_sizes((page for p in prompted for page in p.shown), config.data.parent)
     processor = load_processor(policy.model)
     arguments = grpo_arguments(config, policy, processor)
-    lengths = count_tokens(processor, policy.prompt, [t.query for t in tasks], [p.shown for p in prompted], sizes)
-    query_ids, limit = [task.query_id for task in tasks], prompt_limit(config, arguments)
-    fitting = leave_out_too_long(config.data, query_ids, lengths, limit, config.max_too_long)
+    fitting, longest_prompt = leave_out_long_prompts(config, arguments, policy, processor, prompted)
     prompted = [prompted[i] for i in fitting.indices]
     if arguments.use_vllm and arguments.vllm_max_model_length is None:
         # vLLM would reserve memory for the model's whole context.
-        longest = max(lengths[i].prompt for i in fitting.indices)
-        arguments.vllm_max_model_length = longest + (arguments.max_completion_length or 0)
+        arguments.vllm_max_model_length = longest_prompt + (arguments.max_completion_length or 0)
     run = start_run("grpo", config, policy, arguments, processor, fitting)
-
     model = load_model(policy.model)
+    if arguments.use_vllm and arguments.vllm_mode == "colocate":
+        set_memory_share(config, arguments, model, longest_prompt)
+    trainer = make_trainer(config, arguments, policy, processor, model, prompted)
+    if policy.verdicts is False and trainer.accelerator.is_main_process:
+        print("grpo: the model writes no verdicts on pages: they are not logged, and no alarm watches them")
+    train(run, trainer, progress={"reward": "reward", "kl": "kl", "entropy": "entropy"})
+    counts = {"tasks": len(prompted), "alarms": len(read_alarms(config.out))}
+    finish_run(run, trainer, counts=counts, metric="reward")
+
+
+def leave_out_long_prompts(
+    config: GrpoStage, arguments: GRPOConfig, policy: Settings, processor: Any, prompted: Sequence[PromptedTask]
+) -> tuple[Fitting, int]:
+    """The questions that fit, and the tokens of the longest prompt among them. Raises `InputError` for too few."""
+    sizes = image_sizes((page for p in prompted for page in p.shown), config.data.parent)
+    queries, shown = [p.task.query for p in prompted], [p.shown for p in prompted]
+    lengths = count_tokens(processor, policy.prompt, queries, shown, sizes)
+    query_ids, limit = [p.task.query_id for p in prompted], prompt_limit(config, arguments)
+    fitting = leave_out_too_long(config.data, query_ids, lengths, limit, config.max_too_long)
+    return fitting, max(lengths[i].prompt for i in fitting.indices)
+
+
+def make_trainer(
+    config: GrpoStage,
+    arguments: GRPOConfig,
+    policy: Settings,
+    processor: Any,
+    model: Any,
+    prompted: Sequence[PromptedTask],
+) -> GRPOTrainer:
+    """The trainer of the model on the questions, with rewards, logs and alarms."""
     end_ids = end_token_ids(processor.tokenizer)
     model.generation_config.eos_token_id = end_ids  # TRL ends completions at these tokens
-    if arguments.use_vllm and arguments.vllm_mode == "colocate":
-        set_memory_share(config, arguments, model, max(lengths[i].prompt for i in fitting.indices))
     dataset = prompt_dataset(
         [
             {
@@ -122,13 +147,11 @@ def main(config: GrpoStage) -> None:
         open_pages=False,
     )
     rewards = [reward_function(name, policy.think) for name in config.reward.weights]
+    logger = answer_logger(policy.think, policy.verdicts, config.order == "shuffled", set(end_ids))
     with rejected_settings_as_input_errors("grpo"):
         trainer = trainer_class(config.shared_prefix, model, arguments)(
             model=model,
-            reward_funcs=[
-                *rewards,
-                answer_logger(policy.think, policy.verdicts, config.order == "shuffled", set(end_ids)),
-            ],
+            reward_funcs=[*rewards, logger],
             args=arguments,
             train_dataset=dataset,
             processing_class=processor,
@@ -137,14 +160,9 @@ def main(config: GrpoStage) -> None:
     use_lora_plus(trainer, policy.model)
     if arguments.use_vllm:
         check_rollouts(trainer, [processor.image_token_id], vision_token_ids(processor))
-    if policy.verdicts is False and trainer.accelerator.is_main_process:
-        print("grpo: the model writes no verdicts on pages: they are not logged, and no alarm watches them")
     if config.alarms != "off":
         trainer.add_callback(AlarmCallback(config.out, config.alarms))
-
-    train(run, trainer, progress={"reward": "reward", "kl": "kl", "entropy": "entropy"})
-    counts = {"tasks": len(prompted), "alarms": len(read_alarms(config.out))}
-    finish_run(run, trainer, counts=counts, metric="reward")
+    return trainer
 
 
 def set_memory_share(config: GrpoStage, arguments: GRPOConfig, model: Any, longest_prompt: int) -> None:

@@ -160,6 +160,12 @@ def question_values(
     return values
 
 
+def known_mean(counts: Iterable[int | None]) -> float | None:
+    """The mean of the token counts that are known. None if none is."""
+    known = [count for count in counts if count is not None]
+    return float(np.mean(known)) if known else None
+
+
 def writes_completions(rankings: Iterable[Ranking]) -> bool:
     """Whether the system writes completions. A first stage and the mode `logits` do not."""
     return any(ranking.greedy.completion or ranking.greedy.defects for ranking in rankings)
@@ -213,7 +219,7 @@ def _row(
     names += ["complete_permutations", "without_defect", "true_descriptions"]
     row: dict[str, Any] = {"questions": len(rankings)}
     row |= {name: float(np.nanmean(values[name])) if name in values else None for name in names}
-    row["tokens"] = float(np.mean([r.greedy.tokens for r in rankings])) if writes_completions(rankings) else None
+    row["tokens"] = known_mean(r.greedy.tokens for r in rankings) if writes_completions(rankings) else None
     with_completions = rankings if writes_completions(rankings) else []
     for suffix, sampled in (("", False), ("_sampled", True)):
         counts = defect_counts(with_completions, sampled=sampled)

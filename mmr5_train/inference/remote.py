@@ -152,11 +152,11 @@ class RemoteBackend:
             "visual_tokens": visual,
             "tokens": completion.completion_tokens,
             "prompt_tokens": completion.prompt_tokens,
-        }  # fmt: skip
+        }
         return to_model_answer(
             completion.whole,
             len(images),
-            counts={name: count for name, count in counts.items() if count is not None},
+            counts=counts,
             cut_off=completion.finish == "length",
             expect_think=self.mode == "reason",
         )

@@ -21,7 +21,7 @@ This file uses these names for the pages:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -95,14 +95,14 @@ class RankedImages:
     """By rank, in mode logits with a single window. Scores of different windows can't be compared."""
 
     def merged_answer(self) -> ModelAnswer:
-        """All windows as one answer, whose local ids are the indices plus 1. Token counts are sums."""
+        """All windows as one answer, whose local ids are the indices plus 1. Token counts are sums, or unknown."""
         answers = [window.answer for window in self.windows]
         return ModelAnswer(
             completion="\n".join(answer.completion for answer in answers),
             order=tuple(LocalId(i + 1) for i in self.order),
             defects=tuple(dict.fromkeys(defect for answer in answers for defect in answer.defects)),
-            tokens=sum(answer.tokens for answer in answers),
-            prompt_tokens=sum(answer.prompt_tokens for answer in answers),
+            tokens=_known_sum(answer.tokens for answer in answers),
+            prompt_tokens=_known_sum(answer.prompt_tokens for answer in answers),
             visual_tokens=sum(answer.visual_tokens for answer in answers),
             scores=self.scores or (),
         )
@@ -262,6 +262,11 @@ class QueryReranker:
     def rerank(self, query: str, image_list: Sequence[PageInput]) -> list[int]:
         """Indices of all images, from 0, best first."""
         return self.reranker.rank(query, image_list).order
+
+
+def _known_sum(counts: Iterable[int | None]) -> int | None:
+    known = list(counts)
+    return None if None in known else sum(count for count in known if count is not None)
 
 
 def _fused_order(answers: Sequence[ModelAnswer]) -> list[int]:

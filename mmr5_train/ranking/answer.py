@@ -73,9 +73,7 @@ class ParsedAnswer:
         return ORDER_PRESERVING_DEFECTS.issuperset(self.defects)
 
 
-def parse_answer(
-    text: str, n: int, *, reasoning: str | None = None, cut_off: bool = False, expect_think: bool = True
-) -> ParsedAnswer:
+def parse_answer(text: str, n: int, *, cut_off: bool = False, expect_think: bool = True) -> ParsedAnswer:
     """Parses a completion.
 
     An answer block inside the reasoning (a think block, closed or not) is a draft and never counts. If there are
@@ -83,9 +81,8 @@ def parse_answer(
     corrects it. The structure of such a text is not valid, so a reward for structure still penalizes it.
 
     Args:
-        text: the completion; without its think block if a server returned that separately.
+        text: the completion, with its think block.
         n: number of pages in the prompt.
-        reasoning: the separate think block (`reasoning_content`), or None or "".
         cut_off: whether generation stopped at the length limit.
         expect_think: False for a model that answers without a think block.
 
@@ -95,7 +92,7 @@ def parse_answer(
     if n < 1:
         raise ValueError(f"an answer ranks at least one page, got n = {n}")
     outside, think_blocks, unclosed = _split_reasoning(text)
-    think = reasoning or (think_blocks[0] if think_blocks else None)
+    think = think_blocks[0] if think_blocks else None
     answer_content = next((block for part in reversed(outside) if (block := _last_answer(part)) is not None), None)
     ids, defects = ((), [Defect.no_answer]) if answer_content is None else _read_list(answer_content)
     is_list = not defects
@@ -106,8 +103,8 @@ def parse_answer(
     if cut_off:
         defects.append(Defect.cut_off)
 
-    if reasoning or not expect_think:
-        answer_parts, thinks_as_expected = outside, not think_blocks and bool(reasoning) == expect_think
+    if not expect_think:
+        answer_parts, thinks_as_expected = outside, not think_blocks
     else:
         answer_parts, thinks_as_expected = outside[1:], len(think_blocks) == 1 and not outside[0].strip()
     only_answer = (
@@ -133,19 +130,17 @@ def to_model_answer(
     text: str,
     n: int,
     *,
-    reasoning: str | None = None,
     cut_off: bool = False,
     expect_think: bool = True,
-    counts: Mapping[str, int] | None = None,
+    counts: Mapping[str, int | None] | None = None,
 ) -> ModelAnswer:
     """Parses a completion into the record that evaluation stores.
 
-    Takes the arguments of `parse_answer`. `counts` holds the token counts of `ModelAnswer` by field name. If
-    `reasoning` is given, it is put before `text`, so that the record always holds the whole completion.
+    Takes the arguments of `parse_answer`. `counts` holds the token counts of `ModelAnswer` by field name.
     """
-    answer = parse_answer(text, n, reasoning=reasoning, cut_off=cut_off, expect_think=expect_think)
+    answer = parse_answer(text, n, cut_off=cut_off, expect_think=expect_think)
     return ModelAnswer(
-        completion=f"{THINK_OPEN}{reasoning}{THINK_CLOSE}{text}" if reasoning else text,
+        completion=text,
         order=complete_order(answer.ids, n),
         defects=tuple(defect.value for defect in answer.defects),
         **(counts or {}),

@@ -211,9 +211,15 @@ class ModelAnswer(Record):
     defects: tuple[str, ...] = Field(
         default=(), description="what is wrong with the completion: names of `answer.Defect`, in its order"
     )
-    tokens: int = Field(default=0, ge=0, description="length of the completion in tokens, including the end token")
-    prompt_tokens: int = Field(
-        default=0, ge=0, description="length of the prompt in tokens, including the visual tokens"
+    tokens: int | None = Field(
+        default=0,
+        ge=0,
+        description="length of the completion in tokens, including the end token; null: the server does not say",
+    )
+    prompt_tokens: int | None = Field(
+        default=0,
+        ge=0,
+        description="length of the prompt in tokens, including the visual tokens; null: as `tokens`",
     )
     visual_tokens: int = Field(default=0, ge=0, description="number of visual tokens of the prompt's pages")
     scores: tuple[float, ...] = Field(

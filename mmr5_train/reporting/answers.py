@@ -7,12 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mmr5_train.common.files import InputError
 from mmr5_train.evaluation.answer_classes import CLASSES, DEFECTS, class_counts
 from mmr5_train.evaluation.metrics import defect_counts
-from mmr5_train.evaluation.scoring import writes_completions
+from mmr5_train.evaluation.scoring import known_mean, writes_completions
 from mmr5_train.ranking.records import Ranking
 
 Rankings = Mapping[str, Sequence[Ranking]]
@@ -73,9 +71,13 @@ def cost_view(rankings: Rankings, timing: Mapping[str, Mapping[str, float]]) -> 
     for system, system_rankings in rankings.items():
         cost = dict(timing.get(system, {}))
         if writes_completions(system_rankings):
-            cost["tokens"] = float(np.mean([ranking.greedy.tokens for ranking in system_rankings]))
-            if sampled := [answer.tokens for ranking in system_rankings for answer in ranking.samples]:
-                cost["tokens_sampled"] = float(np.mean(sampled))
+            counts = {
+                "tokens": known_mean(ranking.greedy.tokens for ranking in system_rankings),
+                "tokens_sampled": known_mean(
+                    answer.tokens for ranking in system_rankings for answer in ranking.samples
+                ),
+            }
+            cost |= {name: count for name, count in counts.items() if count is not None}
         if cost:
             costs[system] = cost
     columns = [column for column in _COST if any(column[0] in cost for cost in costs.values())]

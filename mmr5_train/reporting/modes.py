@@ -30,7 +30,7 @@ def modes_view(folder: Path | None) -> dict[str, Any] | None:
             "value": row[FIGURE],
             **row["intervals"][FIGURE],
             "ms": 1000 * timing[row["system"]]["seconds_per_question"],
-            "tokens": timing[row["system"]]["tokens"],
+            "tokens": timing[row["system"]].get("tokens"),
         }
         for row in results["rows"]
         if row["system"] in timing

@@ -154,7 +154,7 @@ def response_body(job: RankingJob, ranked: RankedResults, model_name: str) -> di
         "model": model_name,
         "results": results,
         "has_scores": ranked.has_scores,
-        "usage": {"total_tokens": sum(answer.tokens for answer in ranked.answers)},
+        "usage": {"total_tokens": sum(answer.tokens or 0 for answer in ranked.answers)},
         "reasoning": ranked.reasoning if job.return_reasoning else None,
         "defects": list(ranked.defects),
     }

@@ -7,7 +7,7 @@ A batch is completed `--delay` seconds after it was created. With faults, that s
 with status 429 or 500, or by a connection that is closed before or after the request is handled. The same share of
 the lines of a batch gets an error, is missing from the answers, or has an empty text. Answers are those of
 chat_server.py, and so are `GET /counts` and `GET /answers` below the base URL: they count each answer that was
-paid for, in a batch or by itself.
+paid for, in a batch or by itself. `GET /batched` counts those in a batch.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class BatchServer(ThreadingHTTPServer):
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}  # in the order of their creation
         self.answers: Counter[str] = Counter()
+        self.batched: Counter[str] = Counter()  # the answers that were in a batch
         self.counts: Counter[str] = Counter()
         self.has_batches = True
         """False: only single requests, as on most servers."""
@@ -107,6 +108,7 @@ class BatchServer(ThreadingHTTPServer):
                 text = "" if fault == "empty" else answer_to(memoryview(json.dumps(request["body"]).encode()))
                 if text:
                     self.answers[text] += 1
+                    self.batched[text] += 1
                 body = json.loads(completion(text))
                 answers.append({**answered, "response": {"status_code": 200, "body": body}})
         batch["status"] = "completed"
@@ -133,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
         r"GET /v1/batches/([\w-]+)": "batch",
         r"GET /v1/files/([\w-]+)/content": "content",
         r"POST /v1/chat/completions": "complete",
-        r"GET /v1/(answers|counts)": "report",
+        r"GET /v1/(answers|batched|counts)": "report",
     }
 
     def handle_request(self) -> None:
@@ -185,8 +187,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def report(self, body: bytes, what: str) -> dict[str, int]:
         with self.server.lock:
-            if what == "answers":
-                return dict(self.server.answers)
+            if what != "counts":
+                return dict(getattr(self.server, what))
             answered = {"answered": self.server.answers.total(), "distinct": len(self.server.answers)}
             return {**answered, **self.server.counts}
 

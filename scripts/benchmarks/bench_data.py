@@ -16,6 +16,8 @@
   The server may have sent more answers than the store needed: answers in transit at a kill (`lost_on_the_wire`),
   and answers after the stage's timeout (`given_up`; 0 unless another program occupies the processor for
   `--timeout` seconds).
+- *batches*: the same with `teacher.batch=true` and a server with batch endpoints (batch_server.py). 30 % of its
+  replies and 30 % of the lines of a batch are faults. `paid_twice` counts answers that came in two batches.
 - *corpora*: reads a training set and builds candidates from it (bench_corpora.py), at two sizes.
 
 Writes outputs/bench/data.json. To add a kind of row, write a function from the arguments to rows, and add it to
@@ -157,6 +159,41 @@ def faults(args: argparse.Namespace) -> list[Row]:
         ]  # fmt: skip
 
 
+def batches(args: argparse.Namespace) -> list[Row]:
+    """Compares a run with batches, faults and kills to a run without any of them."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = make_tasks(folder, args.questions, SMALL)
+        with chat_server("--delay", "0.02"):
+            run_to_the_end(traces_command(data, folder / "reference", *FAULTS_SETTINGS))
+        with chat_server("--delay", "2", "--faults", "0.3", script="batch_server.py") as base_url:
+            settings = ("teacher.batch=true", "teacher.batch_poll=0.2", "teacher.attempts=20")
+            command = traces_command(data, folder / "out", *FAULTS_SETTINGS, *settings)
+            started, rng, kills = time.monotonic(), random.Random(args.seed), 0
+            for _ in tqdm(range(args.kills), desc="kills", disable=args.kills < 5):
+                if not kill_at(command, folder, after(rng.uniform(1, 10)), may_end=True):
+                    break
+                kills += 1
+            run_to_the_end([*command, "overwrite=true"])
+            seconds, counts = time.monotonic() - started, query_server(base_url, "counts")
+            batched = query_server(base_url, "batched")
+        traces = (folder / "out/traces.jsonl").read_bytes()
+        return [
+            {"kind": "batches", "questions": args.questions, "traces": len(traces.splitlines()),
+             "same_bytes": traces == (folder / "reference/traces.jsonl").read_bytes(), "kills": kills,
+             "batches": counts["batches"], "answered_in_batches": sum(batched.values()),
+             "answered_by_themselves": counts["online"],
+             "stored": len(stored_texts(folder / "out.answers.sqlite")),
+             "paid_twice": sum(count - 1 for count in batched.values()), "seconds": seconds}
+        ]  # fmt: skip
+
+
+def after(seconds: float) -> Callable[[], bool]:
+    """A function that returns true from `seconds` after now on."""
+    end = time.monotonic() + seconds
+    return lambda: time.monotonic() >= end
+
+
 def kill_repeatedly(
     command: list[str], folder: Path, base_url: str, args: argparse.Namespace
 ) -> tuple[dict[str, int], int]:
@@ -189,6 +226,7 @@ def corpora(args: argparse.Namespace) -> list[Row]:
 ROWS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "throughput": throughput,
     "faults": faults,
+    "batches": batches,
     "corpora": corpora,
 }
 
@@ -199,12 +237,11 @@ def targets(rows: list[Row]) -> list[Row]:
     for row in rows:
         if row["kind"] == "throughput" and row["way"] == "stage":
             results.append(at_least("share of the ideal call rate", row["share_of_ideal"], 0.85))
-        if row["kind"] == "faults":
-            results.append(equal("traces after the kills", row["traces"], row["questions"]))
-            results.append(
-                equal("traces equal those of an undisturbed run, byte for byte", row["same_bytes"], True)
-            )
-            results.append(equal("stored answers that were requested again", row["paid_twice"], 0))
+        if row["kind"] in ("faults", "batches"):
+            kind = row["kind"]
+            results.append(equal(f"{kind}: traces after the kills", row["traces"], row["questions"]))
+            results.append(equal(f"{kind}: same bytes as an undisturbed run", row["same_bytes"], True))
+            results.append(equal(f"{kind}: stored answers that were requested again", row["paid_twice"], 0))
     corpora_rows = [row for row in rows if row["kind"] == "corpora"]
     for what in ("read", "candidates"):
         sizes = [row for row in corpora_rows if row["what"] == what]
@@ -254,9 +291,9 @@ def traces_command(data: Path, out: Path, *overrides: str) -> list[str]:
 
 
 @contextmanager
-def chat_server(*options: str) -> Iterator[str]:
-    """Runs chat_server.py as a separate process, and sets the environment variables of the openai client to it."""
-    command = [sys.executable, str(ROOT / "scripts/benchmarks/chat_server.py"), *options]
+def chat_server(*options: str, script: str = "chat_server.py") -> Iterator[str]:
+    """Runs a server as a separate process, and sets the environment variables of the openai client to it."""
+    command = [sys.executable, str(ROOT / "scripts/benchmarks" / script), *options]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout
@@ -285,17 +322,20 @@ def stage_command(command: list[str]) -> list[str]:
     return [sys.executable, "-m", "data_construction.traces", *command]
 
 
-def kill_at(command: list[str], folder: Path, reached: Callable[[], bool]) -> None:
-    """Starts the stage and kills it as soon as `reached()` is true."""
+def kill_at(command: list[str], folder: Path, reached: Callable[[], bool], may_end: bool = False) -> bool:
+    """Starts the stage and kills it as soon as `reached()` is true. Returns whether it was still running."""
     log = folder / "log.txt"
     with log.open("ab") as stream:
         stage = subprocess.Popen(stage_command(command), cwd=ROOT, stdout=stream, stderr=stream)
     while stage.poll() is None and not reached():
         time.sleep(0.01)
+    if stage.poll() == 0 and may_end:
+        return False
     if stage.poll() is not None:
         raise SystemExit(f"bench-data: the stage ended before it was killed:\n{log.read_text()[-2000:]}")
     stage.kill()
     stage.wait()
+    return True
 
 
 def run_to_the_end(command: list[str]) -> None:

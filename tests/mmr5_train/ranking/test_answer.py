@@ -127,16 +127,6 @@ def test_structure_is_invalid(text):
     assert not parse_answer(text, 3).structure_valid
 
 
-def test_separate_reasoning_parses_like_the_whole_text():
-    separate = parse_answer("\n\n<answer>[2, 1, 3]</answer>", 3, reasoning="Image 1: a red bar chart.")
-    assert separate == parse_answer(GOOD, 3)
-    assert parse_answer(GOOD, 3, reasoning="") == parse_answer(GOOD, 3)
-    twice = parse_answer(GOOD, 3, reasoning="first")
-    assert twice.think == "first"
-    assert not twice.structure_valid
-    assert defects("", reasoning="long", cut_off=True) == ["no_answer", "cut_off"]
-
-
 def test_without_expected_think_block_only_the_answer_block_is_valid():
     plain = parse_answer("<answer>[2, 1, 3]</answer>\n", 3, expect_think=False)
     assert plain.defects == ()
@@ -255,6 +245,4 @@ def test_to_model_answer_completes_the_order_and_records_defects():
     assert record.defects == ("duplicates", "missing_ids", "cut_off")
     assert all(type(defect) is str for defect in record.defects)
     assert record.tokens == 12
-    separate = to_model_answer("<answer>[2, 1, 3]</answer>", 3, reasoning="Image 1: a red bar chart.")
-    assert separate == to_model_answer(GOOD, 3)
     assert to_model_answer("[2, 1, 3]", 3, expect_think=False).order == (1, 2, 3)

@@ -53,7 +53,7 @@ from mmr5_train.training.dataset import prompt_dataset
 from mmr5_train.training.run import TrainingStage, finish_run, policy_settings, start_run, train
 from mmr5_train.training.shared_grpo import unsupported
 from mmr5_train.training.sharing import sharing_of
-from mmr5_train.training.vllm_rollouts import check_rollouts, memory_share
+from mmr5_train.training.vllm_rollouts import check_rollouts, engine_arguments, memory_share
 
 VERDICT_METRICS = ("answers/true_verdicts", "answers/follow_verdicts")
 
@@ -148,7 +148,12 @@ def make_trainer(
     )
     rewards = [reward_function(name, policy.think) for name in config.reward.weights]
     logger = answer_logger(policy.think, policy.verdicts, config.order == "shuffled", set(end_ids))
-    with rejected_settings_as_input_errors("grpo"):
+    engine = {
+        "dtype": policy.model.dtype,
+        "generation_config": "vllm",
+        "mm_processor_kwargs": {"size": dict(processor.image_processor.size)},
+    }
+    with rejected_settings_as_input_errors("grpo"), engine_arguments(**engine):
         trainer = trainer_class(config.shared_prefix, model, arguments)(
             model=model,
             reward_funcs=[*rewards, logger],

@@ -11,7 +11,9 @@ rollouts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -56,6 +58,26 @@ def check_rollouts(trainer: Any, placeholders: Sequence[int], banned: Sequence[i
         return prompts, completions, *rest
 
     engine.generate = checked_generate
+
+
+@contextmanager
+def engine_arguments(**arguments: Any) -> Iterator[None]:
+    """Adds arguments to the vLLM engine that TRL starts in this process inside the block.
+
+    TRL 1.16 gives vLLM neither the policy's dtype nor its page sizes. vLLM would turn float32 into 16 bits, and
+    would resize pages as the checkpoint's own image processor does.
+    """
+    from trl.generation import vllm_generation
+
+    engine = getattr(vllm_generation, "LLM", None)
+    if engine is None:  # vLLM is not installed, which TRL reports
+        yield
+        return
+    vllm_generation.LLM = partial(engine, **arguments)
+    try:
+        yield
+    finally:
+        vllm_generation.LLM = engine
 
 
 def memory_share(model: Any, prompts: int, rollouts: int, prompt_length: int, length: int, total: int) -> float:

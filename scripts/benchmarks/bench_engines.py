@@ -59,7 +59,13 @@ TRAINER = (
     f"max_steps:{STEPS},learning_rate:0.0,warmup_steps:0,max_completion_length:160,save_strategy:'no'"
 )
 # In process, one thread of vLLM's scheduler would compete with those of the model.
-COLOCATE = "use_vllm:true,vllm_mode:colocate,vllm_gpu_memory_utilization:0.3,vllm_enable_sleep_mode:false"
+COLOCATE = (
+    "use_vllm=true",
+    "vllm_mode=colocate",
+    "vllm_gpu_memory_utilization=0.3",
+    "vllm_enable_sleep_mode=false",
+)
+UNCORRECTED = "vllm_importance_sampling_correction=false"
 ANSWERS_EQUAL, RATIO, REWARD, LOSS = 0.99, 0.02, 0.1, 1e-4
 
 
@@ -93,7 +99,13 @@ def evaluate(python: str, folder: Path, name: str, systems: str, *overrides: str
     out = folder / name
     if not (out / "results.json").exists():
         command = [python, "-m", "mmr5_train.evaluate", f"data={folder / 'data/heldout.jsonl'}", f"out={out}"]
-        settings = ["model.dtype=float32", "batch_size=32", "max_new_tokens=200", f"systems={systems}", *overrides]
+        settings = [
+            "model.dtype=float32",
+            "batch_size=100",
+            "max_new_tokens=200",
+            f"systems={systems}",
+            *overrides,
+        ]
         run_with_log([*command, *settings], folder / f"{name}.log", name, CPU | QUIET)
     return out
 
@@ -173,18 +185,18 @@ def rollouts(folder: Path, checkpoint: Path) -> Row:
     """GRPO with vLLM's rollouts, the same completions without vLLM, and the trainer's own rollouts."""
     recorded = folder / "rollouts.json"
     runs = {
-        "vllm": ["record", "never", f"{COLOCATE}"],
-        "vllm_uncorrected": ["record", "never", f"{COLOCATE},vllm_importance_sampling_correction:false"],
-        "replay_trl": ["replay", "never", ""],
-        "replay_shared": ["replay", "always", ""],
-        "own": ["own", "always", ""],
+        "vllm": ("record", "never", COLOCATE),
+        "vllm_uncorrected": ("record", "never", (*COLOCATE, UNCORRECTED)),
+        "replay_trl": ("replay", "never", ()),
+        "replay_shared": ("replay", "always", ()),
+        "own": ("own", "always", ()),
     }
     for name, (kind, shared, fields) in runs.items():
         if (folder / name / "manifest.json").exists():
             continue
         script = [str(ROOT / "scripts/benchmarks/vllm_grpo.py"), kind, str(recorded)]
         command = [vllm_python(), *(["-m", "mmr5_train.grpo"] if kind == "own" else script)]
-        trainer = f"trainer={{{','.join(filter(None, [TRAINER, fields]))}}}"
+        trainer = [f"trainer={{{TRAINER}}}", *(f"+trainer.{field}" for field in fields)]
         command += [f"data={folder / 'data/select.jsonl'}", f"model.path={checkpoint}", "model.dtype=float32"]
         command += [
             "prompt=default",
@@ -194,7 +206,7 @@ def rollouts(folder: Path, checkpoint: Path) -> Row:
             "overwrite=true",
         ]
         environment = CPU | QUIET | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        run_with_log([*command, "reward=gated", trainer], folder / f"{name}.log", name, environment)
+        run_with_log([*command, "reward=gated", *trainer], folder / f"{name}.log", name, environment)
     steps = {name: logged_steps(folder / name) for name in runs}
     ratio = [step["sampling/importance_sampling_ratio/mean"] for step in steps["vllm"]]
     return {

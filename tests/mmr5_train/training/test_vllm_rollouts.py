@@ -7,6 +7,7 @@ import inspect
 from types import SimpleNamespace
 
 import pytest
+from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
 from mmr5_train.common.files import InputError
@@ -17,6 +18,7 @@ from mmr5_train.training.vllm_rollouts import (
     check_bias,
     check_rollouts,
     collapse,
+    engine_arguments,
     memory_share,
 )
 
@@ -138,3 +140,26 @@ def test_the_memory_share_holds_the_rollouts_of_a_batch():
     assert memory_share(model, 64, 512, 14_000, 16_048, 24 * 2**30) == pytest.approx(
         (fixed + 57_344 * 16_048) / (24 * 2**30)
     )
+
+
+def test_the_engine_that_trl_starts_has_the_dtype_and_the_page_sizes_of_the_policy(monkeypatch):
+    started = []
+    monkeypatch.setattr(vllm_generation, "LLM", lambda **arguments: started.append(arguments), raising=False)
+    original = vllm_generation.LLM
+    with engine_arguments(dtype="float32"):
+        vllm_generation.LLM(model="m")
+    assert started == [{"model": "m", "dtype": "float32"}]
+    assert vllm_generation.LLM is original
+
+
+def test_trl_gives_the_engine_no_dtype_still():
+    """If this fails, TRL passes it: delete `engine_arguments` and its use."""
+    source = inspect.getsource(VLLMGeneration)
+    engine = source[source.index("self.llm = LLM(") :]
+    assert "dtype" not in engine[: engine.index("if self.enable_sleep_mode")]
+
+
+def test_without_vllm_nothing_is_replaced(monkeypatch):
+    monkeypatch.delattr(vllm_generation, "LLM", raising=False)
+    with engine_arguments(dtype="float32"):
+        assert not hasattr(vllm_generation, "LLM")

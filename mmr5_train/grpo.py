@@ -25,6 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 from mmr5_train.common.config import run_stage
 from mmr5_train.common.files import InputError, read_records
 from mmr5_train.evaluation.alarms import Action, read_alarms
+from mmr5_train.inference.vllm_engine import engine_settings
 from mmr5_train.models.lengths import (
     Fitting,
     TokenLimit,
@@ -148,12 +149,8 @@ def make_trainer(
     )
     rewards = [reward_function(name, policy.think) for name in config.reward.weights]
     logger = answer_logger(policy.think, policy.verdicts, config.order == "shuffled", set(end_ids))
-    engine = {
-        "dtype": policy.model.dtype,
-        "generation_config": "vllm",
-        "mm_processor_kwargs": {"size": dict(processor.image_processor.size)},
-    }
-    with rejected_settings_as_input_errors("grpo"), engine_arguments(**engine):
+    engine = engine_arguments(**engine_settings(policy.model, processor))
+    with rejected_settings_as_input_errors("grpo"), engine:
         trainer = trainer_class(config.shared_prefix, model, arguments)(
             model=model,
             reward_funcs=[*rewards, logger],

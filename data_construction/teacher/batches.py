@@ -266,9 +266,7 @@ class BatchQueue:
         if key not in batch.requests or not isinstance(response, Mapping) or response.get("status_code") != 200:
             return
         with suppress(NoCompletion, ReplyError):  # the request is sent by itself
-            reply = read_body(response.get("body"))
-            answer = Answer(reply.text, reply.finish, reply.prompt_tokens, reply.completion_tokens)
-            answer = with_estimates(answer, batch.requests[key])
+            answer = with_estimates(Answer.of(read_body(response.get("body"))), batch.requests[key])
             self._store.put(key, self._model, answer)
             batch.answers[key] = answer
 

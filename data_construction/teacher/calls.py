@@ -17,7 +17,6 @@ from typing import Any, Protocol
 from data_construction.teacher.batches import BatchQueue
 from data_construction.teacher.store import Answer, AnswerStore
 from mmr5_train.chat.client import ChatClient, ChatError, api_key, base_url, explain_rejection
-from mmr5_train.chat.completion import Completion
 from mmr5_train.chat.dialect import Dialect
 from mmr5_train.common.files import InputError
 
@@ -103,7 +102,7 @@ class ChatServer:
         """
 
         async def send() -> Answer:
-            return store(_answer(await self._client.complete(request, images)))
+            return store(Answer.of(await self._client.complete(request, images)))
 
         task = asyncio.create_task(send())
         self._in_flight.add(task)
@@ -161,8 +160,3 @@ class ChatServer:
             f"refuses the request ({fault.message}){hint}; check teacher.model={self.config.model}, and that the "
             "model takes images"
         )
-
-
-def _answer(completion: Completion) -> Answer:
-    counts = completion.prompt_tokens, completion.completion_tokens
-    return Answer(completion.text, completion.finish, *counts)

@@ -23,6 +23,7 @@ from typing import Any
 
 from tenacity import retry, retry_if_exception, stop_after_delay, wait_random
 
+from mmr5_train.chat.completion import Completion
 from mmr5_train.common.files import InputError
 
 BUSY_SECONDS = 30
@@ -63,6 +64,10 @@ class Answer:
     finish: str
     prompt_tokens: int | None
     completion_tokens: int | None
+
+    @classmethod
+    def of(cls, reply: Completion) -> Answer:
+        return cls(reply.text, reply.finish, reply.prompt_tokens, reply.completion_tokens)
 
 
 @dataclass(frozen=True)

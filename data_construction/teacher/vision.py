@@ -323,10 +323,11 @@ class OpenAITeacher:
                 self._paid_answers += 1
                 return answer
             async with self._calls:
-                answer = await self.server.complete(request, await urls(), store)
-            if queue:
-                queue.probed()
-            return answer
+                try:
+                    return await self.server.complete(request, await urls(), store)
+                finally:
+                    if queue:
+                        queue.probed()  # also after a refusal: the other requests wait for it
         finally:
             await self.budget.release(reserved)
 

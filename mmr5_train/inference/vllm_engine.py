@@ -16,12 +16,12 @@ from typing import Any
 from PIL import Image
 
 from mmr5_train.common.files import InputError
-from mmr5_train.models.config import CheckpointOptions
+from mmr5_train.models.config import CheckpointOptions, ModelConfig
 from mmr5_train.models.inputs import prompt_token_ids
 from mmr5_train.models.lengths import context_limit
 from mmr5_train.models.loading import load_processor, resolve_checkpoint
 from mmr5_train.models.pages import PageLimits, one_line, page_limits
-from mmr5_train.models.sampling import token_settings
+from mmr5_train.models.sampling import token_settings, vllm_exclusions
 from mmr5_train.models.settings import Settings, resolve_mode, resolve_settings
 from mmr5_train.ranking.answer import to_model_answer
 from mmr5_train.ranking.answer_constraints import gbnf_grammar
@@ -116,10 +116,7 @@ class VllmBackend:
             )
 
     def _sampling(self, n_pages: int, samples: int, temperature: float, seed: int) -> Any:
-        """vLLM's `SamplingParams`: the settings of `mmr5_train.models.sampling`.
-
-        vLLM has no `suppress_tokens`; a bias of -100 excludes the vision tokens.
-        """
+        """vLLM's `SamplingParams`: the settings of `mmr5_train.models.sampling`."""
         from vllm import SamplingParams
 
         structured: dict[str, Any] = {}
@@ -138,7 +135,7 @@ class VllmBackend:
             repetition_penalty=1.0,
             max_tokens=self.max_new_tokens,
             stop_token_ids=self.tokens["eos_token_id"],
-            logit_bias=dict.fromkeys(self.tokens["suppress_tokens"], -100.0),
+            **vllm_exclusions(self.tokens),
             detokenize=False,
             **structured,
         )
@@ -204,6 +201,15 @@ def load_vllm_backend(
     )
 
 
+def engine_settings(model: ModelConfig, processor: Any) -> dict[str, Any]:
+    """The arguments of `vllm.LLM` with which it computes as transformers does: dtype, sampling and page sizes."""
+    return {
+        "dtype": model.dtype,
+        "generation_config": "vllm",  # not the checkpoint's own sampling settings
+        "mm_processor_kwargs": {"size": dict(processor.image_processor.size)},
+    }
+
+
 def start_engine(
     settings: Settings, processor: Any, window: int | None, max_new_tokens: int, arguments: Mapping[str, Any]
 ) -> Any:
@@ -217,12 +223,10 @@ def start_engine(
     if window is not None:
         lengths.append(window * (limits.max_pixels // limits.factor**2) + TEXT_TOKENS + max_new_tokens)
     own: dict[str, Any] = {
+        **engine_settings(model, processor),
         "model": resolve_checkpoint(model.path),
-        "dtype": model.dtype,
-        "generation_config": "vllm",  # not the checkpoint's own sampling settings
         "max_model_len": min(lengths, default=None),
         "limit_mm_per_prompt": {"video": 0} if window is None else {"image": window, "video": 0},
-        "mm_processor_kwargs": {"size": dict(processor.image_processor.size)},
     }
     try:
         return LLM(**{**own, **arguments})

@@ -82,15 +82,16 @@ def without_own_settings(model: Any) -> Iterator[None]:
         model.generation_config = own
 
 
+def vllm_exclusions(tokens: dict[str, Any]) -> dict[str, Any]:
+    """The field of vLLM's SamplingParams, which has no `suppress_tokens`, that excludes these tokens."""
+    return {"logit_bias": dict.fromkeys(tokens["suppress_tokens"], -100.0)}
+
+
 def rollout_settings(trainer: dict[str, Any], processor: Any) -> dict[str, Any]:
     """The fields `trainer` of `trl.GRPOConfig`, completed by the sampling settings of this module.
 
-    TRL passes `generation_kwargs` on to transformers' GenerationConfig, or to vLLM's SamplingParams, in which a
-    bias excludes tokens.
+    TRL passes `generation_kwargs` on to transformers' GenerationConfig, or to vLLM's SamplingParams.
     """
     tokens, given = token_settings(processor), trainer.get("generation_kwargs") or {}
-    if trainer.get("use_vllm"):
-        generation = given | {"logit_bias": dict.fromkeys(tokens["suppress_tokens"], -100.0)}
-    else:
-        generation = _NO_EFFECT | given | tokens
+    generation = given | vllm_exclusions(tokens) if trainer.get("use_vllm") else _NO_EFFECT | given | tokens
     return WHOLE_VOCABULARY | trainer | {"generation_kwargs": generation}

@@ -46,6 +46,8 @@ class BatchServer(ThreadingHTTPServer):
         self.counts: Counter[str] = Counter()
         self.has_batches = True
         """False: only single requests, as on most servers."""
+        self.moderates_first = False
+        """Whether the first single request is refused by moderation."""
         self.refused: str | None = None
         """If set, batches fail validation with this message."""
 
@@ -145,6 +147,10 @@ class Handler(BaseHTTPRequestHandler):
         match, name = next(((match, name) for match, name in found if match), (None, "report"))
         if match is None or not (self.server.has_batches or name in ("complete", "report")):
             self.reply(404, {"error": {"message": f"no such address {path}"}})
+            return
+        if name == "complete" and self.server.moderates_first:
+            self.server.moderates_first = False
+            self.reply(400, {"error": {"message": "flagged", "code": "content_filter"}})
             return
         fault = None if name == "report" else self.server.fault(HTTP_FAULTS)
         if fault in ("429", "500"):

@@ -135,9 +135,7 @@ def faults(args: argparse.Namespace) -> list[Row]:
     """Compares a run with faults and kills to a run without them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = make_tasks(folder, args.questions, SMALL)
-        with chat_server("--delay", "0.02"):
-            run_to_the_end(traces_command(data, folder / "reference", *FAULTS_SETTINGS))
+        data = undisturbed_run(folder, args.questions)
         with chat_server("--delay", str(args.delay), "--faults", "0.3") as base_url:
             settings = (*FAULTS_SETTINGS, f"teacher.timeout={args.timeout}", "teacher.attempts=12")
             command = traces_command(data, folder / "out", *settings)
@@ -148,10 +146,8 @@ def faults(args: argparse.Namespace) -> list[Row]:
             sent = query_server(base_url, "answers")
         paid_twice = sum(sent[text] - count for text, count in stored_counts.items())
         repeated = counts["answered"] - counts["distinct"]
-        traces = (folder / "out/traces.jsonl").read_bytes()
         return [
-            {"kind": "faults", "questions": args.questions, "traces": len(traces.splitlines()),
-             "same_bytes": traces == (folder / "reference/traces.jsonl").read_bytes(),
+            {"kind": "faults", **compare_traces(folder, args.questions),
              "kills": args.kills, "requests": counts["requests"], "answered": counts["answered"],
              "stored": len(stored_texts(folder / "out.answers.sqlite")), "lost_on_the_wire": lost,
              "given_up": repeated - lost - paid_twice, "paid_twice": paid_twice, "seconds": seconds,
@@ -163,9 +159,7 @@ def batches(args: argparse.Namespace) -> list[Row]:
     """Compares a run with batches, faults and kills to a run without any of them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = make_tasks(folder, args.questions, SMALL)
-        with chat_server("--delay", "0.02"):
-            run_to_the_end(traces_command(data, folder / "reference", *FAULTS_SETTINGS))
+        data = undisturbed_run(folder, args.questions)
         with chat_server("--delay", "2", "--faults", "0.3", script="batch_server.py") as base_url:
             settings = ("teacher.batch=true", "teacher.batch_poll=0.2", "teacher.attempts=20")
             command = traces_command(data, folder / "out", *FAULTS_SETTINGS, *settings)
@@ -177,15 +171,27 @@ def batches(args: argparse.Namespace) -> list[Row]:
             run_to_the_end([*command, "overwrite=true"])
             seconds, counts = time.monotonic() - started, query_server(base_url, "counts")
             batched = query_server(base_url, "batched")
-        traces = (folder / "out/traces.jsonl").read_bytes()
         return [
-            {"kind": "batches", "questions": args.questions, "traces": len(traces.splitlines()),
-             "same_bytes": traces == (folder / "reference/traces.jsonl").read_bytes(), "kills": kills,
+            {"kind": "batches", **compare_traces(folder, args.questions), "kills": kills,
              "batches": counts["batches"], "answered_in_batches": sum(batched.values()),
              "answered_by_themselves": counts["online"],
              "stored": len(stored_texts(folder / "out.answers.sqlite")),
              "paid_twice": sum(count - 1 for count in batched.values()), "seconds": seconds}
         ]  # fmt: skip
+
+
+def undisturbed_run(folder: Path, questions: int) -> Path:
+    """Makes the tasks and their traces without faults and kills, in `folder`/reference. Returns the task file."""
+    data = make_tasks(folder, questions, SMALL)
+    with chat_server("--delay", "0.02"):
+        run_to_the_end(traces_command(data, folder / "reference", *FAULTS_SETTINGS))
+    return data
+
+
+def compare_traces(folder: Path, questions: int) -> Row:
+    """How many traces there are after the kills, and whether they are those of the undisturbed run."""
+    traces, reference = ((folder / name / "traces.jsonl").read_bytes() for name in ("out", "reference"))
+    return {"questions": questions, "traces": len(traces.splitlines()), "same_bytes": traces == reference}
 
 
 def after(seconds: float) -> Callable[[], bool]:

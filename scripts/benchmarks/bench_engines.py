@@ -58,7 +58,6 @@ TRAINER = (
     "per_device_train_batch_size:24,gradient_accumulation_steps:1,num_generations:6,num_iterations:1,"
     f"max_steps:{STEPS},learning_rate:0.0,warmup_steps:0,max_completion_length:160,save_strategy:'no'"
 )
-# In process, one thread of vLLM's scheduler would compete with those of the model.
 COLOCATE = (
     "use_vllm=true",
     "vllm_mode=colocate",

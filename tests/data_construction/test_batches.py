@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from batch_server import BatchServer
+from bench_data import stored_texts
 from sample_tasks import file_bytes, make_config, make_data
 
 from data_construction.teacher import batches
@@ -119,6 +120,12 @@ def test_a_batch_that_the_server_refuses_ends_the_run(make_server: MakeServer, t
     assert max(server.answers.values()) == 1
 
 
+def test_a_refused_first_request_does_not_hold_up_the_others(make_server: MakeServer, tmp_path: Path) -> None:
+    make_server().moderates_first = True
+    main(batch_config(make_data(tmp_path / "data", questions=4), tmp_path / "out"))
+    assert len(read_records(tmp_path / "out/traces.jsonl", Trace)) == 3
+
+
 def test_a_server_without_batch_endpoints_is_an_error(make_server: MakeServer, tmp_path: Path) -> None:
     make_server().has_batches = False
     config = batch_config(make_data(tmp_path / "data"), tmp_path / "out")
@@ -155,10 +162,14 @@ def start_stage(data: Path, out: Path) -> subprocess.Popen[bytes]:
 
 
 def test_a_killed_run_continues_with_its_batches(make_server: MakeServer, tmp_path: Path) -> None:
-    """Kills at random moments: while the files are written, sent, created and answered."""
+    """Kills at random moments: while the files are written, sent, created and answered.
+
+    A kill can lose the answer to a single request that is on its way. No stored answer may be requested again, and
+    no answer may come in two batches.
+    """
     server = make_server(delay=1.0)
     data = make_data(tmp_path / "data", questions=12)
-    rng = random.Random(0)
+    rng, sent_when_stored = random.Random(0), dict[str, int]()
     for moment in ("file", "batch", "random", "answer"):
         stage = start_stage(data, tmp_path / "out")
         counted: Any = {"file": server.files, "batch": server.batches, "answer": server.answers}.get(moment)
@@ -170,10 +181,13 @@ def test_a_killed_run_continues_with_its_batches(make_server: MakeServer, tmp_pa
                 time.sleep(0.002)
         stage.kill()
         stage.wait()
+        stored = stored_texts(tmp_path / "out.answers.sqlite")
+        sent_when_stored = {text: server.answers[text] for text in stored} | sent_when_stored
     stage = start_stage(data, tmp_path / "out")
     _, stderr = stage.communicate(timeout=120)
     assert stage.returncode == 0, stderr[-2000:]
-    assert max(server.answers.values()) == 1
-    assert server.answers.total() == 12 * 5
+    assert max(server.batched.values()) == 1
+    assert {text: server.answers[text] for text in sent_when_stored} == sent_when_stored
+    assert len(server.answers) == 12 * 5
     os.environ["OPENAI_BASE_URL"] = server.base_url
     assert traces_bytes(tmp_path / "out") == online_bytes(data, tmp_path / "online", "refine=true")

@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo demo-modes test test-long test-vllm bench-demo bench-reasoning bench-grpo bench-constrained bench-pages bench-gpu bench-data bench-amounts bench-train bench-serve bench-rerank rehearsal test-wheel lint format lock clean
+.PHONY: help setup demo demo-modes test test-long test-vllm bench-demo bench-reasoning bench-grpo bench-constrained bench-pages bench-pass bench-gpu bench-data bench-amounts bench-train bench-serve bench-rerank rehearsal test-wheel lint format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make bench-grpo     compare GRPO with shared prompts to TRL's trainer; writes outputs/bench/grpo.json"
 	@echo "make bench-constrained  measure constrained decoding next to xgrammar; writes outputs/bench/constrained.json"
 	@echo "make bench-pages    measure the part of a GRPO step that is data; writes outputs/bench/pages.json"
+	@echo "make bench-pass     measure mode logits over many pages on a GPU; writes outputs/bench/pass.json"
 	@echo "make bench-gpu      measure the 3B and 7B shapes on a GPU, next to the plan; writes outputs/bench/gpu.json"
 	@echo "make bench-data     measure the data stages, also with faults and kills; writes outputs/bench/data.json"
 	@echo "make bench-amounts  count the examples of recipe mm_r5 on full-size files; writes outputs/bench/amounts.json"
@@ -86,6 +87,9 @@ bench-constrained: setup
 
 bench-pages: setup
 	$(BIN)/python scripts/benchmarks/bench_pages.py
+
+bench-pass: setup
+	$(BIN)/python scripts/benchmarks/bench_pass.py
 
 bench-gpu: setup
 	$(BIN)/python scripts/benchmarks/bench_gpu.py

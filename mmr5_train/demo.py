@@ -5,7 +5,7 @@
 
 Every stage runs as from the command line, and its command is printed first. Writes outputs/demo/results.json and
 outputs/demo/report.html. The second command reuses the stages of the first, then distills the model so that it
-also ranks in one forward pass, and adds a comparison of the three modes to the report.
+also ranks in one forward pass, and adds a comparison of the modes to the report.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def summary(folder: Path) -> dict[str, Any]:
 
 
 def modes_summary(folder: Path) -> dict[str, Any]:
-    """Figures and speed of the distilled checkpoint in each mode, and the difference of `logits` from `reason`."""
+    """Figures and speed of the distilled checkpoint in each mode, and the differences from `reason`."""
     results, timing = read_results(folder), read_timing(folder)
     rows = [
         {name: row.get(name) for name in ("system", "questions", "recall@1", "complete_permutations")}
@@ -79,7 +79,11 @@ def modes_summary(folder: Path) -> dict[str, Any]:
         for row in results["rows"]
         if row["system"] in timing
     ]
-    return {"modes": rows, "logits_minus_reason": _difference(results, "logits", "reason", ["recall@1"])}
+    differences = {
+        f"{mode}_minus_reason": _difference(results, mode, "reason", ["recall@1"])
+        for mode in ("logits", "adaptive")
+    }
+    return {"modes": rows, **differences}
 
 
 def _difference(results: dict[str, Any], system: str, baseline: str, figures: Sequence[str]) -> dict[str, Any]:

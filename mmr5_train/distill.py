@@ -8,9 +8,9 @@
 The training data are the model's own reasoned rankings of questions that are not evaluated. The result answers in
 the modes `reason`, `direct` and `logits`. Writes what sft writes. The loss has three terms:
 
-- *Listwise*: after the prompt and the opening of the answer list, a page id comes next, and the probabilities of
-  the ids are trained towards the model's own order. The targets fall geometrically with the rank. (ZipRerank,
-  arXiv 2605.11864, trains such scores from a teacher's ranking.)
+- *Listwise*: the probabilities with which the ids come first in the answer's list (`models.page_scores`) are
+  trained towards the model's own order. With `gold_first`, relevant pages come first in it; ZipRerank (arXiv
+  2605.11864) trains such scores so, from a teacher's ranking. `rank_loss` chooses the loss.
 - *Verdicts*: at the last token of each page, the model predicts the verdict of its reasoning on the page: that it
   helps or does not help. The order follows from these verdicts.
 - *Completions*: some of the completions are trained as in SFT, so that the model keeps its reasoning.
@@ -40,6 +40,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from mmr5_train.common.config import run_stage
 from mmr5_train.common.files import InputError, read_records
 from mmr5_train.evaluation.metrics import is_complete
+from mmr5_train.models.config import MAX_SCORED_PAGES
 from mmr5_train.models.lengths import (
     TokenCount,
     context_limit,
@@ -50,14 +51,15 @@ from mmr5_train.models.lengths import (
     setting_limit,
 )
 from mmr5_train.models.loading import load_model, load_processor, load_tokenizer
-from mmr5_train.ranking.answer_constraints import LIST_OPEN
+from mmr5_train.models.page_scores import id_branches
+from mmr5_train.models.shared_prefix import unsupported_reason
 from mmr5_train.ranking.page_subsets import NO_VERDICT, PageSubset, sample_subsets, sort_pairs_first
 from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Ranking, RankingTask
 from mmr5_train.training.adapters import lora_config
 from mmr5_train.training.arguments import rejected_settings_as_input_errors, trainer_arguments
 from mmr5_train.training.dataset import prompt_dataset
-from mmr5_train.training.distillation import Collator, DistillTrainer, rows_with_completion, score_tokens
+from mmr5_train.training.distillation import Collator, DistillTrainer, RankLoss, rows_with_completion
 from mmr5_train.training.run import TrainingStage, finish_run, policy_settings, start_run, train
 
 NO_VERDICTS = (
@@ -74,7 +76,11 @@ class DistillStage(TrainingStage):
     subsets: int = Field(ge=0, description="prompts with a subset of the pages per ranking, besides the full one")
     hint_share: float = Field(ge=0, lt=1, description="share of the prompts, from the first on, that have hints")
     completion_share: float = Field(gt=0, le=1, description="share of the prompts that also train a completion")
+    rank_loss: RankLoss = Field(
+        description="listwise: cross-entropy with falling targets; ranknet: pairs; listmle: the whole order"
+    )
     decay: float = Field(gt=0, lt=1, description="ratio of a page's listwise target to that of the page before it")
+    gold_first: bool = Field(description="put the relevant pages before the others in the model's own order")
     listwise_weight: float = Field(
         gt=0, description="weight of the listwise loss; the completion loss has weight 1"
     )
@@ -90,7 +96,7 @@ def main(config: DistillStage) -> None:
     policy = policy_settings("distill", config)
     sizes = image_sizes((page for ranking in rankings for page in ranking.shown), config.data.parent)
     processor = load_processor(policy.model)
-    tokens = score_tokens(processor.tokenizer, max(len(ranking.shown) for ranking in rankings), config.data)
+    check_pages(processor.tokenizer, max(len(ranking.shown) for ranking in rankings), config.data)
     arguments = trainer_arguments(SFTConfig, config.trainer, out=config.out, seed=config.seed, model=policy.model)
     check_order(arguments)
     lengths = longest_sequences(rankings, policy.prompt, processor, sizes)
@@ -104,6 +110,8 @@ def main(config: DistillStage) -> None:
         print(f"distill: {note}", flush=True)
 
     model = load_model(policy.model)
+    if reason := unsupported_reason(model):
+        raise InputError(f"{policy.model.path}: distill needs a model whose prompts can be shared, but {reason}")
     completions = DataCollatorForVisionLanguageModeling(
         processor, max_length=arguments.max_length, completion_only_loss=True
     )
@@ -112,11 +120,12 @@ def main(config: DistillStage) -> None:
             model=model,
             args=arguments,
             train_dataset=subset_dataset(rankings, config, policy.prompt, processor, arguments),
-            data_collator=Collator(processor, completions, policy.prompt, config.decay, len(tokens.identifiers)),
+            data_collator=Collator(processor, completions, policy.prompt),
             processing_class=processor,
             peft_config=lora_config(policy.model),
-            score_tokens=tokens,
             completion_share=config.completion_share,
+            rank_loss=config.rank_loss,
+            decay=config.decay,
             listwise_weight=config.listwise_weight,
             verdict_weight=config.verdict_weight if verdicts["pages_with_verdict"] else 0,
         )
@@ -152,7 +161,7 @@ def check_recipe(stages: Mapping[str, Any]) -> None:
     except InputError as error:
         print(f"distill: the number of pages is checked before teach, not yet: {error}")
         return
-    score_tokens(tokenizer, pages, source)
+    check_pages(tokenizer, pages, source)
 
 
 def check_order(arguments: Any) -> None:
@@ -175,7 +184,24 @@ def read_rankings(config: DistillStage) -> list[Ranking]:
             f"{config.data}: none of {len(rankings)} answers has reasoning and a list of all pages; give the "
             "rankings of a reasoning model, rankings/<system>.jsonl of evaluate"
         )
-    return usable[: config.limit]
+    return [gold_first(ranking) if config.gold_first else ranking for ranking in usable[: config.limit]]
+
+
+def gold_first(ranking: Ranking) -> Ranking:
+    """The ranking with its relevant pages first; otherwise pages keep their order."""
+    relevant = [i for i in ranking.greedy.order if ranking.shown[i - 1].id in ranking.positives]
+    order = (*relevant, *(i for i in ranking.greedy.order if i not in relevant))
+    return ranking.model_copy(update={"greedy": ranking.greedy.model_copy(update={"order": order})})
+
+
+def check_pages(tokenizer: Any, pages: int, source: object) -> None:
+    """Raises `InputError` if one forward pass can't score so many pages. `source` begins the message."""
+    if pages > MAX_SCORED_PAGES:
+        raise InputError(
+            f"{source}: prompts have up to {pages} pages, and one forward pass scores at most {MAX_SCORED_PAGES}; "
+            f"use at most {MAX_SCORED_PAGES} candidates per question"
+        )
+    id_branches(tokenizer, pages)
 
 
 def verdict_counts(rankings: Sequence[Ranking]) -> dict[str, int]:
@@ -199,11 +225,12 @@ def longest_sequences(rankings: Sequence[Ranking], prompt: Prompt, processor: An
     completions = [ranking.greedy.completion for ranking in rankings]
     queries, shown = [ranking.query for ranking in rankings], [ranking.shown for ranking in rankings]
     counts = count_tokens(processor, prompt, queries, shown, sizes, completions)
-    list_open = len(processor.tokenizer(LIST_OPEN, add_special_tokens=False)["input_ids"])
     longest = []
     for ranking, count in zip(rankings, counts, strict=True):
+        opening, rows = id_branches(processor.tokenizer, len(ranking.shown))
+        branches = len(opening) + max(map(len, rows))
         hints = sample_hint_tokens(_all_pages(ranking).hints, 1, processor.tokenizer, random.Random(0))
-        longest.append(count._replace(completion=max(count.completion, sum(map(len, hints)) + list_open)))
+        longest.append(count._replace(completion=max(count.completion, sum(map(len, hints)) + branches)))
     return longest
 
 

@@ -44,9 +44,12 @@ from mmr5_train.common.files import (
     write_manifest,
     write_records,
 )
-from mmr5_train.evaluation.scoring import known_mean, results_table, score_rankings
+from mmr5_train.common.part_times import PartTimes
+from mmr5_train.evaluation.cost import cost
+from mmr5_train.evaluation.scoring import results_table, score_rankings
 from mmr5_train.evaluation.trec import write_trec
 from mmr5_train.inference.fit import check_prompts_fit
+from mmr5_train.inference.options import RankingOptions
 from mmr5_train.inference.processes import (
     finished_batches,
     on_main_process,
@@ -54,7 +57,7 @@ from mmr5_train.inference.processes import (
     start_inference_processes,
 )
 from mmr5_train.inference.remote import RemoteBackend, ServerConfig
-from mmr5_train.inference.reranker import RankingOptions, Reranker
+from mmr5_train.inference.reranker import Reranker
 from mmr5_train.inference.tasks import Batch, batch_seed
 from mmr5_train.models.config import MAX_NEW_TOKENS, BackendOptions, CheckpointOptions
 from mmr5_train.models.lengths import image_sizes
@@ -104,6 +107,7 @@ class RankedBatch(Batch):
 
     seconds: float
     sampling_seconds: float
+    parts: dict[str, float] = Field(default_factory=dict)  # seconds of the parts of the greedy answers
     rankings: tuple[Ranking, ...]
     dialect: Dialect | None = None  # in which a server was asked
 
@@ -115,6 +119,7 @@ class EvaluateStage(StageConfig, CheckpointOptions, BackendOptions):
     systems: dict[str, System] = Field(
         description="name → checkpoint, or {checkpoint: …, mode: …, server: …}, in the order of comparison"
     )
+    skip: int = Field(default=0, ge=0, description="leave out so many questions at the beginning")
     limit: int | None = Field(default=None, gt=0, description="use only the first questions, at most this many")
     order: Order = Field(default="score", description="order of the candidates in a prompt")
     constrain: bool = Field(
@@ -158,7 +163,9 @@ class EvaluateStage(StageConfig, CheckpointOptions, BackendOptions):
 
 def main(config: EvaluateStage) -> None:
     processes = start_inference_processes()
-    tasks = read_records(config.data, RankingTask)[: config.limit]
+    tasks = read_records(config.data, RankingTask)[config.skip :][: config.limit]
+    if not tasks:
+        raise InputError(f"{config.data}: no questions are left after the first {config.skip} (skip)")
     source = config.data.parent
     pages = candidate_pages(tasks, source / "pages.jsonl")
     resolved = {  # checks all systems now, because one may be loaded hours later
@@ -222,7 +229,12 @@ def write_results(
     for name in config.systems:
         batches = finished_batches(out / PARTIAL, name, RankedBatch)
         rankings[name] = [ranking for start in sorted(batches) for ranking in batches[start].rankings]
-        timing[name] = cost(list(batches.values()))
+        timing[name] = cost(
+            [ranking.greedy for ranking in rankings[name]],
+            sum(batch.seconds for batch in batches.values()),
+            sum(batch.sampling_seconds for batch in batches.values()),
+            [batch.parts for batch in batches.values()],
+        )
         for batch in batches.values():
             if batch.dialect:
                 dialects[name] = batch.dialect
@@ -259,23 +271,6 @@ def checkpoint_origins(systems: Mapping[str, System]) -> dict[str, str]:
     checkpoints = {name: system.checkpoint for name, system in systems.items() if system.checkpoint}
     settings = {name: read_settings(checkpoint) for name, checkpoint in checkpoints.items()}
     return {name: found.origin for name, found in settings.items() if found and found.origin}
-
-
-def cost(batches: Sequence[RankedBatch]) -> dict[str, float]:
-    """A system's time and tokens.
-
-    `seconds` is the total and includes sampling. `seconds_per_question` and the mean token counts are those of the
-    greedy answers; a count that a server does not report is left out.
-    """
-    answers = [ranking.greedy for batch in batches for ranking in batch.rankings]
-    greedy = sum(batch.seconds for batch in batches)
-    names = ("tokens", "prompt_tokens", "visual_tokens")
-    means = {name: known_mean(getattr(answer, name) for answer in answers) for name in names}
-    return {
-        "seconds": greedy + sum(batch.sampling_seconds for batch in batches),
-        "seconds_per_question": greedy / len(answers),
-        **{name: mean for name, mean in means.items() if mean is not None},
-    }
 
 
 def candidate_pages(tasks: Iterable[RankingTask], path: Path) -> list[Page]:
@@ -346,15 +341,16 @@ def rank_batch(
     """Ranks a batch of tasks with a system: greedy answers, then samples. `start` is the first task's index."""
     prompted = [task.in_prompt_order(config.order, config.seed) for task in tasks]
     queries, folder, backend = [task.query for task in tasks], config.data.parent, reranker.backend
-    greedy_start = time.monotonic()
-    images = [
-        [load_page(folder / page.image, backend.limits) for page in prompted_task.shown]
-        for prompted_task in prompted
-    ]
-    greedy = [ranked.merged_answer() for ranked in reranker.rank_images(queries, images)]
+    greedy_start, times = time.monotonic(), PartTimes()
+    with times.part("open"):
+        images = [
+            [load_page(folder / page.image, backend.limits) for page in prompted_task.shown]
+            for prompted_task in prompted
+        ]
+    greedy = [ranked.merged_answer() for ranked in reranker.rank_images(queries, images, times=times)]
     sampling_start = time.monotonic()
     samples: list[list[ModelAnswer]] = [[] for _ in tasks]
-    if config.samples and reranker.mode != "logits":
+    if config.samples and reranker.mode in ("reason", "direct"):
         size = max(1, config.batch_size // config.samples)
         for i in range(0, len(tasks), size):
             samples[i : i + size] = backend.generate(
@@ -368,6 +364,7 @@ def rank_batch(
         start=start,
         seconds=sampling_start - greedy_start,
         sampling_seconds=time.monotonic() - sampling_start,
+        parts=times.seconds,
         rankings=tuple(_ranking(name, *row) for row in zip(prompted, greedy, samples, strict=True)),
         dialect=backend.dialect if isinstance(backend, RemoteBackend) else None,
     )

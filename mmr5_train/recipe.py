@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 from pydantic import Field
 
 from data_construction import candidates, synthetic, traces
-from mmr5_train import distill, evaluate, grpo, report, select, sft
+from mmr5_train import calibrate, distill, evaluate, grpo, report, select, sft
 from mmr5_train.common.config import CONFIGS, StageConfig, compose_stage, config_path, group_choices, run_stage
 from mmr5_train.common.files import RECIPE, InputError, file_hash, is_unfinished, read_manifest, write_json
 from mmr5_train.recipes.departures import Settings, launch_settings, resolved_settings
@@ -62,6 +62,7 @@ STAGES: dict[str, Stage] = {
     "evaluate": Stage(evaluate, evaluate.EvaluateStage, "evaluate"),
     "teach": Stage(evaluate, evaluate.EvaluateStage, "evaluate"),
     "distill": Stage(distill, distill.DistillStage, "distill"),
+    "calibrate": Stage(calibrate, calibrate.CalibrateStage, "calibrate"),
     "modes": Stage(evaluate, evaluate.EvaluateStage, "evaluate"),
     "report": Stage(report, report.ReportStage, "report"),
 }

@@ -37,7 +37,13 @@ TYPE_NAMES = {
     Any: "any",
 }
 # Models that are the type of a field → the anchor of the section that describes the model.
-MODEL_ANCHORS = {"PageId": "page-ids", "Candidate": "candidate", "ModelAnswer": "modelanswer", "Prompt": "prompts"}
+MODEL_ANCHORS = {
+    "PageId": "page-ids",
+    "Candidate": "candidate",
+    "ModelAnswer": "modelanswer",
+    "Prompt": "prompts",
+    "Adaptive": "adaptive",
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -23,7 +23,7 @@ COMMANDS: dict[str, dict[str, str]] = {
         "traces": "data_construction.traces",
         "data-report": "data_construction.report",
     },
-    "train": {name: f"mmr5_train.{name}" for name in ("sft", "select", "grpo", "distill")},
+    "train": {name: f"mmr5_train.{name}" for name in ("sft", "select", "grpo", "distill", "calibrate")},
     "evaluate": {name: f"mmr5_train.{name}" for name in ("evaluate", "report", "compare", "tables")},
     "use": {name: f"mmr5_train.{name}" for name in ("recipe", "demo", "plan", "publish", "serve")},
 }

@@ -303,11 +303,19 @@ def _paired_differences(
     return differences
 
 
+def _negative(figure: Mapping[str, float]) -> dict[str, float]:
+    """The difference in the other direction."""
+    return {**figure, "mean": -figure["mean"], "low": -figure["high"], "high": -figure["low"]}
+
+
 def find_difference(results: Mapping[str, Any], system: str, baseline: str) -> dict[str, Any]:
     """The paired differences of two systems. Raises KeyError if the results do not compare them."""
     for difference in results["differences"]:
         if (difference["system"], difference["baseline"]) == (system, baseline):
             return dict(difference)
+        if (difference["system"], difference["baseline"]) == (baseline, system):
+            figures = {name: _negative(figure) for name, figure in difference.items() if isinstance(figure, dict)}
+            return {"system": system, "baseline": baseline, **figures}
     raise KeyError(f"the results do not compare {system} with {baseline}")
 
 

@@ -18,7 +18,7 @@ from transformers import LogitsProcessor
 from mmr5_train.common.files import InputError
 from mmr5_train.inference.vocabulary import IntArray, Vocabulary
 from mmr5_train.ranking.answer_constraints import CompletionState, Part
-from mmr5_train.ranking.prompt import render_completion
+from mmr5_train.ranking.prompt import ANSWER_CLOSE, render_completion
 from mmr5_train.ranking.records import LocalId
 
 
@@ -35,22 +35,21 @@ class PermutationLogitsProcessor(LogitsProcessor):
         *,
         think: bool,
         prompt_length: int,
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
     ) -> None:
-        """`page_counts[r]` is the number of pages in row r's prompt.
+        """`page_counts[r]` pages are in row r's prompt. `max_new_tokens` limits each row, or all rows alike.
 
-        Raises `InputError` if `max_new_tokens` is less than an answer may need.
+        Raises `InputError` if a limit is less than an answer may need.
         """
-        self.vocabulary, self.prompt_length, self.max_new_tokens = vocabulary, prompt_length, max_new_tokens
+        self.vocabulary, self.prompt_length = vocabulary, prompt_length
+        self.limits = [max_new_tokens] * len(page_counts) if isinstance(max_new_tokens, int) else max_new_tokens
         self.states = [CompletionState.start(n, think=think) for n in page_counts]
         self.cut_off = [False] * len(page_counts)
         """For each row, whether the limit closed the think block although another token was more likely."""
-        needed = vocabulary.fewest_tokens(CompletionState.start(max(page_counts), think=think))
-        if max_new_tokens < needed:
-            raise InputError(
-                f"max_new_tokens: a list of {max(page_counts)} pages takes up to {needed} tokens, "
-                f"found {max_new_tokens}"
-            )
+        for n, limit in dict(zip(page_counts, self.limits, strict=True)).items():
+            needed = vocabulary.fewest_tokens(CompletionState.start(n, think=think))
+            if limit < needed:
+                raise InputError(f"max_new_tokens: a list of {n} pages takes up to {needed} tokens, found {limit}")
         self._closing_tokens = [
             vocabulary.fewest_tokens(state._replace(part=Part.thinking)) for state in self.states
         ]
@@ -58,6 +57,7 @@ class PermutationLogitsProcessor(LogitsProcessor):
             len(render_completion("", [LocalId(i) for i in sorted(state.unused)])) for state in self.states
         ]
         self._textless_ids: Tensor | None = None
+        self._finished: set[int] = set()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Sets the scores of forbidden tokens to −inf: (rows, tokens so far) and (rows, V) → (rows, V)."""
@@ -69,13 +69,14 @@ class PermutationLogitsProcessor(LogitsProcessor):
             self._textless_ids = torch.tensor(ids, device=scores.device)
         masked = scores.index_fill(1, self._textless_ids, -torch.inf)
         self._apply_grammar(masked, scores)
-        self._apply_limit(masked, self.max_new_tokens - generated - 1)
+        self._apply_limit(masked, [limit - generated - 1 for limit in self.limits])
         return masked
 
     def _append(self, token_ids: list[int]) -> None:
         for row, token in enumerate(token_ids):
-            data = self.vocabulary.tokens[token] if token < len(self.vocabulary.tokens) else b""
-            state = self.states[row].advance(data)  # special tokens have no bytes: they end or pad a completion
+            if row in self._finished:
+                continue
+            state = self.states[row].advance(self._bytes(token))
             if state is None:
                 raise ValueError(f"token {token} was generated, which the constraint does not allow")
             self.states[row] = state
@@ -94,9 +95,32 @@ class PermutationLogitsProcessor(LogitsProcessor):
         if any(len(ids) for ids in removed.values()):
             masked[_index(removed, scores.device)] = -torch.inf
 
-    def _apply_limit(self, masked: Tensor, remaining: int) -> None:
-        """Masks the tokens after which `remaining` tokens might not suffice to complete the answer."""
+    def complete_lists(self, input_ids: Tensor) -> dict[int, str]:
+        """The rows whose list of pages their last token completes → the text that is missing behind it.
+
+        Such rows have finished: what follows in them is padding.
+        """
+        rows = {}
+        tokens: list[int] | None = None
         for row, state in enumerate(self.states):
+            if len(state.unused) <= 1 and state.part in (Part.page_id, Part.separator):
+                tokens = input_ids[:, -1].tolist() if tokens is None else tokens  # one transfer from the device
+                after = state.advance(self._bytes(tokens[row]))
+                if after is not None and after.part is Part.answer_close:
+                    rows[row] = ANSWER_CLOSE[len(after.typed) :]
+                    self.states[row] = CompletionState(Part.ended, frozenset())
+                    self._finished.add(row)
+        return rows
+
+    def _bytes(self, token: int) -> bytes:
+        """The token's text. Special tokens have none: they end or pad a completion."""
+        return self.vocabulary.tokens[token] if token < len(self.vocabulary.tokens) else b""
+
+    def _apply_limit(self, masked: Tensor, remaining_tokens: Sequence[int]) -> None:
+        """Masks the tokens after which the remaining ones might not suffice to complete the answer."""
+        for row, (state, remaining) in enumerate(zip(self.states, remaining_tokens, strict=True)):
+            if row in self._finished:
+                continue
             is_thinking = state.part is Part.thinking
             # A token has at least one byte. In a think block, no token leads further from the end than its start.
             if remaining >= (self._closing_tokens if is_thinking else self._answer_bytes)[row]:

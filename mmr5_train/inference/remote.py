@@ -9,6 +9,8 @@ import asyncio
 import json
 import threading
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import wait
+from threading import Event
 from typing import Any, Literal, TypeVar
 
 from PIL import Image
@@ -18,6 +20,9 @@ from mmr5_train.chat.client import ChatClient, ChatError, api_key, base_url, exp
 from mmr5_train.chat.completion import Completion
 from mmr5_train.chat.dialect import Dialect
 from mmr5_train.common.files import InputError
+from mmr5_train.common.part_times import PartTimes
+from mmr5_train.inference.cancelling import raise_if_cancelled
+from mmr5_train.models.config import answer_tokens
 from mmr5_train.models.inputs import data_url, openai_messages
 from mmr5_train.models.pages import PageLimits
 from mmr5_train.models.sampling import sampling_settings
@@ -27,6 +32,7 @@ from mmr5_train.ranking.prompt import Prompt
 from mmr5_train.ranking.records import Mode, ModelAnswer
 
 ResultT = TypeVar("ResultT")
+POLL_SECONDS = 0.05
 
 
 class ServerConfig(BaseModel):
@@ -68,7 +74,7 @@ class RemoteBackend:
         prompt: Prompt,
         *,
         mode: Mode = "reason",
-        max_new_tokens: int,
+        max_new_tokens: int | None = None,
         constrain: bool = False,
         min_pixels: int,
         max_pixels: int,
@@ -91,9 +97,12 @@ class RemoteBackend:
         samples: int = 0,
         temperature: float = 1.0,
         seed: int = 0,
+        times: PartTimes | None = None,
+        cancel: Event | None = None,
     ) -> list[list[ModelAnswer]]:
         """The answers to one batch, as in `LocalBackend.generate`. Each sample has its own seed.
 
+        After `cancel` is set, the open requests end and `RankingCancelled` is raised. All seconds are of `decode`.
         A server may return other samples for the same seed. An answer that a filter of the server refused is
         empty. Raises `InputError` if the server can't be reached or rejects a request.
         """
@@ -124,7 +133,8 @@ class RemoteBackend:
                 await client.close()
             return [task.result() for task in tasks]
 
-        answers = run_in_thread(ask_all())
+        with (times or PartTimes()).part("decode"):
+            answers = run_in_thread(ask_all(), cancel)
         return [answers[i : i + group_size] for i in range(0, len(answers), group_size)]
 
     async def _ask(
@@ -134,10 +144,10 @@ class RemoteBackend:
         request = {
             "model": self.server.model,
             "messages": openai_messages(self.prompt, query, len(images)),
-            "max_tokens": self.max_new_tokens,
+            "max_tokens": self._limit(len(images)),
             "top_p": 1.0,
             "frequency_penalty": 0.0,  # on `transformers serve`, it replaces the repetition penalty
-            **self._own_sampling(sampling["temperature"]),
+            **self._own_sampling(sampling["temperature"], self._limit(len(images))),
             **self._structured_outputs(len(images)),
             **sampling,
         }
@@ -175,13 +185,17 @@ class RemoteBackend:
         hint = explain_rejection(fault, url, "server.url")
         return InputError(f"{url}: rejects the request ({fault.message}){hint}")
 
-    def _own_sampling(self, temperature: float) -> dict[str, Any]:
+    def _limit(self, n_pages: int) -> int:
+        """The limit on the tokens of an answer."""
+        return self.max_new_tokens or answer_tokens(n_pages, think=self.mode == "reason")
+
+    def _own_sampling(self, temperature: float, limit: int) -> dict[str, Any]:
         """The request's parameters that replace the sampling settings in the generation_config on the server."""
         kind = self.server.kind or ("openai" if self.server.structured == "none" else self.server.structured)
         if kind == "openai":
             return {}
         if kind == "transformers":
-            settings = sampling_settings(temperature or None, self.max_new_tokens)
+            settings = sampling_settings(temperature or None, limit)
             return {"generation_config": json.dumps(settings)}
         if kind == "llama_cpp":
             return {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0}
@@ -197,17 +211,20 @@ class RemoteBackend:
         return {"ebnf": grammar} if self.server.structured == "sglang" else {"grammar": grammar}
 
 
-def run_in_thread(coroutine: Coroutine[Any, Any, ResultT]) -> ResultT:
+def run_in_thread(coroutine: Coroutine[Any, Any, ResultT], cancel: threading.Event | None = None) -> ResultT:
     """Runs a coroutine in an event loop of its own thread, so that the caller may have a running event loop.
 
-    Cancels the coroutine if the caller is interrupted. An exception of a task group is raised as the first
-    exception in it.
+    Cancels the coroutine if the caller is interrupted, and if `cancel` is set: then it raises `RankingCancelled`.
+    An exception of a task group is raised as the first exception in it.
     """
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     future = asyncio.run_coroutine_threadsafe(coroutine, loop)
     try:
+        while cancel is not None and not future.done():
+            wait([future], timeout=POLL_SECONDS)
+            raise_if_cancelled(cancel)
         return future.result()
     except ExceptionGroup as group:
         raise group.exceptions[0] from None

@@ -21,91 +21,42 @@ This file uses these names for the pages:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from threading import Event
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from mmr5_train.common.files import InputError, validation_message
-from mmr5_train.inference.local import MAX_SCORED_PAGES, LocalBackend, load_backend
+from mmr5_train.common.part_times import PartTimes
+from mmr5_train.inference.local import LocalBackend, load_backend
+from mmr5_train.inference.options import RankingOptions, window_size
+from mmr5_train.inference.ranked import RankedImages, WindowAnswer, ranked_images_of, results_of
 from mmr5_train.inference.remote import RemoteBackend, ServerConfig
 from mmr5_train.inference.tasks import batch_seed
 from mmr5_train.inference.vllm_engine import VllmBackend, load_vllm_backend
-from mmr5_train.models.config import MAX_NEW_TOKENS, BackendOptions, CheckpointOptions, ModelOptions
+from mmr5_train.models.config import (
+    SETTINGS,
+    CheckpointOptions,
+    ModelOptions,
+)
+from mmr5_train.models.loading import read_settings
+from mmr5_train.models.page_features import PageCache
 from mmr5_train.models.pages import PageInput, open_pages
 from mmr5_train.models.settings import resolve_mode, resolve_settings
-from mmr5_train.ranking.answer import parse_answer
-from mmr5_train.ranking.notes import split_notes
 from mmr5_train.ranking.prompt import Prompt, read_prompt
-from mmr5_train.ranking.records import LocalId, Mode, ModelAnswer
-from mmr5_train.ranking.results import RankedResults, build_results
-from mmr5_train.ranking.windows import Strategy, fuse_orders, make_plan
+from mmr5_train.ranking.records import Mode, ModelAnswer
+from mmr5_train.ranking.results import RankedResults
+from mmr5_train.ranking.windows import fuse_orders, make_plan
 
 
-class RankingOptions(BackendOptions):
-    """How a reranker ranks; each field is a keyword argument of `Reranker`."""
+class _Call(NamedTuple):
+    """What belongs to one call of the reranker."""
 
-    mode: Mode | None = Field(
-        default=None,
-        description="reason: think block and answer; direct: only the answer; logits: one forward pass, no text; "
-        "null: as the checkpoint was trained (reason, or direct without think blocks)",
-    )
-    constrain: bool = Field(default=True, description="constrain answers to a list of all pages")
-    max_new_tokens: int = Field(default=MAX_NEW_TOKENS, gt=0)
-    window: int | None = Field(
-        default=20, ge=2, description="largest number of pages in one prompt; null: no limit"
-    )
-    stride: int | None = Field(default=None, ge=1, description="of sliding windows; null: half a window")
-    strategy: Strategy = Field(default="sliding", description="for more pages than a window: or tournament")
-    samples: int = Field(default=0, ge=0, description="sampled orders that are fused; 0: one greedy order")
-    temperature: float = Field(default=1.0, gt=0, description="of the samples")
-    seed: int = Field(default=0, ge=0, description="of the samples")
-    batch_size: int = Field(default=8, gt=0, description="prompts per batch")
-
-    @model_validator(mode="after")
-    def _options_are_compatible(self) -> Self:
-        if self.stride is not None and (self.window is None or self.stride >= self.window):
-            raise ValueError(f"stride must be less than window ({self.window})")
-        if self.mode == "logits" and self.samples:
-            raise ValueError("mode logits generates no text to sample: samples must be 0")
-        if self.mode == "logits" and self.backend == "vllm":
-            raise ValueError("mode logits needs backend: transformers")
-        return self
-
-
-class WindowAnswer(NamedTuple):
-    """One answer to one window."""
-
-    indices: list[int]
-    """The images in the prompt: local id i is `indices[i - 1]`."""
-    answer: ModelAnswer
-
-
-@dataclass(frozen=True)
-class RankedImages:
-    """The order of one query's images, and the answers that it was computed from."""
-
-    order: list[int]
-    """Indices of all images, best first."""
-    windows: list[WindowAnswer]
-    scores: tuple[float, ...] | None = None
-    """By rank, in mode logits with a single window. Scores of different windows can't be compared."""
-
-    def merged_answer(self) -> ModelAnswer:
-        """All windows as one answer, whose local ids are the indices plus 1. Token counts are sums, or unknown."""
-        answers = [window.answer for window in self.windows]
-        return ModelAnswer(
-            completion="\n".join(answer.completion for answer in answers),
-            order=tuple(LocalId(i + 1) for i in self.order),
-            defects=tuple(dict.fromkeys(defect for answer in answers for defect in answer.defects)),
-            tokens=_known_sum(answer.tokens for answer in answers),
-            prompt_tokens=_known_sum(answer.prompt_tokens for answer in answers),
-            visual_tokens=sum(answer.visual_tokens for answer in answers),
-            scores=self.scores or (),
-        )
+    times: PartTimes
+    cancel: Event | None
 
 
 class Reranker:
@@ -142,6 +93,9 @@ class Reranker:
         """
         self.options = _validated(RankingOptions, options)
         backend_options = self.options.model_dump(include={"mode", "max_new_tokens", "constrain"})
+        is_adaptive = self.options.mode == "adaptive"
+        if is_adaptive:
+            backend_options["mode"] = "reason"
         settings = CheckpointOptions(
             model=model or ModelOptions(),
             prompt=prompt if prompt is None or isinstance(prompt, Prompt) else read_prompt(prompt),
@@ -163,53 +117,126 @@ class Reranker:
                 **backend_options,
             )
         else:
+            size = self.options.page_cache
+            backend_options |= {
+                "page_cache": PageCache(size) if size else None,
+                **self.options.model_dump(include={"logits_order", "logits_max_pixels"}),
+            }
             self.backend = load_backend(checkpoint, settings, base=base, device=device, **backend_options)
+        self.mode: Mode | Literal["adaptive"] = "adaptive" if is_adaptive else self.backend.mode
+        self.margin = self._margin(checkpoint) if is_adaptive else 0.0
+        """In mode adaptive: the difference of the two best scores below which the model reasons."""
 
-    @property
-    def mode(self) -> Mode:
-        return self.backend.mode
+    def _margin(self, checkpoint: str | Path | None) -> float:
+        if not isinstance(self.backend, LocalBackend):
+            raise InputError("mode adaptive: needs the model in this process, not a server")
+        if self.options.adaptive.margin is not None:
+            return self.options.adaptive.margin
+        recorded = read_settings(str(checkpoint))
+        if recorded is None or recorded.adaptive is None or recorded.adaptive.margin is None:
+            raise InputError(
+                f"mode adaptive: {checkpoint} has no margin in its {SETTINGS}; choose one on held-out questions "
+                "with python -m mmr5_train.calibrate, or give adaptive={margin: …}"
+            )
+        return recorded.adaptive.margin
 
-    def rank(self, query: str, pages: Sequence[PageInput], top_k: int | None = None) -> RankedResults:
+    def rank(
+        self,
+        query: str,
+        pages: Sequence[PageInput],
+        top_k: int | None = None,
+        *,
+        cancel: Event | None = None,
+    ) -> RankedResults:
         """Ranks `pages`: all results, or the first `top_k`, with scores, reasoning and any defects.
 
         A page is a path or file:// URL of an image, the bytes of an image, or a PIL image. The path of a PDF
         stands for all of its pages, "report.pdf#page=3" for the third. `Result.doc_id` counts pages from 0, each
-        page of a PDF separately. Raises `InputError` for an empty list of pages, an empty query, or a page that
-        can't be read.
+        page of a PDF separately. If another thread sets `cancel`, the call ends within a decoding step with
+        `RankingCancelled`. Raises `InputError` for an empty list of pages, an empty query, or a page that can't be
+        read.
         """
-        return self.rank_many([query], [pages], top_k)[0]
+        return self.rank_many([query], [pages], top_k, cancel=cancel)[0]
 
     def rank_many(
-        self, queries: Sequence[str], pages: Sequence[Sequence[PageInput]], top_k: int | None = None
+        self,
+        queries: Sequence[str],
+        pages: Sequence[Sequence[PageInput]],
+        top_k: int | None = None,
+        *,
+        cancel: Event | None = None,
     ) -> list[RankedResults]:
-        """Ranks `pages[q]` for each `queries[q]`, as `rank` does. Prompts of all queries share batches."""
+        """Ranks `pages[q]` for each `queries[q]`, as `rank` does. Prompts of all queries share batches.
+
+        A page that appears in several lists is opened once, and the vision tower reads it once.
+        """
         if top_k is not None and top_k < 1:
             raise InputError(f"top_k: expected at least 1, found {top_k}")
         if len(queries) != len(pages):
             raise InputError(f"pages: expected a list for each of {len(queries)} queries, found {len(pages)}")
-        opened = open_pages(pages, self.backend.limits)
+        times = PartTimes()
+        opened = open_pages(pages, self.backend.limits, times)
         images = [[page.image for page in opened_pages] for opened_pages in opened]
         documents = [[page.document for page in opened_pages] for opened_pages in opened]
-        ranked = self.rank_images(queries, images)
+        ranked = self.rank_images(queries, images, times=times, cancel=cancel)
         return [
-            _results(*row, self.mode == "reason", top_k) for row in zip(queries, documents, ranked, strict=True)
+            results_of(*row, timing=times.seconds, top_k=top_k)
+            for row in zip(queries, documents, ranked, strict=True)
         ]
 
-    def rank_images(self, queries: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> list[RankedImages]:
+    def rank_images(
+        self,
+        queries: Sequence[str],
+        images: Sequence[Sequence[Image.Image]],
+        *,
+        times: PartTimes | None = None,
+        cancel: Event | None = None,
+    ) -> list[RankedImages]:
         """Ranks the prepared `images[q]` for each `queries[q]`.
 
         Each query follows its own plan of windows (`mmr5_train.ranking.windows`). Windows of all queries that are
-        ready at the same time share batches.
+        ready at the same time share batches. The seconds of each part are added to `times`.
         """
         for query, page_images in zip(queries, images, strict=True):
             if not query.strip():
                 raise InputError("query: is empty; expected a question")
             if not page_images:
                 raise InputError("pages: expected at least one page to rank, found none")
-        window_size = self._window_size()
+        call = _Call(times or PartTimes(), cancel)
+        if self.mode == "adaptive":
+            return self._rank_adaptively(queries, images, call)
+        return self.rank_in_mode(self.backend.mode, queries, images, call)
+
+    def _rank_adaptively(
+        self, queries: Sequence[str], images: Sequence[Sequence[Image.Image]], call: _Call
+    ) -> list[RankedImages]:
+        """Mode logits on all pages; where its margin is small, mode reason on the first ones."""
+        ranked = self.rank_in_mode("logits", queries, images, call)
+        unsure = [q for q, scored in enumerate(ranked) if scored.margin < self.margin]
+        # In the order of the input, as the model has seen pages in training.
+        first = {q: sorted(ranked[q].order[: self.options.adaptive.pages]) for q in unsure}
+        reasoned = self.rank_in_mode(
+            "reason", [queries[q] for q in unsure], [[images[q][i] for i in first[q]] for q in unsure], call
+        )
+        for q, answer in zip(unsure, reasoned, strict=True):
+            windows = [WindowAnswer([first[q][i] for i in w.indices], w.answer) for w in answer.windows]
+            order = [first[q][i] for i in answer.order]
+            order += [i for i in ranked[q].order if i not in first[q]]
+            ranked[q] = RankedImages(order, ranked[q].windows + windows)
+        return ranked
+
+    def rank_in_mode(
+        self,
+        mode: Mode,
+        queries: Sequence[str],
+        images: Sequence[Sequence[Image.Image]],
+        call: _Call | None = None,
+    ) -> list[RankedImages]:
+        """As `rank_images`, in another mode than the reranker's."""
+        call = call or _Call(PartTimes(), None)
+        size = window_size(self.options, mode)
         plans = [
-            make_plan(len(page_images), self.options.strategy, window_size, self.options.stride)
-            for page_images in images
+            make_plan(len(page_images), self.options.strategy, size, self.options.stride) for page_images in images
         ]
         window_answers: list[list[WindowAnswer]] = [[] for _ in plans]
         orders: list[list[int]] = [[] for _ in plans]
@@ -218,7 +245,7 @@ class Reranker:
             prompts = [
                 (queries[q], [images[q][i] for i in window]) for q, windows in ready.items() for window in windows
             ]
-            generated = iter(self._generate(prompts))
+            generated = iter(self._generate(mode, prompts, call))
             for q, windows in list(ready.items()):
                 answers = [next(generated) for _ in windows]  # per window: one greedy answer, or the samples
                 for window, samples in zip(windows, answers, strict=True):
@@ -228,24 +255,26 @@ class Reranker:
                 except StopIteration as finished:
                     orders[q] = finished.value
                     del ready[q]
-        return [_ranked_images(*row) for row in zip(orders, window_answers, strict=True)]
+        return [ranked_images_of(*row) for row in zip(orders, window_answers, strict=True)]
 
-    def _window_size(self) -> int | None:
-        """The largest number of pages in one prompt. Mode logits needs page ids with distinct first tokens."""
-        if self.backend.mode != "logits" or not isinstance(self.backend, LocalBackend):
-            return self.options.window
-        return min(self.options.window or MAX_SCORED_PAGES, self.backend.max_scored_pages)
-
-    def _generate(self, prompts: Sequence[tuple[str, Sequence[Image.Image]]]) -> list[list[ModelAnswer]]:
+    def _generate(
+        self, mode: Mode, prompts: Sequence[tuple[str, Sequence[Image.Image]]], call: _Call
+    ) -> list[list[ModelAnswer]]:
         """The answers to each (query, images) prompt, generated in batches."""
-        is_local = isinstance(self.backend, LocalBackend)
-        size = self.options.batch_size if is_local else len(prompts)  # servers and vLLM form their own batches
-        sampling = self.options.model_dump(include={"samples", "temperature"})
+        options: dict[str, Any] = self.options.model_dump(include={"samples", "temperature"})
+        size = len(prompts)  # servers and vLLM form their own batches
+        if isinstance(self.backend, LocalBackend):
+            size, options["mode"] = self.options.batch_size, mode
         answers = []
         for start in range(0, len(prompts), size):
             queries, images = zip(*prompts[start : start + size], strict=True)
             answers += self.backend.generate(
-                queries, images, seed=batch_seed(self.options.seed, start), **sampling
+                queries,
+                images,
+                seed=batch_seed(self.options.seed, start),
+                times=call.times,
+                cancel=call.cancel,
+                **options,
             )
         return answers
 
@@ -264,41 +293,9 @@ class QueryReranker:
         return self.reranker.rank(query, image_list).order
 
 
-def _known_sum(counts: Iterable[int | None]) -> int | None:
-    known = list(counts)
-    return None if None in known else sum(count for count in known if count is not None)
-
-
 def _fused_order(answers: Sequence[ModelAnswer]) -> list[int]:
     """One order of a window's positions, from 0: that of a greedy answer, or the fused orders of samples."""
     return [i - 1 for i in fuse_orders([answer.order for answer in answers])]
-
-
-def _ranked_images(order: list[int], windows: list[WindowAnswer]) -> RankedImages:
-    scores = windows[0].answer.scores if len(windows) == 1 else ()
-    return RankedImages(order, windows, scores or None)
-
-
-def _results(
-    query: str, documents: list[Any], ranked: RankedImages, expect_think: bool, top_k: int | None
-) -> RankedResults:
-    thoughts: list[str] = []
-    notes: dict[int, str] = {}  # by index; if several windows have a note on a page, the last one counts
-    for indices, answer in ranked.windows:
-        thought = parse_answer(answer.completion, len(indices), expect_think=expect_think).think
-        if thought:
-            thoughts.append(thought)
-            notes |= {indices[i - 1]: note for i, note in split_notes(thought).items() if 1 <= i <= len(indices)}
-    return build_results(
-        query,
-        documents,
-        ranked.order,
-        scores=ranked.scores,
-        notes=notes,
-        reasoning="\n\n".join(thoughts),
-        answers=[window.answer for window in ranked.windows],
-        top_k=top_k,
-    )
 
 
 def _remote_backend(

@@ -11,12 +11,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from PIL import Image
 
 from mmr5_train.common.files import InputError
-from mmr5_train.models.config import CheckpointOptions, ModelConfig
+from mmr5_train.common.part_times import PartTimes
+from mmr5_train.inference.cancelling import raise_if_cancelled
+from mmr5_train.models.config import CheckpointOptions, ModelConfig, answer_tokens
 from mmr5_train.models.inputs import prompt_token_ids
 from mmr5_train.models.lengths import context_limit
 from mmr5_train.models.loading import load_processor, resolve_checkpoint
@@ -47,7 +50,7 @@ class VllmBackend:
         prompt: Prompt,
         *,
         mode: Mode = "reason",
-        max_new_tokens: int,
+        max_new_tokens: int | None = None,
         constrain: bool = False,
     ) -> None:
         if mode == "logits":
@@ -74,15 +77,18 @@ class VllmBackend:
         samples: int = 0,
         temperature: float = 1.0,
         seed: int = 0,
+        times: PartTimes | None = None,
+        cancel: Event | None = None,
     ) -> list[list[ModelAnswer]]:
         """The answers to one batch, as in `LocalBackend.generate`. Each query has its own seed.
 
+        All seconds are of `decode`. vLLM can't stop a batch, so `cancel` has an effect before it only.
         Raises `InputError` if a prompt and its answer do not fit the engine's context, and if the engine read
         other tokens than the model was trained on.
         """
         ids = prompt_token_ids(self.processor, self.prompt, queries, [len(pages) for pages in images])
         expected = [self._expand(*row) for row in zip(ids, images, strict=True)]
-        self._check_lengths(expected)
+        self._check_lengths(expected, [len(pages) for pages in images])
         prompts = [
             {"prompt_token_ids": row, "multi_modal_data": {"image": list(pages)}}
             for row, pages in zip(ids, images, strict=True)
@@ -90,7 +96,9 @@ class VllmBackend:
         settings = [
             self._sampling(len(pages), samples, temperature, seed + number) for number, pages in enumerate(images)
         ]
-        outputs = self.engine.generate(prompts, settings, use_tqdm=False)
+        raise_if_cancelled(cancel)
+        with (times or PartTimes()).part("decode"):
+            outputs = self.engine.generate(prompts, settings, use_tqdm=False)
         answers = []
         for output, read, pages in zip(outputs, expected, images, strict=True):
             check_prompt(read, output.prompt_token_ids)
@@ -105,12 +113,16 @@ class VllmBackend:
         placeholder = self.processor.image_token_id
         return [i for token in ids for i in [token] * (next(features) if token == placeholder else 1)]
 
-    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+    def _limit(self, n_pages: int) -> int:
+        """The limit on the tokens of an answer."""
+        return self.max_new_tokens or answer_tokens(n_pages, think=self.think)
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]], page_counts: Sequence[int]) -> None:
         limit = self.engine.llm_engine.model_config.max_model_len
-        longest = max(map(len, prompts))
-        if longest + self.max_new_tokens > limit:
+        longest, answer = max(map(len, prompts)), max(map(self._limit, page_counts))
+        if longest + answer > limit:
             raise InputError(
-                f"backend vllm: a prompt of {longest:,} tokens and max_new_tokens {self.max_new_tokens:,} exceed "
+                f"backend vllm: a prompt of {longest:,} tokens and max_new_tokens {answer:,} exceed "
                 f"the engine's context of {limit:,}; raise vllm.max_model_len, or lower model.max_pixels, window "
                 "or max_new_tokens"
             )
@@ -133,7 +145,7 @@ class VllmBackend:
             top_k=-1,
             min_p=0.0,
             repetition_penalty=1.0,
-            max_tokens=self.max_new_tokens,
+            max_tokens=self._limit(n_pages),
             stop_token_ids=self.tokens["eos_token_id"],
             **vllm_exclusions(self.tokens),
             detokenize=False,
@@ -175,7 +187,7 @@ def load_vllm_backend(
     base: str | None = None,
     mode: Mode | None = None,
     window: int | None,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     constrain: bool = False,
     arguments: Mapping[str, Any],
 ) -> VllmBackend:
@@ -211,7 +223,11 @@ def engine_settings(model: ModelConfig, processor: Any) -> dict[str, Any]:
 
 
 def start_engine(
-    settings: Settings, processor: Any, window: int | None, max_new_tokens: int, arguments: Mapping[str, Any]
+    settings: Settings,
+    processor: Any,
+    window: int | None,
+    max_new_tokens: int | None,
+    arguments: Mapping[str, Any],
 ) -> Any:
     """A `vllm.LLM`, whose context is that of the largest window, or the model's."""
     try:
@@ -221,7 +237,8 @@ def start_engine(
     model, limits = settings.model, page_limits(processor)
     lengths = [] if (context := context_limit(model.path)) is None else [context.tokens]
     if window is not None:
-        lengths.append(window * (limits.max_pixels // limits.factor**2) + TEXT_TOKENS + max_new_tokens)
+        answer = max_new_tokens or answer_tokens(window, think=True)
+        lengths.append(window * (limits.max_pixels // limits.factor**2) + TEXT_TOKENS + answer)
     own: dict[str, Any] = {
         **engine_settings(model, processor),
         "model": resolve_checkpoint(model.path),

@@ -13,7 +13,23 @@ SETTINGS = "reranker.json"
 """File in each checkpoint of this project, with its prompt, page sizes and dtype (`RerankerSettings`)."""
 
 MAX_NEW_TOKENS = 2048
-"""Default limit on the tokens of an answer, in all stages and in `Reranker`: MM-R5's `max_completion_length`."""
+"""Default limit on the tokens of an answer in the stages: MM-R5's `max_completion_length`."""
+
+
+def answer_tokens(n_pages: int, *, think: bool) -> int:
+    """The limit on the tokens of an answer of `Reranker`, unless one is given: it follows the number of pages.
+
+    Each page has 128 tokens for its note, twice what the notes of a teacher take, and 8 for its place in the list.
+    """
+    return (256 + 136 * n_pages) if think else (32 + 8 * n_pages)
+
+
+MAX_SCORED_PAGES = 100
+"""Limit on the pages of a prompt in mode logits."""
+
+LogitsOrder = Literal["first_place", "place_by_place"]
+"""How mode logits orders pages: by the probability that a page comes first, which one forward pass gives, or place
+by place, with a short pass for each."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -126,6 +142,17 @@ class BackendOptions(BaseModel):
         return self
 
 
+class Adaptive(Record):
+    """When mode adaptive reasons: if the two best scores of mode logits differ by less than `margin`."""
+
+    pages: int = Field(default=5, ge=2, description="how many of the first pages it reasons about")
+    margin: float | None = Field(
+        default=None,
+        ge=0,
+        description="null: the one in the checkpoint's reranker.json, chosen on held-out questions (`calibrate`)",
+    )
+
+
 class RerankerSettings(Record):
     """reranker.json: the settings that a checkpoint was trained with and needs at inference."""
 
@@ -143,6 +170,8 @@ class RerankerSettings(Record):
     heldout_recall: float | None = Field(
         default=None, description="recall@1 on the held-out questions by which it was chosen; null: not chosen"
     )
+
+    adaptive: Adaptive | None = Field(default=None, description="of mode adaptive; null: not calibrated")
 
     @property
     def mode(self) -> Mode:

@@ -9,13 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from transformers import BatchFeature
 
 from mmr5_train.common.files import InputError
 from mmr5_train.models.pages import MAX_CACHED_PAGES, load_page, page_limits
-from mmr5_train.ranking.answer_constraints import LIST_OPEN
 from mmr5_train.ranking.prompt import Prompt, build_messages, insert_images
 from mmr5_train.ranking.records import Candidate
 
@@ -80,36 +78,6 @@ def prompt_token_ids(
     texts = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids: list[list[int]] = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
     return ids
-
-
-def append_list_open(inputs: Any, tokenizer: Any) -> Any:
-    """Appends the tokens of `LIST_OPEN`, the beginning of an answer, to each left-padded prompt of `inputs`.
-
-    The next token that the model predicts is then the first token of the best page's id.
-    """
-    list_open_ids = torch.tensor(tokenizer(LIST_OPEN, add_special_tokens=False)["input_ids"])
-    batch_size = len(inputs["input_ids"])
-    appended = {"input_ids": list_open_ids, "attention_mask": torch.ones_like(list_open_ids)}
-    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
-        values = appended.get(key, torch.zeros_like(list_open_ids))
-        inputs[key] = torch.cat([inputs[key], values.expand(batch_size, -1)], dim=1)
-    return inputs
-
-
-def page_id_tokens(tokenizer: Any, count: int) -> list[int]:
-    """The first token of each page id from 1 to `count`, in the position after `LIST_OPEN`.
-
-    The list ends before the first id whose token is already in it. If the tokenizer splits numbers into digits, it
-    ends before 10, which starts with the token of 1.
-    """
-    list_open_ids = tokenizer(LIST_OPEN, add_special_tokens=False)["input_ids"]
-    token_ids = tokenizer([f"{LIST_OPEN}{i}" for i in range(1, count + 1)], add_special_tokens=False)["input_ids"]
-    tokens: list[int] = []
-    for ids in token_ids:
-        if ids[: len(list_open_ids)] != list_open_ids or ids[len(list_open_ids)] in tokens:
-            break
-        tokens.append(ids[len(list_open_ids)])
-    return tokens
 
 
 def openai_messages(prompt: Prompt, query: str, n_pages: int) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from transformers.utils import cached_file, is_bitsandbytes_available, is_flash_
 
 from mmr5_train.common.files import InputError, validation_message
 from mmr5_train.models.config import SETTINGS, Dtype, ModelConfig, RerankerSettings
+from mmr5_train.models.vision_speed import batch_windows
 
 TINY = Path(__file__).parent / "tiny"
 """The tiny model that is part of this package."""
@@ -114,7 +115,30 @@ def _load_processor(source: str) -> Any:
         raise _loading_error(source, "processor", error) from None
     if not hasattr(processor, "image_processor"):
         raise InputError(f"{source}: has no image processor; expected a vision-language checkpoint")
+    _check_image_processor(source, processor.image_processor)
     return processor
+
+
+def _check_image_processor(source: str, image_processor: Any) -> None:
+    """Raises `InputError` for an image processor that resizes pages by another rule than `pages.page_size`."""
+    size = getattr(image_processor, "size", None)
+    missing = [
+        *(name for name in ("patch_size", "merge_size") if getattr(image_processor, name, None) is None),
+        *(f"size[{name!r}]" for name in ("shortest_edge", "longest_edge") if _entry(size, name) is None),
+    ]
+    if missing:
+        raise InputError(
+            f"{source}: its {type(image_processor).__name__} has no {', '.join(missing)}, so it resizes pages by "
+            "another rule than Qwen's image processors, which is not supported in this process. Serve the "
+            "checkpoint with vLLM, and use server={url: …, model: …} with model.min_pixels and model.max_pixels"
+        )
+
+
+def _entry(size: Any, name: str) -> Any:
+    try:
+        return size[name]
+    except (KeyError, TypeError):
+        return None
 
 
 def load_model(config: ModelConfig, path: str | Path | None = None) -> Any:
@@ -138,6 +162,8 @@ def load_model(config: ModelConfig, path: str | Path | None = None) -> Any:
         raise _loading_error(source, "model", error) from None
     except ValueError as error:
         raise InputError(f"{source}: not a vision-language model ({_first_line(error)})") from None
+    if torch.cuda.is_available():
+        batch_windows(model)
     own = model.generation_config
     token_ids = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**token_ids)

@@ -29,6 +29,7 @@ import pypdfium2
 from PIL import Image
 
 from mmr5_train.common.files import InputError
+from mmr5_train.common.part_times import PartTimes
 
 MAX_DECODED_PIXELS = 120_000_000
 """Images whose header declares more pixels are rejected before they are decoded."""
@@ -163,20 +164,30 @@ def _load_small_page(path: str, limits: PageLimits) -> Image.Image:
     return prepare_page(open_image(Path(path)), limits)
 
 
-def open_pages(page_lists: Sequence[Sequence[PageInput]], limits: PageLimits) -> list[list[OpenedPage]]:
+def open_pages(
+    page_lists: Sequence[Sequence[PageInput]], limits: PageLimits, times: PartTimes | None = None
+) -> list[list[OpenedPage]]:
     """Opens and prepares several lists of pages; the path of a PDF becomes all of its pages.
 
     A page that appears in several lists is opened once. Files are opened in parallel, and only prepared images are
-    kept. Nothing is downloaded. Raises `InputError`, which names the page, for a page that can't be read and for a
-    URL of another machine.
+    kept. Nothing is downloaded. The seconds are added to `times`. Raises `InputError`, which names the page, for a
+    page that can't be read and for a URL of another machine.
     """
+    times = times or PartTimes()
     distinct: dict[Any, tuple[PageInput, int]] = {}
     for pages in page_lists:
         for index, page in enumerate(pages):
             distinct.setdefault(_page_key(page), (page, index))
 
     def open_and_prepare(page_and_index: tuple[PageInput, int]) -> list[OpenedPage]:
-        return [OpenedPage(document, prepare_page(image, limits)) for document, image in _open(*page_and_index)]
+        opened, prepared = _open(*page_and_index), list[OpenedPage]()
+        while True:
+            with times.part("open"):
+                page = next(opened, None)
+            if page is None:
+                return prepared
+            with times.part("resize"):
+                prepared.append(OpenedPage(page[0], prepare_page(page[1], limits)))
 
     with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes and resizes
         opened = dict(zip(distinct, pool.map(open_and_prepare, distinct.values()), strict=True))

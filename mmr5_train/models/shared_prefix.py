@@ -15,9 +15,10 @@ This module uses transformers' attention interface. It imports nothing of this p
     packed = pack(prompts, completions, mask)       # several groups, completions of any length, no padding
     outputs = model(**packed.inputs, labels=packed.labels)
     log_probs_NC = packed.unpack(outputs.log_probs)
-    generate(model, prompts, G, generation_config)  # one prefill per prompt, then G completions are decoded
 
-`mmr5_train/training/shared_grpo.py` uses it in TRL's GRPOTrainer. docs/shared_prefix.md has a picture.
+`mmr5_train.models.shared_decoding` generates completions after one prefill of each prompt.
+`mmr5_train/training/shared_grpo.py` uses both in TRL's GRPOTrainer, and `mmr5_train/models/page_scores.py` scores
+pages. docs/shared_prefix.md has a picture.
 
 Letters in shapes and in the suffixes of tensor names, such as `query_1HLD` (1 is a dimension of size one):
 
@@ -40,14 +41,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "shared_prefix"  # the attention function's name in transformers
 # Model types that were compared with separate rows: tests/mmr5_train/models/test_shared_prefix.py
-KNOWN_MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen2", "qwen3", "llama")
+KNOWN_MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen2", "qwen3", "llama")
+SHORT_TOKENS = 1024
+"""Completions of a group are one block with a mask if together they have at most this many tokens, and at most a
+quarter of the prompt's."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +60,7 @@ class SharedPrompt:
 
     ids: Tensor  # (P,)
     positions: Tensor  # (A, P)
-    images: tuple[Tensor, ...] = ()  # the tower's output per image (visual tokens, hidden size), if kept
+    images: tuple[tuple[Tensor, ...], ...] = ()  # the tower's output for each image (`image_features`), if kept
     pixels: dict[str, Tensor] | None = None  # otherwise the tower's inputs: the tower runs in each forward pass
 
     @property
@@ -82,12 +86,12 @@ class Packed:
 
     inputs: dict[str, Any]  # arguments of the model's forward
     labels: Tensor  # (1, L) the completions' tokens, −100 elsewhere
-    shape: tuple[int, int]  # (N, C)
     mask: Tensor  # (N, C) whether a completion has this token
+    groups: list[_Group]
 
     def unpack(self, values: Tensor) -> Tensor:
         """Values of next tokens along the packed row, (1, L − 1), as (N, C). Padding becomes 0."""
-        return values.new_zeros(self.shape).masked_scatter(self.mask, values[self.labels[:, 1:] != -100])
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values[self.labels[:, 1:] != -100])
 
 
 def unsupported_reason(model: Any) -> str | None:
@@ -129,6 +133,7 @@ def shared_prompts(
     pixels: dict[str, Tensor] | None = None,
     image_counts: Sequence[int] = (),
     *,
+    features: Sequence[tuple[Tensor, ...]] | None = None,
     keep_features: bool = True,
 ) -> list[SharedPrompt]:
     """Makes a `SharedPrompt` of each prompt.
@@ -136,39 +141,53 @@ def shared_prompts(
     `ids[b]` are prompt b's tokens, (P,), and `types[b]` the processor's `mm_token_type_ids`, (P,). `pixels` has
     `pixel_values` (patches, values of a patch) and `image_grid_thw` (images, 3) of all prompts together;
     `image_counts[b]` images belong to prompt b. With `keep_features`, the vision tower runs here, once and without
-    gradients, and its output is kept instead of the pixels, if the model's forward accepts features.
+    gradients, and its output is kept instead of the pixels, if the model's forward accepts features. With
+    `features` of all images (`image_features`), `pixels` needs no `pixel_values`.
     """
-    pixels_by_prompt: list[dict[str, Tensor] | None] = [None] * len(ids)
-    if pixels is not None:
-        grids = pixels["image_grid_thw"].split(list(image_counts))
-        patches = pixels["pixel_values"].split([int(grid.prod(-1).sum()) for grid in grids])
-        pixels_by_prompt = [{"pixel_values": p, "image_grid_thw": g} for p, g in zip(patches, grids, strict=True)]
+    counts = list(image_counts)
+    grids: Sequence[Any] = [None] * len(ids) if pixels is None else pixels["image_grid_thw"].split(counts)
     positions = [
-        _positions(model, ids_P, prompt_pixels, None if types is None else types[i])
-        for i, (ids_P, prompt_pixels) in enumerate(zip(ids, pixels_by_prompt, strict=True))
+        _positions(model, ids_P, grid, None if types is None else types[i])
+        for i, (ids_P, grid) in enumerate(zip(ids, grids, strict=True))
     ]
-    if pixels is None or not keep_features or not takes_image_features(model):
-        return [SharedPrompt(*row) for row in zip(ids, positions, [()] * len(ids), pixels_by_prompt, strict=True)]
-    with torch.no_grad():
-        features = iter(model.get_image_features(**pixels, return_dict=True).pooler_output)
-    images = [tuple(next(features) for _ in range(count)) for count in image_counts]
+    if pixels is None:
+        return [SharedPrompt(*row) for row in zip(ids, positions, strict=True)]
+    if features is None and keep_features and takes_image_features(model):
+        features = image_features(model, pixels)
+    if features is None:
+        patches = pixels["pixel_values"].split([int(grid.prod(-1).sum()) for grid in grids])
+        kept = [{"pixel_values": p, "image_grid_thw": g} for p, g in zip(patches, grids, strict=True)]
+        return [SharedPrompt(*row) for row in zip(ids, positions, [()] * len(ids), kept, strict=True)]
+    remaining = iter(features)
+    images = [tuple(next(remaining) for _ in range(count)) for count in counts]
     return [SharedPrompt(*row) for row in zip(ids, positions, images, strict=True)]
 
 
-def _positions(model: Any, ids_P: Tensor, pixels: dict[str, Tensor] | None, types_P: Tensor | None) -> Tensor:
+@torch.no_grad()
+def image_features(model: Any, pixels: dict[str, Tensor]) -> list[tuple[Tensor, ...]]:
+    """What the vision tower gives for each image: its features, (visual tokens, hidden size).
+
+    Features that DeepStack (arXiv 2406.04334) adds in the first text layers follow, if the model has them.
+    """
+    output = model.get_image_features(**pixels, return_dict=True)
+    return list(zip(output.pooler_output, *(getattr(output, "deepstack_features", None) or ()), strict=True))
+
+
+def _positions(model: Any, ids_P: Tensor, grid: Tensor | None, types_P: Tensor | None) -> Tensor:
     """The positions that the model itself gives a prompt's tokens: (A, P)."""
-    if pixels is None or types_P is None:
+    if grid is None or types_P is None:
         return torch.arange(ids_P.numel(), device=ids_P.device)[None]
-    images = {"mm_token_type_ids": types_P[None], "image_grid_thw": pixels["image_grid_thw"]}
+    images = {"mm_token_type_ids": types_P[None], "image_grid_thw": grid}
     positions_A1P, _ = model.base_model.get_rope_index(ids_P[None], **images)
     return positions_A1P[:, 0]
 
 
 @dataclass(frozen=True)
 class _Features:
-    """The part of a vision tower's output that the model's forward reads."""
+    """The part of a vision tower's output that the model's forward reads: a tensor for each image."""
 
-    pooler_output: list[Tensor]
+    pooler_output: tuple[Tensor, ...]
+    deepstack_features: list[tuple[Tensor, ...]]
 
 
 def pack(prompts: Sequence[SharedPrompt], completions: Sequence[Tensor], mask: Tensor) -> Packed:
@@ -198,10 +217,10 @@ def pack(prompts: Sequence[SharedPrompt], completions: Sequence[Tensor], mask: T
     inputs: dict[str, Any] = {
         "input_ids": torch.cat(ids)[None],
         "position_ids": positions_A1L if len(positions_A1L) > 1 else positions_A1L[0],
-        "shared_prefix": groups,
-        **_image_inputs(prompts),
+        "shared_prefix": partial(_packed_attention, groups),
+        **image_inputs(prompts),
     }
-    return Packed(inputs, torch.cat(labels)[None], tuple(mask.shape), mask.bool())  # type: ignore[arg-type]
+    return Packed(inputs, torch.cat(labels)[None], mask.bool(), groups)
 
 
 def _layout(start: int, prompt_length: int, lengths: list[int], device: torch.device) -> _Group:
@@ -213,13 +232,19 @@ def _layout(start: int, prompt_length: int, lengths: list[int], device: torch.de
     return _Group(start, prompt_length, stop, slots_nT * filled_nT, filled_nT)
 
 
-def _image_inputs(prompts: Sequence[SharedPrompt]) -> dict[str, Any]:
+def image_inputs(prompts: Sequence[SharedPrompt]) -> dict[str, Any]:
     """The forward's arguments for the images, once per prompt: features if they are kept, else pixels."""
     images = [image for prompt in prompts for image in prompt.images]
     if images:
-        return {"mm_encoder_outputs": {"image": _Features(images)}}
+        return image_inputs_of(images)
     pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
     return {key: torch.cat([values[key] for values in pixels]) for key in (pixels[0] if pixels else ())}
+
+
+def image_inputs_of(features: Sequence[tuple[Tensor, ...]]) -> dict[str, Any]:
+    """The forward's arguments for images whose features are known (`image_features`)."""
+    final, *deepstack = zip(*features, strict=True)
+    return {"mm_encoder_outputs": {"image": _Features(final, deepstack)}}
 
 
 def _attention(
@@ -234,14 +259,17 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The attention function that transformers calls in each layer. Returns (B, L, H, D).
 
-    `shared_prefix` is an argument of the model's forward: the groups of a packed row, or a `_Prefix` in decoding.
+    `shared_prefix` is an argument of the model's forward: the attention of a packed row, or of a decoding step.
     """
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if isinstance(shared_prefix, _Prefix):
-        return _decoding_attention(module.layer_idx, query, key, value, shared_prefix, scaling), None
-    groups = [_group_attention(query, key, value, group, scaling) for group in shared_prefix]
-    return torch.cat(groups, dim=1), None
+    return shared_prefix(module.layer_idx, query, key, value, scaling), None
+
+
+def _packed_attention(
+    groups: Sequence[_Group], layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+) -> Tensor:
+    return torch.cat([_group_attention(query, key, value, group, scaling) for group in groups], dim=1)
 
 
 def _group_attention(
@@ -249,12 +277,12 @@ def _group_attention(
 ) -> Tensor:
     """Attention within one group of a packed row. Returns (1, S, H, D).
 
-    The prompt attends causally to itself. The completions become rows of a batch, (n, T), and each row attends to
-    a copy of the prompt's keys followed by its own. Work and memory grow with P² + n T (P + T), not with L².
+    The prompt attends causally to itself. Long completions become rows of a batch, (n, T), and each row attends to
+    a copy of the prompt's keys followed by its own. Work and memory grow with P² + n T (P + T), not with L². Short
+    completions together are one block with a mask: many of them would cost more in copies than in attention.
     """
     H, K, Q = query_1HLD.shape[1], key_1KLD.shape[1], group.prompt_length
-    (n, T), R = group.slots.shape, H // K
-    prompt, completions = slice(group.start, group.start + Q), slice(group.start + Q, group.stop)
+    R, prompt = H // K, slice(group.start, group.start + Q)
     output_1HQD = scaled_dot_product_attention(
         query_1HLD[:, :, prompt],
         key_1KLD[:, :, prompt].repeat_interleave(R, 1),
@@ -262,6 +290,37 @@ def _group_attention(
         is_causal=True,
         scale=scaling,
     )
+    tokens = group.stop - group.start - Q
+    attend = _short_completions if tokens <= min(SHORT_TOKENS, Q // 4) else _long_completions
+    output_SHD = attend(query_1HLD, key_1KLD, value_1KLD, group, scaling)
+    return torch.cat([output_1HQD.transpose(1, 2), output_SHD[None]], dim=1)
+
+
+def _short_completions(
+    query_1HLD: Tensor, key_1KLD: Tensor, value_1KLD: Tensor, group: _Group, scaling: float | None
+) -> Tensor:
+    """Attention of all completion tokens of a group as one block, (tokens, H, D)."""
+    H, K, Q = query_1HLD.shape[1], key_1KLD.shape[1], group.prompt_length
+    rows = slice(group.start, group.stop)
+    completion_M = group.filled.nonzero()[:, 0]  # M completion tokens: which completion each belongs to
+    M = len(completion_M)
+    mask_MS = torch.ones(M, Q + M, dtype=torch.bool, device=query_1HLD.device)
+    mask_MS[:, Q:] = (completion_M[:, None] == completion_M).tril()
+    # The R query heads of a key head become R M queries of that head, so keys are not repeated for them.
+    queries = query_1HLD[:, :, group.start + Q : group.stop].reshape(1, K, H // K * M, -1)
+    output = scaled_dot_product_attention(
+        queries, key_1KLD[:, :, rows], value_1KLD[:, :, rows], attn_mask=mask_MS.repeat(H // K, 1), scale=scaling
+    )
+    return output.reshape(H, M, -1).transpose(0, 1)
+
+
+def _long_completions(
+    query_1HLD: Tensor, key_1KLD: Tensor, value_1KLD: Tensor, group: _Group, scaling: float | None
+) -> Tensor:
+    """Attention of the completion tokens of a group with a row for each completion, (tokens, H, D)."""
+    H, K, Q = query_1HLD.shape[1], key_1KLD.shape[1], group.prompt_length
+    (n, T), R = group.slots.shape, H // K
+    prompt, completions = slice(group.start, group.start + Q), slice(group.start + Q, group.stop)
     query_nHTD, key_nKTD, value_nKTD = (
         states[0, :, completions][:, group.slots].transpose(0, 1) for states in (query_1HLD, key_1KLD, value_1KLD)
     )
@@ -269,131 +328,8 @@ def _group_attention(
         torch.cat([of_row[:, :, prompt].expand(n, -1, -1, -1), of_completions], dim=2)
         for of_row, of_completions in ((key_1KLD, key_nKTD), (value_1KLD, value_nKTD))
     )
-    # The R query heads of a key head become R T queries of that head, so keys are not repeated for them.
     queries = query_nHTD.reshape(n, K, R * T, -1)
     mask = torch.ones(T, Q + T, dtype=torch.bool, device=queries.device).tril(Q).repeat(R, 1)
     output = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
     output_nTHD = output.reshape(n, H, T, -1).transpose(1, 2)
-    return torch.cat([output_1HQD.transpose(1, 2), output_nTHD[group.filled][None]], dim=1)
-
-
-@dataclass(frozen=True)
-class _Prefix:
-    """Keys and values of the prompts, which the prefill computes and decoding reads."""
-
-    layers: list[tuple[Tensor, Tensor]]  # for each layer the prompts' keys and values (B, K, P, D)
-    mask: Tensor  # (B, 1, 1, P) is added to attention scores: 0 for the prompt's tokens, −inf for padding
-
-
-def _decoding_attention(
-    layer: int, query_NH1D: Tensor, key_NKUD: Tensor, value_NKUD: Tensor, prefix: _Prefix, scaling: float | None
-) -> Tensor:
-    """Attention of one new token of each completion. Returns (N, 1, H, D).
-
-    The queries of all completions of a prompt attend to the single copy of its keys. The softmax runs over the
-    prompt's and the completion's own scores together, so the result is exact.
-    """
-    prefix_key_BKPD, prefix_value_BKPD = prefix.layers[layer]
-    B, K = prefix_key_BKPD.shape[:2]
-    N, D = query_NH1D.shape[0], query_NH1D.shape[-1]
-    query_NKRD = query_NH1D.reshape(N, K, -1, D) * (D**-0.5 if scaling is None else scaling)
-    own_scores_NKRU = query_NKRD @ key_NKUD.transpose(-1, -2)
-    query_BKGRD = query_NKRD.reshape(B, -1, K, query_NKRD.shape[2], D).transpose(1, 2)
-    G, R = query_BKGRD.shape[2:4]
-    scores = query_BKGRD.flatten(2, 3) @ prefix_key_BKPD.transpose(-1, -2) + prefix.mask  # (B, K, G R, P)
-    scores_NKRP = scores.unflatten(2, (G, R)).transpose(1, 2).flatten(0, 1)
-    all_scores = torch.cat([scores_NKRP, own_scores_NKRU], dim=-1)
-    weights = all_scores.softmax(-1, dtype=torch.float32).to(value_NKUD.dtype)
-    weights_NKRP, own_weights_NKRU = weights.split([scores_NKRP.shape[-1], own_scores_NKRU.shape[-1]], dim=-1)
-    grouped_weights = weights_NKRP.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)  # (B, K, G R, P)
-    output = grouped_weights @ prefix_value_BKPD  # (B, K, G R, D)
-    output_NKRD = output.unflatten(2, (G, R)).transpose(1, 2).flatten(0, 1)
-    return (output_NKRD + own_weights_NKRU @ value_NKUD).reshape(N, 1, -1, D)
-
-
-def generate(
-    model: Any, prompts: Sequence[SharedPrompt], group_size: int, config: Any, logits_processor: Any = None
-) -> Tensor:
-    """Generates `group_size` completions of each prompt, with one prefill per prompt. Returns (N, new tokens).
-
-    Completions are padded after their end token. `config` is a GenerationConfig. `model.generate` still prepares
-    its logits processors and stopping criteria; only the decoding loop is replaced. Tokens are sampled in the same
-    order from the same random stream as in the original loop, so the same seed gives the same completions.
-    `logits_processor` is applied in addition; its input rows are left-padded prompts followed by completions.
-    """
-    longest = max(prompt.ids.numel() for prompt in prompts)
-    padding = [longest - prompt.ids.numel() for prompt in prompts]
-    pad_id = config.pad_token_id if config.pad_token_id is not None else 0
-    ids_BP = torch.stack([pad(p.ids, (n, 0), value=pad_id) for p, n in zip(prompts, padding, strict=True)])
-    mask_BP = torch.stack([pad(torch.ones_like(p.ids), (n, 0)) for p, n in zip(prompts, padding, strict=True)])
-    sequences = model.generate(
-        input_ids=ids_BP,
-        attention_mask=mask_BP,
-        generation_config=config,
-        custom_generate=partial(_decode, prompts, mask_BP, group_size, pad_id),
-        num_return_sequences=1,
-        logits_processor=logits_processor,
-    )
-    return sequences[:, longest:]
-
-
-def _decode(
-    prompts: Sequence[SharedPrompt],
-    prompt_mask: Tensor,
-    group_size: int,
-    pad_id: int,
-    model: Any,
-    input_ids: Tensor,
-    logits_processor: Any,
-    stopping_criteria: Any,
-    generation_config: Any,
-    synced_gpus: bool = False,
-    **_: Any,
-) -> Tensor:
-    """The decoding loop. `model.generate` passes the arguments from `model` on. Returns (N, P + new tokens)."""
-    device = input_ids.device
-    logits, prefix = _prefill(model, prompts, input_ids, prompt_mask)
-    logits = logits.repeat_interleave(group_size, 0)  # (N, V)
-    sequences = input_ids.repeat_interleave(group_size, 0)
-    positions = torch.tensor([prompt.next_position for prompt in prompts], device=device)
-    positions = positions.repeat_interleave(group_size)[:, None]  # (N, 1)
-    axes = prompts[0].positions.shape[0]
-    cache = DynamicCache(config=model.config.get_text_config())
-    unfinished = torch.ones(len(sequences), dtype=torch.bool, device=device)
-    while True:
-        scores = logits_processor(sequences, logits.to(copy=True, dtype=torch.float32))
-        do_sample = generation_config.do_sample
-        tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0] if do_sample else scores.argmax(-1)
-        tokens = torch.where(unfinished, tokens, pad_id)
-        sequences = torch.cat([sequences, tokens[:, None]], dim=1)
-        unfinished = unfinished & ~stopping_criteria(sequences, None)
-        if not model._has_unfinished_sequences(not bool(unfinished.any()), synced_gpus, device=device):
-            return sequences
-        outputs = model(
-            input_ids=tokens[:, None],
-            position_ids=positions if axes == 1 else positions.expand(axes, -1, -1),
-            past_key_values=cache,
-            use_cache=True,
-            shared_prefix=prefix,
-        )
-        logits, positions = outputs.logits[:, -1], positions + 1
-
-
-def _prefill(
-    model: Any, prompts: Sequence[SharedPrompt], ids_BP: Tensor, mask_BP: Tensor
-) -> tuple[Tensor, _Prefix]:
-    """Runs the left-padded prompts. Returns the logits of their last tokens, (B, V), and their keys and values."""
-    longest = ids_BP.shape[1]
-    positions_ABP = torch.stack([pad(p.positions, (longest - p.ids.numel(), 0)) for p in prompts], dim=1)
-    outputs = model(
-        input_ids=ids_BP,
-        attention_mask=mask_BP,
-        position_ids=positions_ABP if positions_ABP.shape[0] > 1 else positions_ABP[0],
-        use_cache=True,
-        logits_to_keep=1,
-        **_image_inputs(prompts),
-    )
-    layers = [(layer.keys, layer.values) for layer in outputs.past_key_values.layers]
-    score_mask_BP = torch.zeros(mask_BP.shape, dtype=layers[0][0].dtype, device=ids_BP.device)
-    score_mask_BP.masked_fill_(mask_BP == 0, -torch.inf)
-    return outputs.logits[:, -1], _Prefix(layers, score_mask_BP[:, None, None])
+    return output_nTHD[group.filled]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from mmr5_train.ranking.records import ModelAnswer
@@ -37,6 +37,8 @@ class RankedResults:
     """The parsed completions that gave the order, with their texts, token counts and defects."""
     has_scores: bool
     """Whether the scores come from the model (mode `logits`). Otherwise they are computed from the ranks."""
+    timing: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of each part of the call that ranked this query (`mmr5_train.common.part_times.PARTS`)."""
 
     def __iter__(self) -> Iterator[Result]:
         return iter(self.results)
@@ -88,6 +90,7 @@ def build_results(
     notes: dict[int, str] | None = None,
     reasoning: str = "",
     answers: Sequence[ModelAnswer] = (),
+    timing: Mapping[str, float] | None = None,
     top_k: int | None = None,
 ) -> RankedResults:
     """The results for an order of `documents`.
@@ -100,6 +103,7 @@ def build_results(
         notes: notes by index into `documents`.
         reasoning: the think block or blocks.
         answers: the completions that gave the order.
+        timing: seconds of each part of the call.
         top_k: number of results to keep, or None for all.
     """
     scores_by_rank = rank_scores(len(order)) if scores is None else scores
@@ -107,4 +111,6 @@ def build_results(
         Result(index, rank, score, documents[index], (notes or {}).get(index, ""))
         for rank, (index, score) in enumerate(zip(order, scores_by_rank, strict=True), 1)
     ]
-    return RankedResults(query, tuple(results[:top_k]), reasoning, tuple(answers), scores is not None)
+    return RankedResults(
+        query, tuple(results[:top_k]), reasoning, tuple(answers), scores is not None, dict(timing or {})
+    )

@@ -44,7 +44,7 @@ class ServeConfig(BaseModel):
     override_checkpoint: bool = Field(
         default=False, description="use this prompt and mode even if the checkpoint was trained with others"
     )
-    mode: Literal["reason", "direct", "logits"] | None = Field(
+    mode: Literal["reason", "direct", "logits", "adaptive"] | None = Field(
         default=None, description="null: the mode the checkpoint was trained for"
     )
     max_new_tokens: int | None = Field(default=None, ge=1)

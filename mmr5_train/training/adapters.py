@@ -89,3 +89,8 @@ def count_trainable_parameters(trainer: Trainer) -> int:
     model: Any = trainer.model
     # Under ZeRO-3 a partitioned parameter is empty on this rank and has its full size in `ds_numel`.
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
+def without_adapter(model: Any) -> Any:
+    """The base model in which PEFT has placed its adapter layers, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -28,14 +28,15 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import split_tensor_dict, strip_images_from_messages
 
+from mmr5_train.models.shared_decoding import generate
 from mmr5_train.models.shared_prefix import (
     SharedPrompt,
-    generate,
     pack,
     share_prefixes,
     shared_prompts,
     unsupported_reason,
 )
+from mmr5_train.training.adapters import without_adapter
 from mmr5_train.training.sharing import sharing_of
 
 PIXEL_FIELDS = ("pixel_values", "image_grid_thw")
@@ -77,7 +78,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        base = _without_adapter(self.accelerator.unwrap_model(self.model))
+        base = without_adapter(self.accelerator.unwrap_model(self.model))
         reason = unsupported(base, self.args)
         if reason is not None:
             raise ValueError(f"prompts can't be shared: {reason}")
@@ -186,7 +187,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
         group_images = fields.pop("images")
         assert self._bound_prompts is not None, "sampling happens inside _generate_and_score_completions"
         if self.use_vllm:  # vLLM's prefix cache shares the prefill
-            base = _without_adapter(self.accelerator.unwrap_model(self.model))
+            base = without_adapter(self.accelerator.unwrap_model(self.model))
             self._bound_prompts += _repeat(
                 self._shared_prompts(base, prompt_ids[::size], group_images, fields), size
             )
@@ -202,7 +203,7 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             ) as model,
             torch.no_grad(),
         ):
-            base = _without_adapter(model)
+            base = without_adapter(model)
             prompts = self._shared_prompts(base, prompt_ids[::size], group_images, fields)
             self._bound_prompts += _repeat(prompts, size)
             tokens = generate(base, prompts, size, self.generation_config)
@@ -260,11 +261,6 @@ class SharedPrefixGRPOTrainer(GRPOTrainer):
             if compute_entropy:
                 entropies.append(packed.unpack(outputs.entropy))
         return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
-
-
-def _without_adapter(model: Any) -> Any:
-    """The base model in which PEFT has placed its adapter layers, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _rows(batch: dict[str, Any], name: str) -> Tensor:

@@ -65,7 +65,7 @@ def train(name: str, folder: Path, seed: int, candidates: int, steps: dict[str, 
     overrides = [
         f"experiment={experiment}", "size=tiny", f"seed={seed}",
         f"shared={folder / 'shared'}", f"out={folder / name}",
-        f"leave_out=[evaluate,report,modes{distilling}]", f"stages.candidates.candidates={candidates}",
+        f"leave_out=[evaluate,report,calibrate,modes{distilling}]", f"stages.candidates.candidates={candidates}",
         *(f"stages.{stage}.trainer.max_steps={count}" for stage, count in steps.items()),
     ]  # fmt: skip
     if name == "reasoning":

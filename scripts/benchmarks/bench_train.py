@@ -46,7 +46,7 @@ def make_data(folder: Path) -> Path:
     """Creates the traces of a synthetic corpus with the demo's recipe, unless they exist."""
     if not (folder / "traces/traces.jsonl").is_file():
         command = [sys.executable, "-m", "mmr5_train.recipe", "experiment=sft_only", "size=tiny", f"out={folder}"]
-        skipped = "sft,select,grpo,teach,distill,evaluate,modes,report"
+        skipped = "sft,select,grpo,teach,distill,calibrate,evaluate,modes,report"
         command += ["stages.corpus.documents=120", f"leave_out=[{skipped}]"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return folder / "traces/traces.jsonl"

@@ -93,7 +93,7 @@ ONE_GRPO_STEP = "stages.grpo.trainer.max_steps=1"
 RUNS = (
     Run("mm_r5", "zero2"),
     Run("recommended", "zero2", (ONE_GRPO_STEP,)),
-    Run("recommended", "zero3", (ONE_GRPO_STEP, "leave_out=[evaluate,report,teach,distill,modes]")),
+    Run("recommended", "zero3", (ONE_GRPO_STEP, "leave_out=[evaluate,report,teach,distill,calibrate,modes]")),
 )
 FEWER = ("sft.limit=8", "sft.trainer.max_steps=1", "select.balanced.count=4", "grpo.trainer.max_steps=2")
 SHORT_RUNS = (Run("mm_r5", "zero2", tuple(f"stages.{amount}" for amount in FEWER)),)

@@ -1,6 +1,7 @@
 """Distillation: losses compared with hand-computed values, and the stage with the tiny model."""
 
 import json
+import math
 import random
 from types import SimpleNamespace
 
@@ -15,19 +16,24 @@ from mmr5_train.common.files import InputError, read_manifest, read_records, wri
 from mmr5_train.distill import sample_hint_tokens
 from mmr5_train.evaluation.metrics import is_complete
 from mmr5_train.inference.reranker import Reranker
-from mmr5_train.models.inputs import append_list_open, encode, page_id_tokens
+from mmr5_train.models.inputs import encode
+from mmr5_train.models.loading import load_model
+from mmr5_train.models.page_features import encode_prompts
+from mmr5_train.models.page_scores import first_page_log_probs, id_branches
+from mmr5_train.models.shared_prefix import share_prefixes
 from mmr5_train.ranking.answer import to_model_answer
 from mmr5_train.ranking.page_subsets import NO_VERDICT, sample_subsets, sort_pairs_first
 from mmr5_train.ranking.prompt import render_completion
 from mmr5_train.ranking.records import Ranking, Skipped
 from mmr5_train.training.distillation import (
     Collator,
+    DistillTrainer,
     append_hints,
-    listwise_loss,
-    rank_targets,
+    rank_loss,
+    rank_matrix,
     rows_with_completion,
-    score_tokens,
     verdict_loss,
+    verdict_tokens,
 )
 
 SHORT = ["trainer.logging_steps=1", "trainer.warmup_steps=0", "trainer.learning_rate=1e-3"]
@@ -51,23 +57,62 @@ def arguments(batch_size=16, processes=1):
     return SimpleNamespace(train_batch_size=batch_size, world_size=processes)
 
 
-def test_targets_fall_geometrically_with_the_rank():
-    assert rank_targets([3, 1, 2], 0.5, 4).tolist() == pytest.approx([2 / 7, 1 / 7, 4 / 7, 0])
-    assert rank_targets([1], 0.25, 2).tolist() == [1, 0]
+def log_probs(rows):
+    """Log-probabilities of page ids with a gradient, padded with −inf."""
+    values = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row) for row in rows], batch_first=True, padding_value=-torch.inf
+    )
+    return values.requires_grad_()
+
+
+def test_ranks_are_those_of_the_order():
+    assert rank_matrix([[3, 1, 2], [2, 1]]).tolist() == [[1, 2, 0], [1, 0, -1]]
 
 
 def test_listwise_loss_is_over_the_ids_of_the_prompt_and_makes_an_id_come_next():
-    logits = torch.tensor([[5.0, 2.0, 0.0, 1.0], [4.0, 0.0, 1.0, 3.0]], requires_grad=True)
-    identifiers = torch.tensor([1, 2, 3])
-    targets = torch.stack([rank_targets([1, 3, 2], 0.5, 3), rank_targets([2, 1], 0.5, 3)])
-    first = logits[0, 1:].log_softmax(0) @ torch.tensor([4 / 7, 1 / 7, 2 / 7])
-    second = logits[1, 1:3].log_softmax(0) @ torch.tensor([1 / 3, 2 / 3])
-    ids_come_next = (logits.softmax(-1)[:, 1:].sum(-1)).log().sum()
-    loss = listwise_loss(logits, identifiers, targets)
+    values = log_probs([[-1.0, -3.0, -2.0], [-2.0, -1.5]])
+    ranks = rank_matrix([[1, 3, 2], [2, 1]])
+    first = values[0].detach().log_softmax(0) @ torch.tensor([4 / 7, 1 / 7, 2 / 7])
+    second = values[1, :2].detach().log_softmax(0) @ torch.tensor([1 / 3, 2 / 3])
+    ids_come_next = values.detach().logsumexp(1).sum()
+    loss = rank_loss(values, ranks, "listwise", 0.5)
     assert loss.item() == pytest.approx(-(first + second + ids_come_next).item() / 2)
     loss.backward()
-    assert (logits.grad[:, 0] > 0).all(), "a token that is no page id becomes less likely"
-    assert logits.grad[1, 3] <= 0, "the id of a third page does not, although this prompt has two"
+    assert values.grad[1, 2] == 0, "an id that the prompt does not have"
+    assert values.grad.isfinite().all()
+
+
+def test_ranknet_is_the_mean_of_the_logistic_losses_of_pairs():
+    values = log_probs([[-1.0, -3.0, -2.0], [-2.0, -1.5]])
+    pairs = [[-1.0 - -2.0, -1.0 - -3.0, -2.0 - -3.0], [-1.5 - -2.0]]  # better minus worse
+    expected = [sum(math.log1p(math.exp(-d)) for d in row) / len(row) for row in pairs]
+    loss = rank_loss(values, rank_matrix([[1, 3, 2], [2, 1]]), "ranknet", 0.5)
+    assert loss.item() == pytest.approx((sum(expected) - values.detach().logsumexp(1).sum().item()) / 2, rel=1e-6)
+    loss.backward()
+    assert values.grad.isfinite().all()
+
+
+def test_listmle_is_the_probability_of_the_order_place_by_place():
+    values = log_probs([[-1.0, -3.0, -2.0], [-2.0, -1.5]])
+    e = [math.exp(v) for v in (-1.0, -3.0, -2.0)]
+    first = -(math.log(e[0] / sum(e)) + math.log(e[2] / (e[2] + e[1]))) / 3
+    second = -math.log(math.exp(-1.5) / (math.exp(-1.5) + math.exp(-2.0))) / 2
+    loss = rank_loss(values, rank_matrix([[1, 3, 2], [2, 1]]), "listmle", 0.5)
+    assert loss.item() == pytest.approx((first + second - values.detach().logsumexp(1).sum().item()) / 2, rel=1e-6)
+    loss.backward()
+    assert values.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["listwise", "ranknet", "listmle"])
+def test_each_loss_is_least_for_scores_in_the_order_and_bears_100_pages(kind):
+    order = list(range(100, 0, -1))
+    good = torch.linspace(-9.0, -1.0, 100)[None]
+    ranks = rank_matrix([order])
+    assert rank_loss(good, ranks, kind, 0.25) < rank_loss(good.flip(1), ranks, kind, 0.25)
+    values = log_probs([good[0].tolist()])
+    rank_loss(values, ranks, kind, 0.25).backward()
+    assert values.grad.isfinite().all()
+    assert values.grad.abs().sum() > 0
 
 
 def test_verdict_loss_ignores_pages_without_a_verdict():
@@ -178,19 +223,53 @@ def test_training_and_inference_score_at_the_same_position(rankings, tiny, promp
         config.seed,
     )
     dataset = distill.subset_dataset(first_two, config, prompt, processor, arguments())
-    collator = Collator(processor, lambda rows: {}, prompt, config.decay, max_pages=5)
+    collator = Collator(processor, lambda rows: {}, prompt)
     scoring = collator([dataset[i] for i in range(4)])["scoring"]
     pages = [
         load_pages([ranking.shown[position - 1] for position in subset.positions], rankings.parent, processor)
         for ranking, subset in subsets
     ]
-    expected = append_list_open(
-        encode(processor, prompt, [ranking.query for ranking, _ in subsets], pages), processor.tokenizer
-    )
+    expected = encode(processor, prompt, [ranking.query for ranking, _ in subsets], pages)
     for name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids"):
         assert torch.equal(scoring[name], expected[name]), name
-    assert processor.tokenizer.decode(scoring["input_ids"][0]).endswith("<answer>[")
-    assert processor.tokenizer.convert_ids_to_tokens(page_id_tokens(processor.tokenizer, 3)) == ["1", "2", "3"]
+    assert scoring["ranks"].tolist() == rank_matrix([subset.order for _, subset in subsets]).tolist()
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_training_trains_the_log_probabilities_that_inference_scores_by(rankings, tiny, prompt, processor, size):
+    """The stage's own loss equals the loss of the scores that mode logits computes for the same prompts."""
+    config = compose_stage(distill.DistillStage, "distill", [f"data={rankings}", "subsets=1", "hint_share=0"])
+    first_two = read_records(rankings, Ranking)[:2]
+    dataset = distill.subset_dataset(first_two, config, prompt, processor, arguments())
+    scoring = Collator(processor, lambda rows: {}, prompt)([dataset[i] for i in range(size)])["scoring"]
+    model = load_model(tiny).eval()
+    trainer = object.__new__(DistillTrainer)
+    logged = {}
+    vars(trainer).update(
+        tokenizer=processor.tokenizer, verdict_tokens=torch.tensor(verdict_tokens(processor.tokenizer)),
+        base=model,
+        rank_loss="listwise", decay=0.25, verdict_weight=1.0, _tower_is_frozen=True,
+        _log_mean=lambda name, value: logged.update({name: value.item()}),
+    )  # fmt: skip
+    expected = []
+    for i in range(size):
+        row = dataset[i]
+        images = [row["images"][position - 1] for position in row["positions"]]
+        prompts = encode_prompts(model, processor, prompt, [row["query"]], [images])
+        with torch.no_grad():
+            [values] = first_page_log_probs(model, prompts, [id_branches(processor.tokenizer, len(images))])
+        expected.append(rank_loss(values[None], rank_matrix([row["order"]]), "listwise", 0.25).item())
+    share_prefixes(model)
+    with torch.no_grad():
+        listwise, verdict = trainer._scoring_losses(model, scoring)
+    assert listwise.item() == pytest.approx(sum(expected) / size, abs=1e-4)
+    assert logged == {"listwise_loss": listwise.item(), "verdict_loss": verdict.item()}
+    # The verdicts are read where a plain pass over the prompts has the ends of pages.
+    plain = {name: v for name, v in scoring.items() if name not in ("ranks", "verdicts", "page_ends")}
+    with torch.no_grad():
+        logits = model(**plain).logits[scoring["page_ends"]][:, trainer.verdict_tokens]
+    expected_verdict = verdict_loss(logits, scoring["verdicts"], scoring["page_ends"].nonzero()[:, 0])
+    assert verdict.item() == pytest.approx(expected_verdict.item(), abs=1e-4)
 
 
 def test_hints_follow_their_pages_and_verdicts_are_read_at_their_ends(tiny, prompt, processor):
@@ -245,25 +324,23 @@ def test_unusable_rankings_are_rejected(rankings, tmp_path):
     ranking = read_records(rankings, Ranking)[0]
     many = ranking.model_copy(
         update={
-            "shown": tuple(page.model_copy(update={"page": i}) for i, page in enumerate(ranking.shown * 3)),
-            "greedy": ranking.greedy.model_copy(update={"order": tuple(range(1, 16)), "defects": ()}),
+            "shown": tuple(page.model_copy(update={"page": i}) for i, page in enumerate(ranking.shown * 21)),
+            "greedy": ranking.greedy.model_copy(update={"order": tuple(range(1, 106)), "defects": ()}),
         }
     )
     write_records(rankings.with_name("many.jsonl"), [many])
-    with pytest.raises(
-        InputError, match=r"prompts have up to 15 pages, but only 9 page ids start with distinct tokens"
-    ):
+    with pytest.raises(InputError, match=r"many.jsonl: prompts have up to 105 pages, .* scores at most 100"):
         run(rankings.with_name("many.jsonl"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_refused_page_counts_name_their_source(qwen_tokenizer):
-    """On the real tokenizer, ids are digits, so 1 and 10 begin alike."""
-    assert len(score_tokens(qwen_tokenizer, 9, "x").identifiers) == 9
-    with pytest.raises(
-        InputError, match=r"candidates=10: prompts have up to 10 pages, .* use at most 9 candidates"
-    ):
-        score_tokens(qwen_tokenizer, 10, "candidates=10")
+def test_gold_first_moves_only_the_relevant_pages(rankings):
+    ranking = read_records(rankings, Ranking)[0]
+    order = tuple(reversed(ranking.greedy.order))
+    ranking = ranking.model_copy(update={"greedy": ranking.greedy.model_copy(update={"order": order})})
+    gold = [i for i in order if ranking.shown[i - 1].id in ranking.positives]
+    assert 0 < len(gold) < len(order)
+    assert distill.gold_first(ranking).greedy.order == (*gold, *(i for i in order if i not in gold))
 
 
 def test_a_random_order_of_the_prompts_is_refused(rankings, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from mmr5_train.common.files import InputError
 from mmr5_train.inference.fit import check_prompts_fit
-from mmr5_train.inference.reranker import RankingOptions
+from mmr5_train.inference.options import RankingOptions
 from mmr5_train.models.lengths import count_tokens, image_sizes
 
 

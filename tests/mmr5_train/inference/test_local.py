@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mmr5_train.inference.local import LocalBackend, load_backend
+from mmr5_train.inference.stopping import End
 from mmr5_train.models.config import CheckpointOptions, ModelOptions
-from mmr5_train.models.inputs import append_list_open, encode
 from mmr5_train.models.pages import load_page
 from mmr5_train.ranking.prompt import Prompt
 
@@ -36,26 +35,8 @@ def test_greedy_answers_do_not_depend_on_earlier_samples(backend: LocalBackend, 
     assert backend.generate(QUERIES, images) == before
 
 
-def test_scores_of_a_bfloat16_model_are_computed_in_float32(
-    backend: LocalBackend, images: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(backend, "mode", "logits")
-    [[answer]] = backend.generate(QUERIES[1:], images[1:])
-    inputs = append_list_open(
-        encode(backend.processor, backend.prompt, QUERIES[1:], images[1:]), backend.processor.tokenizer
-    )
-    with torch.no_grad():
-        hidden = backend.model.base_model(**inputs).last_hidden_state[0, -1]
-        logits = (backend.model.lm_head.weight.double() @ hidden.double())[backend.page_id_tokens[:5]]
-        rounded = backend.model(**inputs, logits_to_keep=1).logits[0, -1][backend.page_id_tokens[:5]]
-    scores = dict(zip(answer.order, answer.scores, strict=True))
-    expected = logits.softmax(-1).tolist()
-    assert [scores[i] for i in range(1, 6)] == pytest.approx(expected, abs=1e-6)
-    assert rounded.double().softmax(-1).tolist() != pytest.approx(expected, abs=1e-6)
-
-
 def test_token_ids_without_text_are_decoded_to_nothing(backend: LocalBackend) -> None:
     tokenizer = backend.processor.tokenizer
     ids = [151_665, *tokenizer("<answer>[2, 1]</answer>")["input_ids"], 152_063, tokenizer.eos_token_id]
-    answer = backend._read(ids, 2, False, {})
+    answer = backend._read(ids, 2, End(len(ids) - 1, len(ids), "", False), False, False, {})
     assert answer.completion == "<answer>[2, 1]</answer>"

@@ -1,6 +1,8 @@
 """`Reranker` and `QueryReranker` with the tiny model."""
 
+import json
 import shutil
+from threading import Event
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -8,7 +10,11 @@ from PIL import Image
 
 from mmr5_train import QueryReranker, Reranker
 from mmr5_train.common.files import InputError
+from mmr5_train.inference.cancelling import RankingCancelled
+from mmr5_train.inference.stopping import StopRule
+from mmr5_train.models.config import answer_tokens
 from mmr5_train.models.loading import SETTINGS, TINY, load_model, read_settings
+from mmr5_train.models.sampling import generation_config
 from mmr5_train.ranking.answer import parse_answer
 from mmr5_train.ranking.prompt import THINK_OPEN
 
@@ -43,6 +49,140 @@ def test_every_mode_ranks_any_number_of_pages(paths, mode):
         assert bool(results.reasoning) == (mode == "reason")
         scores = [result.score for result in results]
         assert scores == sorted(scores, reverse=True)
+
+
+def test_logits_takes_a_hundred_pages_in_one_pass_unless_a_window_is_given(paths):
+    for options, passes in (({}, 1), ({"window": 20, "stride": 15}, 3)):
+        reranker = Reranker("tiny", mode="logits", **options)
+        ranked = reranker.rank("Which?", [paths[i % 3] for i in range(50)])
+        assert sorted(ranked.order) == list(range(50))
+        assert len(ranked.answers) == passes
+        assert ranked.has_scores == (passes == 1)
+
+
+def test_place_by_place_gives_an_order_without_scores(paths):
+    ranked = Reranker("tiny", mode="logits", logits_order="place_by_place").rank("Which page is red?", paths)
+    assert sorted(ranked.order) == [0, 1, 2]
+    assert not ranked.has_scores
+
+
+def test_the_timing_has_the_parts_of_the_call(paths):
+    ranked = Reranker("tiny", mode="reason", max_new_tokens=60).rank("Which?", paths)
+    assert set(ranked.timing) == {"open", "resize", "encode", "vision", "prefill", "decode"}
+    assert all(seconds > 0 for seconds in ranked.timing.values())
+    assert set(Reranker("tiny", mode="logits").rank("Which?", paths).timing) == set(ranked.timing) - {"decode"}
+
+
+@pytest.mark.parametrize(("margin", "reasons"), [(0.0, False), (1.0, True)])
+def test_adaptive_reasons_about_the_first_pages_where_the_margin_is_small(paths, margin, reasons):
+    adaptive = {"pages": 3, "margin": margin}
+    reranker = Reranker("tiny", mode="adaptive", adaptive=adaptive, max_new_tokens=60)
+    assert reranker.mode == "adaptive"
+    pages, query = [paths[i % 3] for i in range(8)], "Which page is red?"
+    ranked = reranker.rank(query, pages)
+    quick = Reranker("tiny", mode="logits").rank(query, pages)
+    assert ranked.has_scores is not reasons
+    if not reasons:
+        assert (ranked.order, ranked.reasoning) == (quick.order, "")
+        return
+    first = sorted(quick.order[:3])  # in the order of the input
+    slow = Reranker("tiny", mode="reason", max_new_tokens=60).rank(query, [pages[i] for i in first])
+    assert ranked.order == [first[i] for i in slow.order] + quick.order[3:]
+    assert ranked.reasoning == slow.reasoning
+    assert len(ranked.answers) == 2
+
+
+def test_adaptive_needs_a_margin_and_a_model_in_this_process(paths, tmp_path):
+    with pytest.raises(InputError, match=r"tiny has no margin in its reranker.json; .* mmr5_train.calibrate"):
+        Reranker("tiny", mode="adaptive")
+    with pytest.raises(InputError, match="mode adaptive generates no text to sample"):
+        Reranker("tiny", mode="adaptive", samples=2)
+    server = {"url": "http://localhost:1/v1", "model": "x"}
+    with pytest.raises(InputError, match="mode adaptive: needs the model in this process"):
+        Reranker("tiny", mode="adaptive", adaptive={"margin": 0.1}, server=server)
+    checkpoint = tmp_path / "model"
+    shutil.copytree(TINY, checkpoint)
+    settings = json.loads((checkpoint / "reranker.json").read_text())
+    settings["adaptive"] = {"pages": 5, "margin": 0.25}
+    (checkpoint / "reranker.json").write_text(json.dumps(settings))
+    assert Reranker(checkpoint, mode="adaptive").margin == 0.25
+
+
+def test_logits_has_a_page_budget_of_its_own(paths):
+    reranker = Reranker(
+        "tiny", mode="adaptive", adaptive={"margin": 1.0}, logits_max_pixels=4096, max_new_tokens=60
+    )
+    quick, slow = reranker.rank("Which?", paths).answers
+    assert quick.visual_tokens < slow.visual_tokens
+    alone = Reranker("tiny", mode="logits", logits_max_pixels=4096).rank("Which?", paths)
+    assert alone.answers[0].visual_tokens == quick.visual_tokens
+
+
+def count_pages(reranker, monkeypatch):
+    """A list with the number of pages of each call of the vision tower."""
+    kind, calls = type(reranker.backend.model), []
+    original = kind.get_image_features
+
+    def counted(self, *args, **kwargs):
+        calls.append(len(kwargs["image_grid_thw"]))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "get_image_features", counted)
+    return calls
+
+
+@pytest.mark.parametrize("mode", ["reason", "logits"])
+def test_the_tower_reads_each_page_once(paths, mode, monkeypatch):
+    reranker = Reranker("tiny", mode=mode, window=2, stride=1, max_new_tokens=60)
+    calls = count_pages(reranker, monkeypatch)
+    first = reranker.rank("Which?", paths)  # two windows
+    assert sum(calls) == 3
+    assert reranker.rank("Which?", paths).order == first.order
+    reranker.rank_many(["And which?", "Or which?"], [paths, [path.read_bytes() for path in paths]])
+    assert sum(calls) == 3, "the pages of earlier calls are in the cache"
+    calls.clear()
+    without = Reranker("tiny", mode=mode, window=2, stride=1, max_new_tokens=60, page_cache=0)
+    assert without.rank("Which?", paths).order == first.order
+    assert sum(calls) > 3
+
+
+def test_a_cancelled_call_ends_within_a_decoding_step(paths, monkeypatch):
+    reranker, cancel, steps = Reranker("tiny", mode="reason"), Event(), []
+    original = StopRule.__call__
+
+    def step(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 5:
+            cancel.set()
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(StopRule, "__call__", step)
+    with pytest.raises(RankingCancelled):
+        reranker.rank("Which?", paths, cancel=cancel)
+    assert len(steps) == 5
+    for mode in ("reason", "logits"):
+        with pytest.raises(RankingCancelled):
+            Reranker("tiny", mode=mode).rank("Which?", paths, cancel=cancel)
+    assert len(steps) <= 6
+    assert reranker.rank("Which?", paths).order
+
+
+def test_an_answer_ends_with_its_list_and_its_limit_follows_the_pages(paths, monkeypatch):
+    reranker = Reranker("tiny", mode="direct")
+    [answer] = reranker.rank("Which?", paths).answers
+    assert answer.completion.endswith("]</answer>")
+    assert not answer.defects
+    tokenizer = reranker.backend.processor.tokenizer
+    written = answer.completion.removesuffix("</answer>")
+    assert answer.tokens == len(tokenizer(written)["input_ids"])
+    limits = []
+    monkeypatch.setattr(
+        "mmr5_train.inference.local.generation_config",
+        lambda tokens, temperature, limit: limits.append(limit) or generation_config(tokens, temperature, limit),
+    )
+    for n in (2, 12):
+        reranker.rank("Which?", [paths[0]] * n)
+    assert limits == [answer_tokens(n, think=False) for n in (2, 12)]
 
 
 def test_a_tournament_ranks_two_hundred_pages(paths):

@@ -15,10 +15,12 @@ from mmr5_train.common.config import compose_stage
 from mmr5_train.common.files import InputError, read_records
 from mmr5_train.evaluate import EvaluateStage, main
 from mmr5_train.inference.local import LocalBackend, load_backend
+from mmr5_train.inference.stopping import End
 from mmr5_train.inference.vllm_engine import VllmBackend, check_prompt
 from mmr5_train.models.config import CheckpointOptions, ModelOptions
 from mmr5_train.models.inputs import encode, prompt_token_ids
 from mmr5_train.models.loading import TINY
+from mmr5_train.models.page_features import encode_prompts
 from mmr5_train.models.pages import load_page
 from mmr5_train.ranking.answer_constraints import gbnf_grammar
 from mmr5_train.ranking.prompt import Prompt
@@ -140,9 +142,10 @@ def test_answers_are_read_as_in_process(engines: list[Engine], page_folder: Path
     tokenizer = backend.processor.tokenizer  # type: ignore[union-attr]
     ids = [*tokenizer(COMPLETION)["input_ids"], tokenizer.eos_token_id]
     local = load_backend(TINY, max_new_tokens=64)
-    inputs = encode(local.processor, local.prompt, QUERIES, images)
-    for [answer], counts in zip(answers, local._prompt_token_counts(inputs), strict=True):
-        assert answer == local._read(ids, len(answer.order), False, counts)
+    prompts = encode_prompts(local.model, local.processor, local.prompt, QUERIES, images)
+    end = End(len(ids) - 1, len(ids), "", False)
+    for [answer], counts in zip(answers, local._prompt_token_counts(prompts), strict=True):
+        assert answer == local._read(ids, len(answer.order), end, True, False, counts)
     for params in settings:
         assert (params.temperature, params.n, params.seed) == (0.0, 1, None)
         assert set(params.stop_token_ids or ()) == set(local.tokens["eos_token_id"])

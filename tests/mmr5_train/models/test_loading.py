@@ -1,10 +1,21 @@
 """Loading checkpoints and processors, and the errors for unusable ones."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import AutoProcessor, Gemma3ImageProcessor, GotOcr2ImageProcessor, SmolVLMImageProcessor
 
 from mmr5_train.common.files import InputError
-from mmr5_train.models.loading import TINY, load_model, load_processor, resolve_checkpoint, vision_token_ids
+from mmr5_train.inference.local import load_backend
+from mmr5_train.models.loading import (
+    TINY,
+    default_model_config,
+    load_model,
+    load_processor,
+    resolve_checkpoint,
+    vision_token_ids,
+)
 
 
 def test_resolve_checkpoint_accepts_tiny_folders_and_hub_ids(tmp_path):
@@ -75,3 +86,26 @@ def test_4bit_loading_quantizes_the_language_model_and_not_the_vision_tower(tiny
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     assert quantized.get_parameter(name).numel() * 2 == full.get_parameter(name).numel()  # two weights per byte
     assert quantized.get_parameter(name).element_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing"),
+    [
+        (GotOcr2ImageProcessor, "merge_size"),  # InternVL
+        (Gemma3ImageProcessor, "merge_size"),
+        (SmolVLMImageProcessor, "merge_size"),
+    ],
+)
+def test_an_image_processor_with_another_rule_is_refused(monkeypatch, kind, missing):
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda source: SimpleNamespace(image_processor=kind()))
+    message = (
+        rf"its {kind.__name__} has no [^;]*{missing}.*size\['shortest_edge'\].*Serve the checkpoint with vLLM"
+    )
+    with pytest.raises(InputError, match=message):
+        default_model_config("tiny")
+
+
+def test_a_model_that_takes_no_image_features_is_refused(monkeypatch):
+    monkeypatch.setattr("mmr5_train.inference.local.takes_image_features", lambda model: False)
+    with pytest.raises(InputError, match="tiny: model type qwen2_5_vl takes no image features"):
+        load_backend("tiny")

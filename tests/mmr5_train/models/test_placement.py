@@ -46,7 +46,9 @@ def test_a_spread_model_gives_the_same_answers(tiny, spread, page_folder, tmp_pa
     assert answers(split, page_folder, **sampled) == answers(whole, page_folder, **sampled)
     for backend in (split, whole):
         backend.mode = "logits"
-    assert answers(split, page_folder) == answers(whole, page_folder)
+    for [one], [other] in zip(answers(split, page_folder), answers(whole, page_folder), strict=True):
+        assert one.order == other.order
+        assert one.scores == pytest.approx(other.scores, abs=1e-5)  # with a cache, or in a packed row
 
 
 def test_a_model_that_can_not_be_spread_is_an_error(tiny, spread, monkeypatch):

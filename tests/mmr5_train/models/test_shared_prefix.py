@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
+    GPT2Config,
     LlamaConfig,
     Qwen2Config,
     Qwen3Config,
@@ -21,8 +22,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from mmr5_train.models.inputs import encode, load_pages
 from mmr5_train.models.loading import load_model, vision_token_ids
+from mmr5_train.models.shared_decoding import generate
 from mmr5_train.models.shared_prefix import (
-    generate,
     pack,
     share_prefixes,
     shared_prompts,
@@ -260,13 +261,66 @@ def test_image_features_and_pixels_give_the_same_values(models, prompts):
     torch.testing.assert_close(from_features, from_pixels, atol=1e-5, rtol=0)
 
 
-def test_unsupported_models_are_rejected_with_a_reason():
-    vision = {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
-    model = Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(text_config=SMALL, vision_config={**vision, "deepstack_visual_indexes": [0]})
+@pytest.fixture(scope="module")
+def qwen3_vl():
+    """A random Qwen3-VL with two DeepStack layers, and its input: 30 text tokens around two images."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "depth": 3, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
+    config = Qwen3VLConfig(
+        text_config={**SMALL, "num_hidden_layers": 3, "rope_scaling": {"mrope_section": [2, 1, 1]}},
+        vision_config={**vision, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64},
+        image_token_id=5,
+        vision_start_token_id=6,
+        vision_end_token_id=7,
+        video_token_id=8,
     )
-    assert "qwen3_vl is not among the tested ones" in unsupported_reason(model)
-    with pytest.raises(ValueError, match="prefixes can't be shared: model type qwen3_vl"):
+    model = Qwen3VLForConditionalGeneration(config).eval()
+    with torch.no_grad():  # zero in a new model, so nothing would depend on these features
+        for merger in model.model.visual.deepstack_merger_list:
+            merger.linear_fc2.bias.normal_()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    text = torch.randint(20, 97, (30,)).split(10)
+    grids = torch.tensor([[1, 4, 4], [1, 2, 6]])
+    images = [torch.tensor([6, *[5] * (int(grid.prod()) // 4), 7]) for grid in grids]
+    ids = torch.cat([text[0], images[0], text[1], images[1], text[2]])[None]
+    encoded = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == 5).long(),
+        "pixel_values": torch.randn(int(grids.prod(1).sum()), 3 * 2 * 16 * 16),
+        "image_grid_thw": grids,
+    }
+    return model, encoded
+
+
+@pytest.mark.parametrize("lengths", [[5, 0, 7], [2, 2], [20, 20]])  # a masked block, or a row for each completion
+@pytest.mark.parametrize("features", [False, True])
+def test_qwen3_vl_with_deepstack_gives_the_same_values(qwen3_vl, lengths, features):
+    model, encoded = qwen3_vl
+    completions, mask = random_completions(lengths, 97, 1)
+    expected, entropies = plain_log_probs(model, encoded, completions, mask)
+    config = GenerationConfig(max_new_tokens=9, do_sample=True, pad_token_id=0, eos_token_id=2)
+    torch.manual_seed(1)
+    sampled = model.generate(**encoded, generation_config=config, num_return_sequences=3)
+    expected_gradients = gradients(model, expected, mask)
+    share_prefixes(model)
+    prompt = shared_prompt(model, encoded, features)
+    assert [len(image) for image in prompt.images] == ([3, 3] if features else [])
+    actual, actual_entropies = packed_log_probs(model, [prompt], completions, mask, [len(lengths)])
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(actual_entropies * mask, entropies * mask, atol=1e-4, rtol=0)
+    actual_gradients = gradients(model, actual, mask)
+    if not features:  # with features, the vision tower gets no gradients
+        assert_same_gradients(expected_gradients, actual_gradients)
+    torch.manual_seed(1)
+    tokens = generate(model, [prompt], 3, config)
+    assert tokens.tolist() == sampled[:, encoded["input_ids"].shape[1] :].tolist()
+
+
+def test_unsupported_models_are_rejected_with_a_reason():
+    model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=97))
+    assert "gpt2 is not among the tested ones" in unsupported_reason(model)
+    with pytest.raises(ValueError, match="prefixes can't be shared: model type gpt2"):
         share_prefixes(model)
     sliding = Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=1)
     assert "not full attention" in unsupported_reason(AutoModelForCausalLM.from_config(sliding))

@@ -149,7 +149,7 @@ def test_a_step_reads_each_prompt_once(
 
     def count(_, args, kwargs):
         if torch.is_grad_enabled():
-            groups.append([len(group.filled) for group in kwargs["shared_prefix"]])
+            groups.append([len(group.filled) for group in kwargs["shared_prefix"].args[0]])
 
     trainer.model.get_base_model().model.register_forward_pre_hook(count, with_kwargs=True)
     trainer.train()

@@ -42,6 +42,7 @@ job() { # SEED RECIPE [OVERRIDE…]: runs one recipe, with its output in a log f
     if "$PYTHON" -m mmr5_train.recipe "experiment=[recommended${2:+,$2}]" seed="$1" out="$folder/$name" \
         shared="$folder/shared" ${LAUNCH:-} "${TINY[@]}" "${steps[@]}" "${@:3}" > "$folder/$name.log" 2>&1; then
         echo "ablations: seed $1, $name: finished after $SECONDS s"
+        if [[ -z $2 ]]; then touch "$folder/shared_stages_are_done"; fi
     else
         echo "ablations: seed $1, $name: failed; the end of $folder/$name.log:" >&2
         tail -n 20 "$folder/$name.log" >&2
@@ -60,10 +61,14 @@ mkdir -p "$OUT"
 # Each part of an interrupted run adds its seconds.
 trap 'kill $(jobs -p) 2> /dev/null || true; echo $SECONDS >> "$OUT/seconds.txt"' EXIT
 
+rm -f "$OUT"/*/shared_stages_are_done
 for seed in $SEEDS; do start "$seed" "" "$@"; done # these run the shared stages
-finish
-for recipe in $RECIPES; do
-    for seed in $SEEDS; do start "$seed" "$recipe" "$@"; done
+for seed in $SEEDS; do
+    while [[ ! -e $OUT/$seed/shared_stages_are_done ]]; do
+        wait -n
+        running=$((running - 1))
+    done
+    for recipe in $RECIPES; do start "$seed" "$recipe" "$@"; done
 done
 finish
 "$PYTHON" -m mmr5_train.compare folder="$OUT" baseline=recommended \

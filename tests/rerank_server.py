@@ -14,6 +14,7 @@ import httpx
 import pypdfium2
 from PIL import Image
 
+from mmr5_train.common.cancelling import raise_if_cancelled
 from mmr5_train.common.files import InputError
 from mmr5_train.ranking.records import ModelAnswer
 from mmr5_train.ranking.results import RankedResults, build_results
@@ -26,23 +27,35 @@ class FakeRanker:
     """Scores a page by how red it is.
 
     A query that contains "poison" makes its batch fail with `RuntimeError`, one that contains "unfit" with
-    `InputError`. Each call waits until `gate` is set, and releases `entered` when it starts waiting.
+    `InputError`. Each call waits until `gate` is set, and releases `entered` when it starts waiting. `stopped` has
+    the queries of the calls that were cancelled.
     """
 
     mode = "reason"
 
     def __init__(self) -> None:
         self.calls: list[list[str]] = []
+        self.stopped: list[list[str]] = []
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Semaphore(0)
 
     def rank_many(
-        self, queries: Sequence[str], pages: Sequence[Sequence[bytes]], top_k: int | None = None
+        self,
+        queries: Sequence[str],
+        pages: Sequence[Sequence[bytes]],
+        top_k: int | None = None,
+        *,
+        cancel: threading.Event | None = None,
     ) -> list[RankedResults]:
         self.calls.append(list(queries))
         self.entered.release()
-        assert self.gate.wait(30)
+        end = time.monotonic() + 30
+        while not self.gate.wait(0.01):
+            if cancel is not None and cancel.is_set():
+                self.stopped.append(list(queries))
+            raise_if_cancelled(cancel)
+            assert time.monotonic() < end
         if any("poison" in query for query in queries):
             raise RuntimeError("out of memory in /srv/secret")
         if any("unfit" in query for query in queries):

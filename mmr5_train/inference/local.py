@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from mmr5_train.common.cancelling import raise_if_cancelled
 from mmr5_train.common.files import InputError
 from mmr5_train.common.part_times import PartTimes
-from mmr5_train.inference.cancelling import raise_if_cancelled
 from mmr5_train.inference.constrained import PermutationLogitsProcessor
 from mmr5_train.inference.stopping import End, StopRule
 from mmr5_train.inference.vocabulary import Vocabulary

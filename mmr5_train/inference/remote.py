@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from mmr5_train.chat.client import ChatClient, ChatError, api_key, base_url, explain_rejection
 from mmr5_train.chat.completion import Completion
 from mmr5_train.chat.dialect import Dialect
+from mmr5_train.common.cancelling import raise_if_cancelled
 from mmr5_train.common.files import InputError
 from mmr5_train.common.part_times import PartTimes
-from mmr5_train.inference.cancelling import raise_if_cancelled
 from mmr5_train.models.config import answer_tokens
 from mmr5_train.models.inputs import data_url, openai_messages
 from mmr5_train.models.pages import PageLimits

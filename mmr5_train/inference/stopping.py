@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from mmr5_train.common.cancelling import raise_if_cancelled
 from mmr5_train.common.part_times import PartTimes
-from mmr5_train.inference.cancelling import raise_if_cancelled
 from mmr5_train.inference.constrained import PermutationLogitsProcessor
 from mmr5_train.models.page_features import synchronize
 

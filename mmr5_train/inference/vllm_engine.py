@@ -16,9 +16,9 @@ from typing import Any
 
 from PIL import Image
 
+from mmr5_train.common.cancelling import raise_if_cancelled
 from mmr5_train.common.files import InputError
 from mmr5_train.common.part_times import PartTimes
-from mmr5_train.inference.cancelling import raise_if_cancelled
 from mmr5_train.models.config import CheckpointOptions, ModelConfig, answer_tokens
 from mmr5_train.models.inputs import prompt_token_ids
 from mmr5_train.models.lengths import context_limit

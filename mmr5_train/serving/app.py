@@ -71,7 +71,14 @@ class Service:
 
     async def rank(self, job: RankingJob) -> RankedResults:
         try:
-            return await asyncio.wrap_future(self.batcher.submit(job.query, job.pages))
+            queued = self.batcher.submit(job.query, job.pages)
+        except StoppingError:
+            raise not_ready("stopping") from None
+        try:
+            return await asyncio.wrap_future(queued.future)
+        except asyncio.CancelledError:  # the client is gone, or its time is over
+            self.batcher.abandon(queued)
+            raise
         except StoppingError:
             raise not_ready("stopping") from None
         except InputError as error:

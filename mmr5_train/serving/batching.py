@@ -1,7 +1,8 @@
 """Ranks concurrent requests in batches, on one thread that holds the model.
 
-A request that is cancelled while it waits is never ranked. If a batch fails, its requests are ranked one by one,
-so that only the request that causes the failure fails.
+A request that is abandoned while it waits is never ranked. When all requests of the batch that is being ranked are
+abandoned, ranking stops within a decoding step. If a batch fails, its requests are ranked one by one, so that only
+the request that causes the failure fails.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from mmr5_train.common.cancelling import RankingCancelled
 from mmr5_train.ranking.results import RankedResults
 
 log = logging.getLogger(__name__)
@@ -29,7 +31,12 @@ class Ranker(Protocol):
     def mode(self) -> str: ...
 
     def rank_many(
-        self, queries: Sequence[str], pages: Sequence[Sequence[bytes]], top_k: int | None = None
+        self,
+        queries: Sequence[str],
+        pages: Sequence[Sequence[bytes]],
+        top_k: int | None = None,
+        *,
+        cancel: threading.Event | None = None,
     ) -> list[RankedResults]: ...
 
 
@@ -38,10 +45,13 @@ class StoppingError(Exception):
 
 
 @dataclass(eq=False)
-class _Job:
+class Job:
+    """A request in the queue. `future` has its result."""
+
     query: str
     pages: list[bytes]
     future: Future[RankedResults] = field(default_factory=Future)
+    abandoned: bool = False
 
 
 class Batcher:
@@ -55,7 +65,9 @@ class Batcher:
         self.failure: BaseException | None = None
         self.mode: str | None = None
         self._load, self._batch_size, self._wait_s = load, batch_size, wait_s
-        self._jobs: deque[_Job] = deque()
+        self._jobs: deque[Job] = deque()
+        self._running: list[Job] = []
+        self._cancel = threading.Event()
         self._changed = threading.Condition()
         # A daemon thread, so that a forward pass that hangs does not keep the process alive.
         self._thread = threading.Thread(target=self._work, name="reranker", daemon=True)
@@ -67,16 +79,25 @@ class Batcher:
     def waiting(self) -> int:
         return len(self._jobs)
 
-    def submit(self, query: str, pages: list[bytes]) -> Future[RankedResults]:
-        """Queues a request. Cancelling the future removes it from the queue. Raises `StoppingError`."""
-        job = _Job(query, pages)
+    def submit(self, query: str, pages: list[bytes]) -> Job:
+        """Queues a request. Raises `StoppingError`."""
+        job = Job(query, pages)
         with self._changed:
             if self.state != "ready":
                 raise StoppingError
             self._jobs.append(job)
             self._changed.notify()
-        job.future.add_done_callback(lambda future: self._remove(job) if future.cancelled() else None)
-        return job.future
+        return job
+
+    def abandon(self, job: Job) -> None:
+        """Nobody waits for this request any more: it leaves the queue, or its batch if nobody waits for that."""
+        with self._changed:
+            job.abandoned = True
+            job.future.cancel()
+            if job in self._jobs:
+                self._jobs.remove(job)  # at once, to free the memory of its images
+            if self._running and all(running.abandoned for running in self._running):
+                self._cancel.set()
 
     def stop(self) -> None:
         """Rejects the queued requests with `StoppingError`. The thread finishes its current batch and ends."""
@@ -93,12 +114,6 @@ class Batcher:
     def join(self, timeout: float) -> None:
         self._thread.join(timeout)
 
-    def _remove(self, job: _Job) -> None:
-        """Removes a cancelled job at once, to free the memory of its images."""
-        with self._changed:
-            if job in self._jobs:
-                self._jobs.remove(job)
-
     def _work(self) -> None:
         try:
             ranker = self._load()
@@ -111,12 +126,12 @@ class Batcher:
             if self.state == "loading":
                 self.state = "ready"
         while batch := self._next_batch():
-            _rank(ranker, batch)
+            self._rank(ranker, batch)
             del batch  # free the images before waiting for the next request
 
-    def _next_batch(self) -> list[_Job]:
+    def _next_batch(self) -> list[Job]:
         """Waits for at least one job and returns it with the others of its batch. Empty when the server stops."""
-        batch: list[_Job] = []
+        batch: list[Job] = []
         while not batch:
             with self._changed:
                 self._changed.wait_for(lambda: self._jobs or self.state == "stopping")
@@ -137,20 +152,35 @@ class Batcher:
                 return
             self._changed.wait(remaining)
 
+    def _rank(self, ranker: Ranker, batch: list[Job]) -> None:
+        """Ranks a batch and sets the futures of its jobs. If the batch fails, ranks each job separately."""
+        with self._changed:
+            self._running = batch
+            self._cancel.clear()
+            if all(job.abandoned for job in batch):
+                self._cancel.set()
+        try:
+            queries, pages = [job.query for job in batch], [job.pages for job in batch]
+            results = ranker.rank_many(queries, pages, cancel=self._cancel)
+            if len(results) != len(batch):
+                raise RuntimeError(f"expected {len(batch)} results from the reranker, found {len(results)}")
+        except RankingCancelled as error:
+            log.info("ranking of %d requests stopped: their clients do not wait any more", len(batch))
+            for job in batch:
+                job.future.set_exception(error)
+        except Exception as error:
+            self._rank_separately(ranker, batch, error)
+        else:
+            for job, result in zip(batch, results, strict=True):
+                job.future.set_result(result)
+        finally:
+            with self._changed:
+                self._running = []
 
-def _rank(ranker: Ranker, batch: list[_Job]) -> None:
-    """Ranks a batch and sets the futures of its jobs. If the batch fails, ranks each job separately."""
-    try:
-        results = ranker.rank_many([job.query for job in batch], [job.pages for job in batch])
-        if len(results) != len(batch):
-            raise RuntimeError(f"expected {len(batch)} results from the reranker, found {len(results)}")
-    except Exception as error:
+    def _rank_separately(self, ranker: Ranker, batch: list[Job], error: Exception) -> None:
         if len(batch) == 1:
             batch[0].future.set_exception(error)
             return
         log.warning("a batch of %d requests failed (%s); ranking each request separately", len(batch), error)
         for job in batch:
-            _rank(ranker, [job])
-        return
-    for job, result in zip(batch, results, strict=True):
-        job.future.set_result(result)
+            self._rank(ranker, [job])

@@ -4,7 +4,7 @@
 
 First, it trains the distilled model of the demo for each of `--seeds` under `--models`, unless it exists already.
 
-*Quality* is the recall@1 of each model and mode on the held-out questions.
+*Quality* is the recall@1 of each model and mode on the held-out questions, and the time of mode adaptive.
 
 *Speed* is measured with the model of the first seed. The *plain loop* works like MM-R5's own inference: it ranks
 one question at a time with `generate` of transformers, and opens each page when it needs it. Here it uses the
@@ -13,7 +13,9 @@ same model, pages, prompt and number of new tokens, with greedy decoding. The mo
 them; the result is the median. A page can be a candidate of several questions, and a reranker opens it only once,
 so there is a second measurement on questions that share no page.
 
-The *server* is measured as in bench_serve.py. Writes outputs/bench/rerank.json.
+*Wide* prompts of 20 and 50 pages are measured as in bench_wide.py, with the model of the first seed, and with a
+random one that has the real tokenizer (standin.py). The *server* is measured as in bench_serve.py. Writes
+outputs/bench/rerank.json.
 """
 
 from __future__ import annotations
@@ -28,14 +30,17 @@ from statistics import median
 from typing import Any
 
 import bench_serve
+import bench_wide
 import torch
-from bench_common import OUTPUT, ROOT, Row, argument_parser, at_least, print_targets, write_results
+from bench_common import OUTPUT, ROOT, Row, argument_parser, at_least, at_most, print_targets, write_results
 from PIL import Image
+from standin import write_standin
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mmr5_train import Reranker
 from mmr5_train.common.files import read_records
 from mmr5_train.demo import modes_summary
+from mmr5_train.models.config import ModelOptions
 from mmr5_train.models.inputs import encode
 from mmr5_train.models.loading import read_settings
 from mmr5_train.ranking.answer import to_model_answer
@@ -150,18 +155,39 @@ def speed(folder: Path, questions: int, repeats: int, batch_size: int, max_new_t
     return {"batch_size": batch_size, **measured}
 
 
+def wide(folder: Path, models: Path) -> dict[str, Row]:
+    """The figures of bench_wide.py for the trained model and for the random one with the real tokenizer."""
+    standin = models / "standin"
+    if not standin.is_dir():
+        write_standin(standin)
+    model = ModelOptions(dtype="float32", min_pixels=3136, max_pixels=128 * 28 * 28)
+    return {
+        "tiny": bench_wide.measure(str(folder / "distill/model")),
+        "standin": bench_wide.measure(str(standin), prompt="default", model=model),
+    }
+
+
 def targets(result: dict[str, Any]) -> list[Row]:
     rows = {row["way"]: row for row in result["speed"]["as_they_come"]["rows"]}
+    apart = {row["way"]: row for row in result["speed"]["no_page_twice"]["rows"]}
     results = [
         at_least("speedup of reason over the plain loop", rows["reason"]["times_the_plain_loop"], 2),
         at_least("speedup of logits over the plain loop", rows["logits"]["times_the_plain_loop"], 10),
+        at_least("speedup of reason, no page twice", apart["reason"]["times_the_plain_loop"], 5),
     ]
+    for name, row in result["wide"].items():
+        results += bench_wide.targets(row, name)
     for seed, quality_of_seed in result["quality"].items():
         difference = quality_of_seed["logits_minus_reason"]["recall@1"]["mean"]
         results.append(at_least(f"recall@1 of logits minus that of reason, seed {seed}", difference, -0.03))
         recall = {row["system"]: row["recall@1"] for row in quality_of_seed["modes"]}
         direct = recall["direct"] - recall["reason"]
         results.append(at_least(f"recall@1 of direct minus that of reason, seed {seed}", direct, -0.03))
+        adaptive = quality_of_seed["adaptive_minus_reason"]["recall@1"]["mean"]
+        results.append(at_least(f"recall@1 of adaptive minus that of reason, seed {seed}", adaptive, -0.005))
+        seconds = {row["system"]: row["seconds_per_question"] for row in quality_of_seed["modes"]}
+        share = seconds["adaptive"] / seconds["reason"]
+        results.append(at_most(f"time of adaptive as a share of reason, seed {seed}", share, 0.5))
     return results + bench_serve.targets(result["server"])
 
 
@@ -185,6 +211,7 @@ def main() -> None:
     result = {
         "quality": {str(seed): quality(folder) for seed, folder in folders.items()},
         "speed": speed(first, args.questions, args.repeats, args.batch_size, args.max_new_tokens),
+        "wide": wide(first, args.models),
         "server": bench_serve.measure(
             str(first / "distill/model"), args.clients, args.seconds, args.malformed, []
         ),

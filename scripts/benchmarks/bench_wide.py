@@ -36,6 +36,7 @@ from mmr5_train.models.pages import load_page
 
 QUERY = "Which page shows a red bar chart about water use in {}?"
 REPEATS = 3
+WIDE, WIDEST = 20, 50  # pages
 TOKENS_PER_PAGE = 24  # of the reasoning of the shipped model
 
 
@@ -100,22 +101,22 @@ def measure(checkpoint: str, **options: Any) -> Row:
     """All figures of a checkpoint; `options` are those of `Reranker`."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
-        paths = write_pages(Path(name), 50)
+        paths = write_pages(Path(name), WIDEST)
         one_pass = Reranker(checkpoint, mode="logits", page_cache=0, **options)
         windows = Reranker(checkpoint, mode="logits", window=9, page_cache=0, **options)
-        limit = {"max_new_tokens": TOKENS_PER_PAGE * 20}
+        limit = {"max_new_tokens": TOKENS_PER_PAGE * WIDE}
         seconds = in_turns(
             {
-                "one_pass": lambda: one_pass.rank(QUERY.format(2001), paths[:20]),
-                "windows": lambda: windows.rank(QUERY.format(2001), paths[:20]),
-                "plain_loop": lambda: plain(one_pass, paths[:20]),
+                "one_pass": lambda: one_pass.rank(QUERY.format(2001), paths[:WIDE]),
+                "windows": lambda: windows.rank(QUERY.format(2001), paths[:WIDE]),
+                "plain_loop": lambda: plain(one_pass, paths[:WIDE]),
             }
         )
         row: Row = {"checkpoint": checkpoint, "pages_20": seconds}
         row["times_the_windows"] = seconds["windows"] / seconds["one_pass"]
         row["times_the_plain_loop"] = seconds["plain_loop"] / seconds["one_pass"]
-        row["windows"] = len(windows.rank(QUERY.format(2001), paths[:20]).answers)
-        row["largest_error"] = largest_error(one_pass, paths[:20])
+        row["windows"] = len(windows.rank(QUERY.format(2001), paths[:WIDE]).answers)
+        row["largest_error"] = largest_error(one_pass, paths[:WIDE])
         before = peak_mib()
         row["pages_50"] = in_turns({"one_pass": lambda: one_pass.rank(QUERY.format(2001), paths)})
         row["pages_50"]["peak_growth_mib"] = peak_mib() - before
@@ -126,10 +127,10 @@ def measure(checkpoint: str, **options: Any) -> Row:
 
             def one_by_one(apart: Reranker = apart) -> None:
                 for query in queries:
-                    apart.rank(query, paths[:20])
+                    apart.rank(query, paths[:WIDE])
 
             def at_once(together: Reranker = together) -> None:
-                together.rank_many(queries, [paths[:20]] * len(queries))
+                together.rank_many(queries, [paths[:WIDE]] * len(queries))
 
             seconds = in_turns({"one_by_one": one_by_one, "at_once": at_once})
             row[f"ten_questions_{mode}"] = seconds | {"times": seconds["one_by_one"] / seconds["at_once"]}

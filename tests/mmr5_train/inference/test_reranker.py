@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from mmr5_train import QueryReranker, Reranker
+from mmr5_train.common.cancelling import RankingCancelled
 from mmr5_train.common.files import InputError
-from mmr5_train.inference.cancelling import RankingCancelled
 from mmr5_train.inference.stopping import StopRule
 from mmr5_train.models.config import answer_tokens
 from mmr5_train.models.loading import SETTINGS, TINY, load_model, read_settings

@@ -218,20 +218,44 @@ def test_only_the_request_that_breaks_a_batch_fails(caplog):
         assert busy.rerank("again", [RED]).status_code == 200
 
 
-def test_timed_out_request_is_not_ranked():
+def test_ranking_stops_when_the_time_of_its_request_is_over():
     with run_server(limits={"seconds": 0.5}) as slow:
         slow.ranker.gate.clear()
-        late = [*slow.rerank_in_background("held", documents=[RED])]
-        assert slow.ranker.entered.acquire(timeout=10)
-        late += slow.rerank_in_background("never ranked", documents=[RED])
-        for request in late:
-            response = request.response()
-            assert (response.status_code, error_of(response)["code"]) == (504, "timeout")
-            assert int(response.headers["Retry-After"]) > 0
-        assert slow.server.batcher.waiting == 0
+        response = slow.rerank("held", [RED])
+        assert (response.status_code, error_of(response)["code"]) == (504, "timeout")
+        assert int(response.headers["Retry-After"]) > 0
+        wait_until(lambda: slow.ranker.stopped == [["held"]], "the model is free again")
         slow.ranker.gate.set()
         assert slow.rerank("afterwards", [RED]).status_code == 200
         assert slow.ranker.calls == [["held"], ["afterwards"]]
+
+
+def leave(server, query):
+    """Sends a request and closes the connection after half a second."""
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/rerank", json={"query": query, "documents": [RED]}, timeout=0.5, trust_env=False)
+
+
+def test_ranking_stops_when_all_clients_of_its_batch_are_gone():
+    with run_server() as busy:
+        busy.ranker.gate.clear()
+        leave(busy, "leaves")
+        wait_until(lambda: busy.ranker.stopped == [["leaves"]], "the model is free again")
+        busy.ranker.gate.set()
+        assert busy.rerank("afterwards", [RED]).status_code == 200
+
+
+def test_ranking_goes_on_while_one_client_of_its_batch_waits():
+    with run_server(wait_ms=300, batch_size=2) as busy:
+        busy.ranker.gate.clear()
+        waits = busy.rerank_in_background("waits", documents=[RED])
+        leave(busy, "leaves")
+        assert busy.ranker.entered.acquire(timeout=10)
+        time.sleep(0.1)
+        busy.ranker.gate.set()
+        assert waits[0].response().status_code == 200
+        assert sorted(busy.ranker.calls[0]) == ["leaves", "waits"]
+        assert busy.ranker.stopped == []
 
 
 def test_request_is_dropped_when_its_client_disconnects():
@@ -239,13 +263,7 @@ def test_request_is_dropped_when_its_client_disconnects():
         busy.ranker.gate.clear()
         held = busy.rerank_in_background("held", documents=[RED])
         assert busy.ranker.entered.acquire(timeout=10)
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(
-                f"{busy.url}/rerank",
-                json={"query": "disconnects", "documents": [RED]},
-                timeout=0.5,
-                trust_env=False,
-            )
+        leave(busy, "disconnects")
         wait_until(lambda: busy.server.batcher.waiting == 0, "the request is removed from the queue")
         busy.ranker.gate.set()
         assert held[0].response().status_code == 200

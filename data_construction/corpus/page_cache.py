@@ -28,7 +28,8 @@ from PIL import Image
 from pydantic import Field
 
 from mmr5_train.common.files import InputError, atomic_write
-from mmr5_train.models.pages import IMAGE_ERRORS, one_line, render_pdf_page, rgb_on_white, shrink_factor
+from mmr5_train.common.pictures import as_seen, orientation, seen_size
+from mmr5_train.models.pages import IMAGE_ERRORS, one_line, render_pdf_page, shrink_factor
 
 JPEG_QUALITY = 90
 UNCHANGED_SUFFIX = {"JPEG": ".jpg", "PNG": ".png"}  # formats that are not re-encoded
@@ -91,7 +92,7 @@ class PageCache:
         `source` identifies what the image is made from, and `source_size` is its width and height. Raises the
         errors of `make`, and `InputError` if the folder can't be written.
         """
-        versions = f"pypdfium2 {pypdfium2.version.PYPDFIUM_INFO} pillow {PIL.__version__} quality {JPEG_QUALITY}"
+        versions = f"pypdfium2 {pypdfium2.version.PYPDFIUM_INFO} pillow {PIL.__version__} quality {JPEG_QUALITY} shown 2"
         key = _short_hash(f"{source} dpi {self.dpi} max_side {self.max_side} {versions}")
         path = self.folder / folder_name(doc_name) / f"{page:04d}-{key}{suffix}"
         size = _image_size(path)
@@ -115,8 +116,9 @@ class PageCache:
         """
         try:
             with Image.open(io.BytesIO(data)) as image:  # reads the header only
-                size = image.size
-                fits = shrink_factor(*size, self.max_side) == 1 and image.mode in ("RGB", "L")
+                size = seen_size(image)
+                is_plain = image.mode in ("RGB", "L") and orientation(image) == 1
+                fits = is_plain and shrink_factor(*size, self.max_side) == 1
                 suffix = UNCHANGED_SUFFIX.get(image.format or "") if fits else None
         except IMAGE_ERRORS as error:
             raise UnreadablePageError(f"its bytes are not an image ({one_line(error)})") from None
@@ -172,7 +174,7 @@ def _image_size(path: Path) -> tuple[int, int] | None:
 
 def _shrink(image: Image.Image, max_side: int | None) -> Image.Image:
     """The image in RGB, on a white background, within the limits."""
-    image = rgb_on_white(image)
+    image = as_seen(image)
     factor = shrink_factor(*image.size, max_side)
     if factor < 1:
         longest = int(max(image.size) * factor + 1e-6)  # `max_side`, or less for a page of too many pixels

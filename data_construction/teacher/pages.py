@@ -12,9 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 from mmr5_train.common.files import InputError
+from mmr5_train.common.pictures import as_seen, orientation
 
 MAX_CACHED_URLS = 256  # about 100 MB at most; questions on the same page are close together in the data
-_EXIF_ORIENTATION = 0x0112
 
 
 class PageImages:
@@ -76,14 +76,16 @@ def _read(path: Path) -> bytes:
 def _can_send_unchanged(image: Image.Image, data: bytes, max_pixels: int) -> bool:
     """Whether the file is a complete JPEG (it has the end marker), upright, in RGB or grey, and small enough."""
     complete = image.format == "JPEG" and data.endswith(b"\xff\xd9")
-    upright = image.getexif().get(_EXIF_ORIENTATION, 1) == 1
-    return complete and upright and image.mode in ("RGB", "L") and image.width * image.height <= max_pixels
+    return (
+        complete
+        and orientation(image) == 1
+        and image.mode in ("RGB", "L")
+        and image.width * image.height <= max_pixels
+    )
 
 
 def _encode(image: Image.Image, max_pixels: int) -> bytes:
-    page = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    if page.mode == "RGBA":
-        page = Image.alpha_composite(Image.new("RGBA", page.size, "white"), page).convert("RGB")
+    page = as_seen(image)
     scale = (max_pixels / (page.width * page.height)) ** 0.5
     if scale < 1:
         page = page.resize((max(1, int(page.width * scale)), max(1, int(page.height * scale))))

@@ -2,13 +2,13 @@
 
 Every page takes the same path:
 
-    open_image or render_pdf_pages  →  rgb_on_white  →  resize to page_size
+    open_image or render_pdf_pages  →  as_seen  →  resize to page_size
 
 `prepare_page` does the last two steps. `load_page` opens and prepares one page image of a data set. `open_pages`
 opens and prepares the pages that a user passes to the reranker: files, bytes, PIL images and PDFs.
 
-The path of a PDF stands for all of its pages. "report.pdf#page=3" is its third page (the fragment of RFC 8118,
-which counts from 1).
+The path of a PDF or of a TIFF with several pages stands for all of its pages. "report.pdf#page=3" is its third
+page (the fragment of RFC 8118, which counts from 1).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from PIL import Image
 
 from mmr5_train.common.files import InputError
 from mmr5_train.common.part_times import PartTimes
+from mmr5_train.common.pictures import as_seen, seen_size
 
 MAX_DECODED_PIXELS = 120_000_000
 """Images whose header declares more pixels are rejected before they are decoded."""
@@ -50,6 +52,9 @@ MAX_CACHED_PAGES = 8192
 
 # What Pillow raises for bytes that are not an image, that are truncated, or that would exhaust memory.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+MANY_PAGES = (".pdf", ".tif", ".tiff")
+"""Endings of files that may have several pages."""
 
 _PDFIUM = RLock()  # pdfium is not thread-safe
 _PAGE_FRAGMENT = re.compile(r"page=([1-9]\d{0,5})")
@@ -134,19 +139,16 @@ def visual_tokens(width: int, height: int, limits: PageLimits) -> int:
 
 
 def prepare_page(image: Image.Image, limits: PageLimits) -> Image.Image:
-    """The page image as the model sees it: RGB on white, resized to `page_size`."""
-    size = page_size(image.width, image.height, limits)
-    image = rgb_on_white(image)
+    """The page image as the model sees it: as a person sees it (`as_seen`), resized to `page_size`.
+
+    Raises `InputError` for a page that can't be shown.
+    """
+    size = page_size(*seen_size(image), limits)
+    try:
+        image = as_seen(image)
+    except ValueError as error:
+        raise InputError(f"the page image can't be shown: {error}") from None
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
-
-
-def rgb_on_white(image: Image.Image) -> Image.Image:
-    """The image in RGB. Transparent areas become white, like paper."""
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = Image.new("RGB", layer.size, "white")
-        image.paste(layer, mask=layer)
-    return image.convert("RGB")
 
 
 def load_page(path: str | Path, limits: PageLimits) -> Image.Image:
@@ -203,16 +205,21 @@ def _open(page: PageInput, index: int) -> Iterator[tuple[Any, Image.Image]]:
     if isinstance(page, Image.Image):
         yield page, page
     elif isinstance(page, bytes):
-        yield page, open_image(io.BytesIO(page), f"page {index + 1} ({len(page):,} bytes)")
+        for image in open_frames(io.BytesIO(page), f"page {index + 1} ({len(page):,} bytes)"):
+            yield page, image
     elif isinstance(page, str | Path):
         path, fragment = _split_location(str(page))
-        if path.suffix.lower() != ".pdf":
-            yield page, open_image(path)
-        elif fragment:
-            yield page, next(render_pdf_pages(path, only=_page_number(page, fragment)))
-        else:
-            for number, image in enumerate(render_pdf_pages(path), 1):
-                yield f"{page}#page={number}", image
+        open_all = render_pdf_pages if path.suffix.lower() == ".pdf" else open_frames
+        if fragment:
+            yield page, next(open_all(path, only=_page_number(page, fragment)))
+            return
+        images = open_all(path)
+        first, second = next(images), next(images, None)
+        if second is None and path.suffix.lower() != ".pdf":
+            yield page, first
+            return
+        for number, image in enumerate(chain([first], [second] if second else [], images), 1):
+            yield f"{page}#page={number}", image
     else:
         raise InputError(f"page {index + 1}: expected a path, bytes or a PIL image, found {type(page).__name__}")
 
@@ -225,7 +232,7 @@ def _split_location(location: str) -> tuple[Path, str]:
             raise InputError(f"{location[:200]}: only local files are supported; download it first")
         return Path(unquote(url.path)), url.fragment
     path, mark, fragment = location.rpartition("#")
-    return (Path(path), fragment) if mark and path.lower().endswith(".pdf") else (Path(location), "")
+    return (Path(path), fragment) if mark and path.lower().endswith(MANY_PAGES) else (Path(location), "")
 
 
 def _page_number(location: str | Path, fragment: str) -> int:
@@ -236,13 +243,37 @@ def _page_number(location: str | Path, fragment: str) -> int:
 
 
 def open_image(source: Path | io.BytesIO, name: object = None) -> Image.Image:
-    """A fully decoded image; error messages call it `name`, by default its path.
+    """A fully decoded image, as a person sees it; error messages call it `name`, by default its path.
 
-    Raises `InputError` for an image that can't be decoded or has more than `MAX_DECODED_PIXELS`.
+    Raises `InputError` for an image that can't be decoded, has more than `MAX_DECODED_PIXELS`, or grey values that
+    can't be shown.
     """
     with _open_header(source, name or source) as image:
+        frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        if frames > 1:
+            raise InputError(f"{name or source}: is a TIFF of {frames} pages; save each as a file")
         image.load()
-        return image.copy()
+        return as_seen(image)
+
+
+def open_frames(
+    source: Path | io.BytesIO, name: object = None, *, only: int | None = None
+) -> Iterator[Image.Image]:
+    """The pages of a TIFF one after another, or only the page with the number `only`, from 1; else the one image.
+
+    Raises `InputError` as `open_image` does, and for a page that does not exist.
+    """
+    name = name or source
+    with _open_header(source, name) as image:
+        count = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        if only is not None and only > count:
+            raise InputError(f"{name}: has {count} pages; expected a page number up to {count}, found {only}")
+        for index in range(count) if only is None else [only - 1]:
+            image.seek(index)
+            if image.width * image.height > MAX_DECODED_PIXELS:
+                raise InputError(f"{name}: page {index + 1} has more than {MAX_DECODED_PIXELS:,} pixels")
+            image.load()
+            yield as_seen(image)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -251,8 +282,9 @@ def image_size(path: Path) -> tuple[int, int]:
     Raises `InputError`, which names the file, if `open_image` or `page_size` would raise it.
     """
     with _open_header(path, path) as image:
-        _check_aspect_ratio(*image.size, path)
-        return image.size
+        size = seen_size(image)
+        _check_aspect_ratio(*size, path)
+        return size
 
 
 @contextmanager

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 from PIL import Image
 
+from mmr5_train.common.pictures import as_seen
+
 KeyT = TypeVar("KeyT", bound=Hashable)
 
 # (longest side in pixels, JPEG quality), from large to small: the first entry that fits the budget is used.
@@ -53,13 +55,13 @@ def _load(path: Path, side: int, quality: int) -> Picture:
         with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image.draft("RGB", (side, side))
-            page = image.convert("RGB")
+            page = as_seen(image)
         page.thumbnail((side, side), Image.Resampling.LANCZOS)
         stream = io.BytesIO()
         page.save(stream, "JPEG", quality=quality, optimize=True, progressive=True)
     except FileNotFoundError:
         return Picture("", *PLACEHOLDER, problem="page image not found")
-    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning):
         return Picture("", *PLACEHOLDER, problem="page image not readable")
     encoded = base64.b64encode(stream.getvalue()).decode("ascii")
     return Picture(f"data:image/jpeg;base64,{encoded}", page.width, page.height)

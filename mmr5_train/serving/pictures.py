@@ -14,6 +14,7 @@ from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 
+from mmr5_train.common.pictures import as_seen
 from mmr5_train.models.pages import MAX_ASPECT_RATIO
 from mmr5_train.serving.errors import RequestError, short_repr
 from mmr5_train.serving.settings import MB, Limits
@@ -47,11 +48,11 @@ def check_picture(data: bytes, where: str, limits: Limits) -> None:
     """Decodes the image once, so that a corrupt image is rejected before ranking. Raises `RequestError`."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(image.width, image.height, where, limits)
+            _check_size(*image.size, where, limits)
             if image.format == "TIFF" and _has_second_frame(image):
                 raise _invalid(where, "is a TIFF with several pages; send each page as a separate image")
             image.load()
-            image.convert("RGB")  # the model needs RGB, and some pixel formats can't be converted
+            as_seen(image)  # some pixel formats can't be shown
     except RequestError:
         raise
     except UnidentifiedImageError:

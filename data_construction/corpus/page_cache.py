@@ -92,7 +92,8 @@ class PageCache:
         `source` identifies what the image is made from, and `source_size` is its width and height. Raises the
         errors of `make`, and `InputError` if the folder can't be written.
         """
-        versions = f"pypdfium2 {pypdfium2.version.PYPDFIUM_INFO} pillow {PIL.__version__} quality {JPEG_QUALITY} shown 2"
+        libraries = f"pypdfium2 {pypdfium2.version.PYPDFIUM_INFO} pillow {PIL.__version__}"
+        versions = f"{libraries} quality {JPEG_QUALITY} shown 2"  # shown: of `as_seen`
         key = _short_hash(f"{source} dpi {self.dpi} max_side {self.max_side} {versions}")
         path = self.folder / folder_name(doc_name) / f"{page:04d}-{key}{suffix}"
         size = _image_size(path)

@@ -21,7 +21,7 @@ This file uses these names for the pages:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from threading import Event
 from typing import Any, Literal, NamedTuple
@@ -44,7 +44,7 @@ from mmr5_train.models.config import (
 )
 from mmr5_train.models.loading import read_settings
 from mmr5_train.models.page_features import PageCache
-from mmr5_train.models.pages import PageInput, open_pages
+from mmr5_train.models.pages import PageInput, open_pages, page_list
 from mmr5_train.models.settings import resolve_mode, resolve_settings
 from mmr5_train.ranking.prompt import Prompt, read_prompt
 from mmr5_train.ranking.records import Mode, ModelAnswer
@@ -143,25 +143,25 @@ class Reranker:
     def rank(
         self,
         query: str,
-        pages: Sequence[PageInput],
+        pages: Iterable[PageInput] | PageInput,
         top_k: int | None = None,
         *,
         cancel: Event | None = None,
     ) -> RankedResults:
         """Ranks `pages`: all results, or the first `top_k`, with scores, reasoning and any defects.
 
-        A page is a path or file:// URL of an image, the bytes of an image, or a PIL image. The path of a PDF
-        stands for all of its pages, "report.pdf#page=3" for the third. `Result.doc_id` counts pages from 0, each
-        page of a PDF separately. If another thread sets `cancel`, the call ends within a decoding step with
-        `RankingCancelled`. Raises `InputError` for an empty list of pages, an empty query, or a page that can't be
-        read.
+        `pages` is one page, a list or any other iterable. A page is a path or file:// URL of an image, its bytes,
+        a file opened in binary mode, or a PIL image. A PDF, or a TIFF with several pages, stands for all of its
+        pages, "report.pdf#page=3" for the third. `Result.doc_id` counts pages from 0, each page of a PDF
+        separately. If another thread sets `cancel`, the call ends within a decoding step with `RankingCancelled`.
+        Raises `InputError` for an empty list of pages, an empty query, or a page that can't be read.
         """
         return self.rank_many([query], [pages], top_k, cancel=cancel)[0]
 
     def rank_many(
         self,
         queries: Sequence[str],
-        pages: Sequence[Sequence[PageInput]],
+        pages: Sequence[Iterable[PageInput] | PageInput],
         top_k: int | None = None,
         *,
         cancel: Event | None = None,
@@ -175,7 +175,10 @@ class Reranker:
         if len(queries) != len(pages):
             raise InputError(f"pages: expected a list for each of {len(queries)} queries, found {len(pages)}")
         times = PartTimes()
-        opened = open_pages(pages, self.backend.limits, times)
+        for query in queries:
+            if not isinstance(query, str):
+                raise InputError(f"query: expected text, found {type(query).__name__}; rank_many takes several")
+        opened = open_pages([page_list(row) for row in pages], self.backend.limits, times)
         images = [[page.image for page in opened_pages] for opened_pages in opened]
         documents = [[page.document for page in opened_pages] for opened_pages in opened]
         ranked = self.rank_images(queries, images, times=times, cancel=cancel)

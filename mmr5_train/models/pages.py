@@ -16,14 +16,14 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import pypdfium2
@@ -59,8 +59,8 @@ MANY_PAGES = (".pdf", ".tif", ".tiff")
 _PDFIUM = RLock()  # pdfium is not thread-safe
 _PAGE_FRAGMENT = re.compile(r"page=([1-9]\d{0,5})")
 
-PageInput = str | Path | bytes | Image.Image
-"""A page that a user passes: a path or file:// URL of an image or PDF, the bytes of an image, or a PIL image."""
+PageInput = str | Path | bytes | IO[bytes] | Image.Image
+"""A page that a user passes: a path or file:// URL of an image or PDF, its bytes, an open file, or a PIL image."""
 
 
 class OpenedPage(NamedTuple):
@@ -196,6 +196,15 @@ def open_pages(
     return [[opened_page for page in pages for opened_page in opened[_page_key(page)]] for pages in page_lists]
 
 
+def page_list(pages: Iterable[PageInput] | PageInput) -> list[PageInput]:
+    """The pages as a list: a single page becomes a list of one. Raises `InputError` for something else."""
+    if isinstance(pages, str | Path | bytes | bytearray | Image.Image) or hasattr(pages, "read"):
+        return [pages]  # type: ignore[list-item]
+    if not isinstance(pages, Iterable):
+        raise InputError(f"pages: expected a list of pages, found {type(pages).__name__}")
+    return list(pages)
+
+
 def _page_key(page: PageInput) -> Any:
     return page if isinstance(page, str | Path) else id(page)
 
@@ -204,8 +213,13 @@ def _open(page: PageInput, index: int) -> Iterator[tuple[Any, Image.Image]]:
     """(document, image) of one input, or of each page of a whole PDF; `index` is for error messages."""
     if isinstance(page, Image.Image):
         yield page, page
-    elif isinstance(page, bytes):
-        for image in open_frames(io.BytesIO(page), f"page {index + 1} ({len(page):,} bytes)"):
+    elif isinstance(page, bytes | bytearray) or hasattr(page, "read"):
+        data = page.read() if hasattr(page, "read") else bytes(page)
+        if not isinstance(data, bytes):
+            raise InputError(f"page {index + 1}: expected a file opened in binary mode, found text")
+        name = f"page {index + 1} ({len(data):,} bytes)"
+        is_pdf = b"%PDF" in data[:1024]
+        for image in render_pdf_pages(data, name) if is_pdf else open_frames(io.BytesIO(data), name):
             yield page, image
     elif isinstance(page, str | Path):
         path, fragment = _split_location(str(page))
@@ -221,7 +235,9 @@ def _open(page: PageInput, index: int) -> Iterator[tuple[Any, Image.Image]]:
         for number, image in enumerate(chain([first], [second] if second else [], images), 1):
             yield f"{page}#page={number}", image
     else:
-        raise InputError(f"page {index + 1}: expected a path, bytes or a PIL image, found {type(page).__name__}")
+        raise InputError(
+            f"page {index + 1}: expected a path, bytes, an open file or a PIL image, found {type(page).__name__}"
+        )
 
 
 def _split_location(location: str) -> tuple[Path, str]:
@@ -304,18 +320,23 @@ def _open_header(source: Path | io.BytesIO, name: object) -> Iterator[Image.Imag
         raise InputError(f"{name}: not a readable page image ({one_line(error)})") from None
 
 
-def render_pdf_pages(path: Path, only: int | None = None) -> Iterator[Image.Image]:
+def render_pdf_pages(
+    source: Path | bytes, name: object = None, *, only: int | None = None
+) -> Iterator[Image.Image]:
     """Renders the pages of a PDF one after another, or only the page with the number `only`, counted from 1.
 
-    Raises `InputError` for a file that is not a PDF, and for a page that does not exist or can't be rendered.
+    Error messages call it `name`, by default its path. Raises `InputError` for a file that is not a PDF, and for a
+    page that does not exist or can't be rendered.
     """
+    path = name or source
     with _PDFIUM:
         try:
-            pdf = pypdfium2.PdfDocument(path)
+            pdf = pypdfium2.PdfDocument(source)
         except FileNotFoundError:
             raise InputError(f"{path}: no such PDF; correct the path") from None
-        except (OSError, pypdfium2.PdfiumError) as error:
-            raise InputError(f"{path}: not a PDF that can be opened ({one_line(error)})") from None
+        except (OSError, pypdfium2.PdfiumError):
+            problem = pdf_problem(source if isinstance(source, bytes) else source.read_bytes())
+            raise InputError(f"{path}: not a PDF that can be opened: {problem}") from None
         count = len(pdf)
         pdf.init_forms()  # so that filled-in form fields are rendered
     try:
@@ -333,6 +354,15 @@ def render_pdf_pages(path: Path, only: int | None = None) -> Iterator[Image.Imag
     finally:
         with _PDFIUM:
             pdf.close()
+
+
+def pdf_problem(data: bytes) -> str:
+    """Why pdfium can't open a PDF. Its own error code can be that of an earlier file."""
+    if b"%PDF" not in data[:1024]:
+        return "it does not begin as a PDF"
+    if b"/Encrypt" in data:
+        return "it requires a password; save it without one"
+    return "it is damaged, or has no pages"
 
 
 def render_pdf_page(page: pypdfium2.PdfPage, dpi: int, max_side: int | None = None) -> Image.Image:

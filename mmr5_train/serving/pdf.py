@@ -21,7 +21,7 @@ from typing import Any
 import pypdfium2
 
 from mmr5_train.common.environment import without_secrets
-from mmr5_train.models.pages import MAX_ASPECT_RATIO, PDF_DPI, render_pdf_page
+from mmr5_train.models.pages import MAX_ASPECT_RATIO, PDF_DPI, pdf_problem, render_pdf_page
 
 JPEG_QUALITY = 90
 MEMORY = 3_000_000_000  # limit on the process's address space in bytes, including libraries
@@ -74,10 +74,10 @@ def render(data: bytes, pages: int) -> dict[str, Any]:
     """Does the work of `render_pdf` in this process."""
     try:
         pdf = pypdfium2.PdfDocument(data)
-    except pypdfium2.PdfiumError as error:
-        if "password" in str(error).lower():
-            raise PdfError("pdf_encrypted", "the PDF requires a password; save it without one") from None
-        raise PdfError("pdf_unreadable", f"the PDF can't be opened ({error})") from None
+    except pypdfium2.PdfiumError:
+        problem = pdf_problem(data)
+        code = "pdf_encrypted" if "password" in problem else "pdf_unreadable"
+        raise PdfError(code, f"the PDF can't be opened: {problem}") from None
     with pdf:
         pdf.init_forms()  # needed to render the values of filled-in form fields
         return {"n_pages": len(pdf), "pages": [_render_page(pdf, i) for i in range(min(pages, len(pdf)))]}

@@ -1,9 +1,11 @@
 """`Reranker` and `QueryReranker` with the tiny model."""
 
+import io
 import json
 import shutil
 from threading import Event
 
+import pypdfium2
 import pytest
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -49,6 +51,44 @@ def test_every_mode_ranks_any_number_of_pages(paths, mode):
         assert bool(results.reasoning) == (mode == "reason")
         scores = [result.score for result in results]
         assert scores == sorted(scores, reverse=True)
+
+
+def blank_pdf(pages):
+    document, stream = pypdfium2.PdfDocument.new(), io.BytesIO()
+    for _ in range(pages):
+        document.new_page(60, 80)
+    document.save(stream)
+    return stream.getvalue()
+
+
+def test_pages_may_be_one_page_an_iterable_open_files_and_bytes_of_a_pdf(reranker, paths, tmp_path):
+    query = "Which page is red?"
+    expected = reranker.rank(query, paths).order
+    assert reranker.rank(query, (path for path in paths)).order == expected
+    with paths[0].open("rb") as first:
+        assert reranker.rank(query, [first, *paths[1:]]).order == expected
+    for one in (paths[0], str(paths[0]), paths[0].read_bytes(), Image.open(paths[0])):
+        assert reranker.rank(query, one).order == [0]
+    assert sorted(reranker.rank(query, blank_pdf(2)).order) == [0, 1]
+    assert sorted(reranker.rank(query, [blank_pdf(2), io.BytesIO(blank_pdf(1))]).order) == [0, 1, 2]
+    (tmp_path / "a.pdf").write_bytes(blank_pdf(2))
+    assert sorted(reranker.rank(query, (tmp_path / "a.pdf").as_uri()).order) == [0, 1]
+
+
+def test_unusable_inputs_are_named(reranker, paths, tmp_path):
+    (tmp_path / "empty.pdf").write_bytes(blank_pdf(0))
+    (tmp_path / "text.pdf").write_text("no PDF")
+    for query, pages, message in [
+        (["Which?"], paths, "query: expected text, found list; rank_many takes several"),
+        ("Which?", 5, "pages: expected a list of pages, found int"),
+        ("Which?", [5], "page 1: expected a path, bytes, an open file or a PIL image, found int"),
+        ("Which?", [io.StringIO("text")], "page 1: expected a file opened in binary mode, found text"),
+        ("Which?", tmp_path / "empty.pdf", r"empty.pdf: .*it is damaged, or has no pages"),
+        ("Which?", tmp_path / "text.pdf", r"text.pdf: .*it does not begin as a PDF"),
+        ("Which?", [blank_pdf(0)], r"page 1 \(429 bytes\): .*has no pages"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            reranker.rank(query, pages)
 
 
 def test_logits_takes_a_hundred_pages_in_one_pass_unless_a_window_is_given(paths):

@@ -235,7 +235,7 @@ def test_an_unusable_pdf_page_does_not_block_other_pdfs(report, tmp_path):
 def test_unreadable_bytes_and_other_types_are_named_by_their_position(red):
     with pytest.raises(InputError, match=r"page 2 \(3 bytes\): not a readable page image"):
         open_list([red, b"abc"])
-    with pytest.raises(InputError, match="page 1: expected a path, bytes or a PIL image, found int"):
+    with pytest.raises(InputError, match="page 1: expected a path, bytes, an open file or a PIL image, found int"):
         open_list([3])
 
 

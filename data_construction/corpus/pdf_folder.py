@@ -25,6 +25,13 @@ from mmr5_train.ranking.records import PageId, Question, Skipped
 
 COLUMNS = ("question", "document", "pages")
 EXTRA_FIELDS = "fields beyond the header"
+MAX_RANGE = 1000
+"""The largest number of pages in a range such as 3-5."""
+
+_WORD = re.compile(r"\b(?:pages?|pp?|pgs?)\b\.?", re.I)
+_RANGE = re.compile(r"(\d)\s*(?:[-–—‐‑]|\bto\b)\s*(\d)", re.I)
+_SEPARATOR = re.compile(r"[\s,;&+]+|\band\b", re.I)
+_NUMBERS = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 
 
 class PdfFolder(BaseModel):
@@ -68,9 +75,9 @@ class _Row(BaseModel):
     @field_validator("pages", mode="before")
     @classmethod
     def _split_numbers(cls, value: Any) -> Any:
-        """Accepts a list, a number, or text such as "5" or "12, 13", which a CSV has."""
+        """Accepts a list, a number, or text, which a CSV has (`read_page_numbers`)."""
         if isinstance(value, str):
-            value = re.split(r"[\s,;]+", value.strip()) if value.strip() else []
+            return read_page_numbers(value)
         return value if isinstance(value, list) else [value]
 
     @field_validator("pages")
@@ -86,11 +93,38 @@ class _Row(BaseModel):
         return "documents" if value is None or value == "" else value
 
 
+def read_page_numbers(text: str) -> list[int]:
+    """The page numbers in a text such as "5", "12, 13", "3-5", "pp. 3 and 4" or "[3, 4]"; empty for an empty text.
+
+    Raises `ValueError`, which shows the text as it stands, for anything else.
+    """
+    problem = f"expected page numbers such as 5, 12; 13 or 3-5, found {text.strip()[:80]!r}"
+    content = text.strip()
+    for opening, closing in ("[]", "()", "{}"):
+        if content.startswith(opening) and content.endswith(closing):
+            content = content[1:-1]
+    numbers: list[int] = []
+    for part in _SEPARATOR.split(_RANGE.sub(r"\1-\2", _WORD.sub(" ", content))):
+        if not part:
+            continue
+        match = _NUMBERS.fullmatch(part)
+        if match is None:
+            raise ValueError(problem)
+        first = int(match[1])
+        last = int(match[2] or first)
+        if not first <= last < first + MAX_RANGE:
+            raise ValueError(problem)
+        numbers += range(first, last + 1)
+    if not numbers and text.strip():
+        raise ValueError(problem)
+    return numbers
+
+
 def read_pdf_folder_annotations(corpus: PdfFolder, skipped: list[Skipped]) -> list[Annotation]:
     """The documents of the questions file, in the order of their first question.
 
-    Adds invalid rows to `skipped`. The id of a question is `<document>/<line number in the file>`. The domain of a
-    document is that of its first question.
+    Adds to `skipped` the rows that are invalid or repeat a question on the same document. The id of a question is
+    `<document>/<line number in the file>`. The domain of a document is that of its first question.
 
     Raises `InputError` if the folder does not exist, the file does not exist or can't be read, the header of a CSV
     lacks a column, or the file has no valid question.
@@ -106,7 +140,15 @@ def read_pdf_folder_annotations(corpus: PdfFolder, skipped: list[Skipped]) -> li
             detail = f"line {number}: {validation_message(error)}"
             skipped.append(Skipped(file=str(path), reason="question can't be understood", detail=detail))
             continue
-        rows_of.setdefault(row.document, []).append((number, row))
+        rows = rows_of.setdefault(row.document, [])
+        same = next((i for i, (_, other) in enumerate(rows) if other.question == row.question), None)
+        if same is None:
+            rows.append((number, row))
+            continue
+        line, other = rows[same]
+        rows[same] = line, other.model_copy(update={"pages": (*other.pages, *row.pages)})
+        detail = f"line {number} repeats the question of line {line}, which gets its pages {list(row.pages)}"
+        skipped.append(Skipped(file=str(path), reason="question repeated", detail=detail))
     if not rows_of:
         first = f"; first: {skipped[0].detail}" if skipped else ""
         raise InputError(f"{path}: contains no valid question{first}")

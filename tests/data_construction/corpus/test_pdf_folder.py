@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sample_corpora import write_pdf
 
-from data_construction.corpus.pdf_folder import PdfFolder, read_pdf_folder_annotations
+from data_construction.corpus.pdf_folder import PdfFolder, read_page_numbers, read_pdf_folder_annotations
 from data_construction.corpus.reading import read_annotations, read_corpus
 from mmr5_train.common.files import InputError
 from mmr5_train.ranking.records import Question, Skipped
@@ -73,7 +73,11 @@ def test_wrong_csv_header_raises(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ("Where?,a.pdf,0", "line 3: field pages: .*pages count from 1 here, found 0"),
-        ("Where?,a.pdf,four", "line 3: field pages.0: .*integer"),
+        ("Where?,a.pdf,four", "line 3: field pages: .*expected page numbers such as 5, .* found 'four'"),
+        ("Where?,a.pdf,5-3", "line 3: field pages: .*found '5-3'"),
+        ("Where?,a.pdf,3-99999", "line 3: field pages: .*found '3-99999'"),
+        ("Where?,a.pdf,3.5", "line 3: field pages: .*found '3.5'"),
+        ("Where?,a.pdf,-3", "line 3: field pages: .*found '-3'"),
         ("Where?,a.pdf,", "line 3: field pages: .*at least 1"),
         (",a.pdf,4", "line 3: field question: "),
         ("Where?,a.pdf,12, 13", "line 3: .*more fields than the header"),
@@ -116,3 +120,31 @@ def test_missing_documents_and_pages_are_skipped(tmp_path: Path) -> None:
         (None, "document can't be read", "no such file; copy the PDF there"),
         ("b.pdf/4", "document can't be read", str(tmp_path / "b.pdf")),
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("", []), ("  ", []), ("5", [5]), ("12, 1; 3 3", [12, 1, 3, 3]), ("3-5", [3, 4, 5]), ("3 – 5", [3, 4, 5]),
+        ("3 to 5, 9", [3, 4, 5, 9]), ("p. 3", [3]), ("pp. 3-4", [3, 4]), ("Page 7", [7]),
+        ("pages 3 and 4", [3, 4]), ("[3, 4]", [3, 4]), ("(3)", [3]), ("3 & 4", [3, 4]),
+        ("p3", None), ("3..5", None), ("[3, 4", None),
+        ("three", None), ("1e3", None), ("p.", None),
+    ],
+)  # fmt: skip
+def test_page_numbers_as_people_write_them(text: str, numbers: list[int] | None) -> None:
+    if numbers is not None:
+        assert read_page_numbers(text) == numbers
+        return
+    with pytest.raises(ValueError, match=re.escape(f"found {text!r}")):
+        read_page_numbers(text)
+
+
+def test_a_repeated_question_is_said_and_its_pages_are_added(tmp_path: Path) -> None:
+    text = "question,document,pages\nWhich?,a.pdf,1\nOther?,a.pdf,2\nWhich?,a,3\nWhich?,b.pdf,1\n"
+    questions, (repeated,) = read_questions(tmp_path, "q.csv", text)
+    assert [(question.query_id, pages(question)) for question in questions] == [
+        ("a.pdf/2", [0, 2]), ("a.pdf/3", [1]), ("b.pdf/5", [0]),
+    ]  # fmt: skip
+    assert repeated.reason == "question repeated"
+    assert repeated.detail == "line 4 repeats the question of line 2, which gets its pages [3]"

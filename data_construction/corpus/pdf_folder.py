@@ -133,6 +133,7 @@ def read_pdf_folder_annotations(corpus: PdfFolder, skipped: list[Skipped]) -> li
         raise InputError(f"{corpus.folder}: no such folder; set corpus.folder=… to the folder of the PDFs")
     path = corpus.questions
     rows_of: dict[str, list[tuple[int, _Row]]] = {}
+    index_of: dict[tuple[str, str], int] = {}  # document and question → index in the document's rows
     for number, value in read_json_lines(path) if path.suffix == ".jsonl" else _csv_rows(path):
         try:
             row = _Row.model_validate(value)
@@ -141,8 +142,8 @@ def read_pdf_folder_annotations(corpus: PdfFolder, skipped: list[Skipped]) -> li
             skipped.append(Skipped(file=str(path), reason="question can't be understood", detail=detail))
             continue
         rows = rows_of.setdefault(row.document, [])
-        same = next((i for i, (_, other) in enumerate(rows) if other.question == row.question), None)
-        if same is None:
+        same = index_of.setdefault((row.document, row.question), len(rows))
+        if same == len(rows):
             rows.append((number, row))
             continue
         line, other = rows[same]

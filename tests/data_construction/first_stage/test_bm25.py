@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_construction.corpus.documents import Document
-from data_construction.first_stage.bm25 import rank_by_bm25
+from data_construction.first_stage.bm25 import rank_by_bm25, split_unspaced
 from mmr5_train.ranking.records import Page, PageId, Question
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -42,6 +42,39 @@ def test_bm25_ranks_by_matching_words() -> None:
     scores = [score for _, score in ranked]
     assert scores == sorted(scores, reverse=True)
     assert scores[0] > scores[1] > 0 == scores[2]
+
+
+CHINESE = ["公司概况和历史。", "二〇一九年营业收入增长了百分之八。", "员工人数和培训计划", "环境保护与用水量"]
+JAPANESE = [
+    "会社の沿革について",
+    "売上高は前年比で八%増加した。",
+    "従業員の研修制度",
+    "水の使用量と環境への取り組み",
+]
+
+
+@pytest.mark.parametrize(
+    ("texts", "query", "gold"),
+    [
+        (CHINESE, "哪一页说明营业收入?", 1),
+        (CHINESE, "用水量是多少?", 3),
+        (JAPANESE, "売上高はどのページにありますか。", 1),
+        (JAPANESE, "従業員の研修はどこに書かれていますか。", 2),
+        (["회사의 역사", "매출액이 증가했다", "직원 교육"], "매출액은 어디에 있습니까?", 1),
+        (["water use", "ｶﾀｶﾅ", "land"], "カタカナ", 1),  # of half width
+    ],
+)
+def test_words_without_spaces_between_them_are_found(texts: list[str], query: str, gold: int) -> None:
+    (ranked,) = rank_by_bm25(document(texts, query))
+    assert ranked[0][0].page == gold
+    assert ranked[0][1] > ranked[1][1]
+
+
+def test_texts_in_other_scripts_are_not_changed() -> None:
+    for text in ("Where are the solar panels?", "ﬁgures of naïve Öl", "где вода", ""):
+        assert split_unspaced(text) == text
+    assert split_unspaced("2019年の売上").split() == ["2019", "年の", "の売", "売上"]
+    assert split_unspaced("第").split() == ["第第"]
 
 
 def test_each_question_has_its_own_ranking() -> None:

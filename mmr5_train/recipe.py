@@ -81,6 +81,9 @@ class RecipeStage(StageConfig):
     name: str
     shared: Path = Field(description="folder of the stages that recipes share")
     folders: dict[str, Path] = Field(description="output folders of the stages that recipes may share")
+    traced_types: list[str] = Field(
+        default=[], description="types of the questions that have traces, where `size` distinguishes them"
+    )
     launch: str | None = Field(
         default=None, description="accelerate's config for the stages that run a model: a name or a file"
     )

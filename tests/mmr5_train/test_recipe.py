@@ -65,6 +65,27 @@ def mm_r5():
     return stage_settings(compose("experiment=mm_r5"))
 
 
+def test_every_ablation_changes_a_setting_also_at_the_small_size():
+    """A recipe whose settings `size=tiny` replaces again would repeat another row of the table."""
+    script = (Path(__file__).parents[2] / "scripts/ablations.sh").read_text(encoding="utf-8")
+    names = re.search(r'ALL="([^"]+)"', script)[1].replace("\\\n", " ").split()
+    assert len(names) > 10
+    seen = {}
+    for name in ["", *names, "sft_users"]:
+        experiment = f"experiment=[recommended{name and ','}{name}]"
+        overrides = stage_overrides(compose(experiment, "size=tiny", "out=OUT", "shared=SHARED"))
+        if name == "sft_continued":  # scripts/ablations.sh sets its number of steps
+            overrides["sft"].append("more steps")
+        settings = {
+            stage: tuple(value for value in values if "OUT" not in value and "SHARED" not in value)
+            for stage, values in overrides.items()
+            if stage != "report"
+        }
+        same = [other for other, known in seen.items() if known == settings]
+        assert not same, f"{name} is the same as {same[0] or 'recommended'}"
+        seen[name] = settings
+
+
 def test_departures_of_mm_r5_are_listed_with_their_reasons(mm_r5):
     """`experiment=mm_r5` is not the paper to the letter. Each difference has a reason."""
     lines = list(find_departures(mm_r5, mm_r5))

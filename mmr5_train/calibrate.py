@@ -1,4 +1,4 @@
-"""Chooses when mode `adaptive` reasons, on held-out questions, and stores it in the checkpoint.
+"""Chooses when mode adaptive reasons, and stores it in the checkpoint.
 
     python -m mmr5_train.calibrate data=outputs/data/select.jsonl checkpoint=outputs/distill/model \\
         out=outputs/calibrate

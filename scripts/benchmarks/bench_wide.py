@@ -37,6 +37,7 @@ from mmr5_train.models.pages import load_page
 QUERY = "Which page shows a red bar chart about water use in {}?"
 REPEATS = 3
 WIDE, WIDEST = 20, 50  # pages
+QUESTIONS = 10  # on one document
 TOKENS_PER_PAGE = 24  # of the reasoning of the shipped model
 
 
@@ -120,7 +121,7 @@ def measure(checkpoint: str, **options: Any) -> Row:
         before = peak_mib()
         row["pages_50"] = in_turns({"one_pass": lambda: one_pass.rank(QUERY.format(2001), paths)})
         row["pages_50"]["peak_growth_mib"] = peak_mib() - before
-        queries = [QUERY.format(year) for year in range(2001, 2011)]
+        queries = [QUERY.format(2001 + i) for i in range(QUESTIONS)]
         for mode in ("logits", "reason"):
             apart = Reranker(checkpoint, mode=mode, page_cache=0, **options, **limit)
             together = Reranker(checkpoint, mode=mode, batch_size=10, **options, **limit)

@@ -13,7 +13,9 @@ SMALL = [
     "+stages.corpus.workers=1",
     "stages.sft.trainer={max_steps:2,per_device_train_batch_size:2,warmup_steps:0}",
     "stages.grpo.trainer={max_steps:1,per_device_train_batch_size:4,num_generations:2,max_completion_length:16}",
+    "stages.teach.skip=4",
     "+stages.teach.limit=4",
+    "stages.calibrate={limit:4,max_new_tokens:32}",
     "+stages.teach.constrain=true",
     "+stages.distill.trainer.max_steps=1",
     "stages.distill.trainer.per_device_train_batch_size=2",
@@ -94,12 +96,13 @@ def test_second_run_adds_modes_and_keeps_earlier_stages(demo_folder):
         name: before[name] for name in ("seed", "rows", "grpo_minus_sft")
     }
     assert results["seconds"] > before["seconds"]
-    assert [row["system"] for row in results["modes"]] == ["direct", "reason", "logits"]
+    assert [row["system"] for row in results["modes"]] == ["direct", "adaptive", "reason", "logits"]
     for row in results["modes"]:
         assert row["questions"] == 6
         assert row["seconds_per_question"] > 0
-    _, reason, logits = (row["recall@1"] for row in results["modes"])
+    _, adaptive, reason, logits = (row["recall@1"] for row in results["modes"])
     assert results["logits_minus_reason"]["recall@1"]["mean"] == pytest.approx(logits - reason)
+    assert results["adaptive_minus_reason"]["recall@1"]["mean"] == pytest.approx(adaptive - reason)
     assert "milliseconds per question" in (demo_folder / "report.html").read_text()
 
 

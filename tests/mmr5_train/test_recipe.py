@@ -308,18 +308,18 @@ def test_distillation_of_more_pages_than_the_tokenizer_scores_is_refused_before_
     monkeypatch.setattr(recipe, "run_one_stage", lambda *_: pytest.fail("a stage ran"))
     distilled = ["experiment=[recommended,distilled]", "size=tiny", f"out={tmp_path}/out"]
     with pytest.raises(
-        InputError, match=r"stages\.candidates\.candidates=10: prompts have up to 10 pages, but only 9"
+        InputError, match=r"stages\.candidates\.candidates=120: prompts have up to 120 pages, .* at most 100"
     ):
-        recipe.main(compose(*distilled, "stages.candidates.candidates=10"))
+        recipe.main(compose(*distilled, "stages.candidates.candidates=120"))
 
 
 def test_distillation_is_checked_again_with_the_questions_that_teach_ranks(tmp_path, tasks, capsys):
     (tmp_path / "out/data").mkdir(parents=True)
-    many = [tasks[0].candidates[0].model_copy(update={"page": i}) for i in range(12)]
+    many = [tasks[0].candidates[0].model_copy(update={"page": i}) for i in range(101)]
     write_records(tmp_path / "out/data/select.jsonl", [tasks[0].model_copy(update={"candidates": tuple(many)})])
     overrides = stage_overrides(compose("experiment=distilled", "size=tiny", f"out={tmp_path}/out"))
     stages = recipe.compose_stages(overrides)
-    with pytest.raises(InputError, match=r"select\.jsonl: prompts have up to 12 pages"):
+    with pytest.raises(InputError, match=r"select\.jsonl: prompts have up to 101 pages"):
         distill.check_recipe(stages)
     assert not capsys.readouterr().out
     stages["traces"] = stages["traces"].model_copy(update={"refine": True})

@@ -163,8 +163,10 @@ def test_paired_difference_has_a_bootstrap_interval(results: dict) -> None:
     assert difference["recall@1"]["low"] == 0  # no question got worse, so no resample is negative
     assert difference["recall@1"]["high"] == 1
     assert "true_descriptions" not in difference
+    reverse = find_difference(results, "first_stage", "model")["recall@1"]
+    assert (reverse["mean"], reverse["low"], reverse["high"]) == (pytest.approx(-1 / 3), -1, 0)
     with pytest.raises(KeyError):
-        find_difference(results, "first_stage", "model")
+        find_difference(results, "model", "another")
 
 
 def test_systems_are_compared_with_the_previous_and_the_first(

@@ -82,7 +82,7 @@ def test_sft_grpo_and_the_reranker_run(qwen3, traces, questions, tmp_path, capsy
         "trainer.max_completion_length=8",
     ]
     grpo.main(compose_stage(grpo.GrpoStage, "grpo", grpo_overrides))
-    assert "model type qwen3_vl is not among the tested" in capsys.readouterr().out
+    assert "grpo: prompts are shared" in capsys.readouterr().out
     history = json.loads((tmp_path / "grpo/log_history.json").read_text())
     assert sum("reward" in entry for entry in history) == 2
     before, after = (

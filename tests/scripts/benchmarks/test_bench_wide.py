@@ -9,10 +9,12 @@ import pytest
 from mmr5_train.models.loading import TINY
 
 
+@pytest.mark.long
 def test_all_figures_of_many_pages_are_measured(monkeypatch):
     monkeypatch.setattr(bench_wide, "WIDE", 10)
     monkeypatch.setattr(bench_wide, "WIDEST", 12)
     monkeypatch.setattr(bench_wide, "REPEATS", 1)
+    monkeypatch.setattr(bench_wide, "QUESTIONS", 2)
     monkeypatch.setattr(bench_wide, "TOKENS_PER_PAGE", 14)
     row = bench_wide.measure(str(TINY))
     assert row["windows"] == 2

@@ -20,7 +20,7 @@ from mmr5_train.common.cancelling import raise_if_cancelled
 from mmr5_train.common.files import InputError
 from mmr5_train.common.part_times import PartTimes
 from mmr5_train.models.config import CheckpointOptions, ModelConfig, answer_tokens
-from mmr5_train.models.inputs import prompt_token_ids
+from mmr5_train.models.inputs import prompt_token_ids, repeat_placeholders
 from mmr5_train.models.lengths import context_limit
 from mmr5_train.models.loading import load_processor, resolve_checkpoint
 from mmr5_train.models.pages import PageLimits, one_line, page_limits
@@ -109,9 +109,8 @@ class VllmBackend:
 
     def _expand(self, ids: Sequence[int], images: Sequence[Image.Image]) -> list[int]:
         """The prompt as the model reads it: the placeholder of each page, once for each of its features."""
-        features = iter([image.width * image.height // self.limits.factor**2 for image in images])
-        placeholder = self.processor.image_token_id
-        return [i for token in ids for i in [token] * (next(features) if token == placeholder else 1)]
+        counts = [image.width * image.height // self.limits.factor**2 for image in images]
+        return repeat_placeholders(ids, self.processor.image_token_id, counts)
 
     def _limit(self, n_pages: int) -> int:
         """The limit on the tokens of an answer."""

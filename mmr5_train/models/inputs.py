@@ -80,6 +80,12 @@ def prompt_token_ids(
     return ids
 
 
+def repeat_placeholders(ids: Sequence[int], image_token: int, counts: Sequence[int]) -> list[int]:
+    """The result of `prompt_token_ids` with the placeholder of page i `counts[i]` times, as `encode` has it."""
+    remaining = iter(counts)
+    return [i for token in ids for i in [token] * (next(remaining) if token == image_token else 1)]
+
+
 def openai_messages(prompt: Prompt, query: str, n_pages: int) -> list[dict[str, Any]]:
     """The same prompt as messages of the OpenAI API. Each image has an empty URL: `data_url` gives it."""
     parts = [{"type": "image_url", "image_url": {"url": ""}} for _ in range(n_pages)]

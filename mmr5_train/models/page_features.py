@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmr5_train.common.part_times import PartTimes
-from mmr5_train.models.inputs import prompt_token_ids
+from mmr5_train.models.inputs import prompt_token_ids, repeat_placeholders
 from mmr5_train.models.placement import input_device
 from mmr5_train.models.shared_prefix import SharedPrompt, image_features, image_inputs_of, shared_prompts
 from mmr5_train.ranking.prompt import Prompt
@@ -177,7 +177,7 @@ def encode_prompts(
     pages = [[features[keys[id(image)]] for image in page_images] for page_images in images]
     image_token = processor.image_token_id
     ids = [
-        torch.tensor(_with_visual_tokens(row, of_row, image_token), device=device)
+        torch.tensor(repeat_placeholders(row, image_token, [page.tokens for page in of_row]), device=device)
         for row, of_row in zip(token_ids, pages, strict=True)
     ]
     return EncodedPrompts(ids, [(row == image_token).to(torch.int) for row in ids], pages)
@@ -186,16 +186,6 @@ def encode_prompts(
 def page_key(image: Image.Image) -> bytes:
     """Equal for equal page images: a hash of size and pixels."""
     return blake2b(repr((image.mode, image.size)).encode() + image.tobytes(), digest_size=20).digest()
-
-
-def _with_visual_tokens(row: Sequence[int], pages: Sequence[PageFeatures], image_token: int) -> list[int]:
-    """The row with each page's placeholder repeated once for each of its features."""
-    remaining = iter(pages)
-    return [
-        repeated
-        for token in row
-        for repeated in ([token] * next(remaining).tokens if token == image_token else [token])
-    ]
 
 
 def _read_pages(model: Any, processor: Any, images: Sequence[Image.Image], times: PartTimes) -> list[PageFeatures]:

@@ -23,7 +23,8 @@ def place_by_place(model: Any, tokenizer: Any, prompt: EncodedPrompts) -> list[i
     [n] = prompt.page_counts
     remaining, order = list(range(1, n + 1)), list[int]()
     reader = _Reader(model, prompt) if n > 1 else None
-    branches, opening = id_branches(tokenizer, n), id_branches(tokenizer, n).opening
+    branches = id_branches(tokenizer, n)
+    opening = branches.opening
     while reader is not None and len(remaining) > 1:
         values = reader.log_probs(opening, [branches.tokens[i - 1] for i in remaining])
         chosen = remaining.pop(int(values.argmax()))

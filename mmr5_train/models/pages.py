@@ -335,7 +335,10 @@ def render_pdf_pages(
         except FileNotFoundError:
             raise InputError(f"{path}: no such PDF; correct the path") from None
         except (OSError, pypdfium2.PdfiumError):
-            problem = pdf_problem(source if isinstance(source, bytes) else source.read_bytes())
+            try:
+                problem = pdf_problem(source if isinstance(source, bytes) else source.read_bytes())
+            except OSError as error:  # a folder, or a file that may not be read
+                problem = one_line(error)
             raise InputError(f"{path}: not a PDF that can be opened: {problem}") from None
         count = len(pdf)
         pdf.init_forms()  # so that filled-in form fields are rendered

@@ -78,6 +78,7 @@ def test_pages_may_be_one_page_an_iterable_open_files_and_bytes_of_a_pdf(reranke
 def test_unusable_inputs_are_named(reranker, paths, tmp_path):
     (tmp_path / "empty.pdf").write_bytes(blank_pdf(0))
     (tmp_path / "text.pdf").write_text("no PDF")
+    (tmp_path / "folder.pdf").mkdir()
     for query, pages, message in [
         (["Which?"], paths, "query: expected text, found list; rank_many takes several"),
         ("Which?", 5, "pages: expected a list of pages, found int"),
@@ -85,6 +86,7 @@ def test_unusable_inputs_are_named(reranker, paths, tmp_path):
         ("Which?", [io.StringIO("text")], "page 1: expected a file opened in binary mode, found text"),
         ("Which?", tmp_path / "empty.pdf", r"empty.pdf: .*it is damaged, or has no pages"),
         ("Which?", tmp_path / "text.pdf", r"text.pdf: .*it does not begin as a PDF"),
+        ("Which?", tmp_path / "folder.pdf", r"folder.pdf: "),
         ("Which?", [blank_pdf(0)], r"page 1 \(429 bytes\): .*has no pages"),
     ]:
         with pytest.raises(InputError, match=message):

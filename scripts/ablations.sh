@@ -16,7 +16,7 @@ if [[ ${1:-} == -h || ${1:-} == --help ]]; then
 fi
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
-ALL="base_only rl_only sft_only sft_continued reward_mm_r5 reward_true_reasoning reward_ndcg reward_rearank reward_reasonrank \
+ALL="base_only rl_only sft_only sft_continued reward_mm_r5 reward_gated reward_ndcg reward_rearank reward_reasonrank \
 reward_fidelity kl_0 candidates_3"
 SEEDS=${SEEDS:-10 11 12} # no setting was chosen on these; choose settings on seeds 0 to 9
 TINY=()

@@ -71,7 +71,7 @@ def targets(compared: dict[str, Any], minutes: float | None) -> list[Row]:
     for population in ("catalogue", "users"):
         figures = {row["recipe"]: row for row in compared["by_question_type"][population]}
         recommended = figures["recommended"]
-        best = max(figures[name]["recall@1"]["mean"] for name in ("recommended", "reward_true_reasoning"))
+        best = max(figures[name]["recall@1"]["mean"] for name in ("recommended", "reward_gated"))
         rows += [
             at_least(
                 f"recommended, complete orders, {population}", recommended["complete_permutations"]["mean"], 0.98

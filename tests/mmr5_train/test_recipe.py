@@ -202,7 +202,7 @@ def test_departures_list_changed_settings_and_stages():
     ("overrides", "cause"),
     [
         (["experiment=mm_r5", "stages.grpo.reward=true_reasoning"], "stages.traces.refine=true"),
-        (["experiment=[reward_true_reasoning,no_think]"], "stages.sft.think=false"),
+        (["experiment=[no_think,reward_true_reasoning]"], "stages.sft.think=false"),
         (["experiment=[reward_true_reasoning,rl_only]", "+stages.grpo.think=false"], "stages.grpo.think=false"),
     ],
 )
@@ -215,8 +215,9 @@ def test_reward_for_verdicts_is_refused_before_the_traces_are_paid_for(overrides
     assert not out.exists()
 
 
-def test_reward_for_verdicts_goes_with_the_notes_of_the_teacher():
-    stages = compose_stages(stage_overrides(compose("experiment=reward_true_reasoning")))
+@pytest.mark.parametrize("experiment", ["recommended", "reward_true_reasoning", "[recommended,rl_only]"])
+def test_reward_for_verdicts_goes_with_the_notes_of_the_teacher(experiment):
+    stages = compose_stages(stage_overrides(compose(f"experiment={experiment}")))
     check_verdicts(inherit_settings(stages))
 
 
@@ -224,7 +225,7 @@ def test_experiments_and_overrides_combine():
     config = compose("experiment=[recommended,rl_only]", "size=tiny", "stages.grpo.trainer.beta=0.1")
     settings = stage_settings(config)
     assert "sft" not in settings
-    assert settings["grpo"]["reward.name"] == "gated"
+    assert settings["grpo"]["reward.name"] == "true_reasoning"
     assert settings["grpo"]["trainer.beta"] == 0.1
     assert settings["grpo"]["model.path"] == "tiny"
 

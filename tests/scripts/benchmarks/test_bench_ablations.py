@@ -14,7 +14,7 @@ def row(recipe, recall, complete=0.99, true=0.97, seeds=SEEDS):
 
 
 def compared(**recommended):
-    rows = [row("recommended", 0.8, **recommended), row("reward_true_reasoning", 0.79)]
+    rows = [row("recommended", 0.8, **recommended), row("reward_gated", 0.79)]
     return {"rows": rows, "by_question_type": {"catalogue": rows, "users": rows}}
 
 

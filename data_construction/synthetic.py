@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 from tqdm import tqdm
 
-from data_construction.corpus.synthetic_documents import SyntheticDocument, make_document, page_rows
+from data_construction.corpus.synthetic_documents import MAX_SECTION, SyntheticDocument, make_document, page_rows
 from mmr5_train.common.config import StageConfig, run_stage
 from mmr5_train.common.files import atomic_write, open_output, write_manifest
 
@@ -32,6 +32,12 @@ class SyntheticStage(StageConfig):
         description="also write users' questions: for each catalogue question one of type users, in a wording for "
         "training, and one of type users_unseen, in a wording for evaluation only",
     )
+    section_pages: int | None = Field(
+        default=None,
+        ge=4,
+        le=MAX_SECTION,
+        description="pages of each of the two sections; null: 4 to 6",
+    )
     workers: int = Field(default=2, gt=0, description="processes that draw pages")
 
 
@@ -42,7 +48,10 @@ def _draw_documents(documents: list[SyntheticDocument], workers: int) -> Iterato
 
 def main(config: SyntheticStage) -> None:
     out = open_output(config.out, config.overwrite)
-    documents = [make_document(index, config.seed, users=config.users) for index in range(config.documents)]
+    documents = [
+        make_document(index, config.seed, users=config.users, section_pages=config.section_pages)
+        for index in range(config.documents)
+    ]
     first_row = 0
     with atomic_write(out / "MMDocIR_annotations.jsonl") as annotations:
         for document in documents:

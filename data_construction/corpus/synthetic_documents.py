@@ -93,6 +93,7 @@ SENTENCES = (
     "The committee asked for a closer look at {topic}.",
 )
 SECTION_SIZES = (4, 5, 5, 5, 6)
+MAX_SECTION = len(COLORS) * len(KINDS)  # pages that all differ
 TWO_RELEVANT = 0.7  # share of sections with two pages that show the same
 
 
@@ -106,7 +107,7 @@ class SyntheticDocument:
 
 def make_section(rng: random.Random, size: int, two_relevant: float) -> list[tuple[str, str]]:
     """(colour, kind) of each page of a section. Each page shares exactly one of the two with another page."""
-    colors, kinds = rng.sample(COLORS, 3), rng.sample(KINDS, 2)
+    colors, kinds = (rng.sample(COLORS, 3), rng.sample(KINDS, 2)) if size <= 6 else (COLORS, KINDS)
     grid = [(color, kind) for color in colors for kind in kinds]
     rng.shuffle(grid)
     shown = grid[:size]
@@ -121,11 +122,17 @@ def make_section(rng: random.Random, size: int, two_relevant: float) -> list[tup
 
 
 def make_document(
-    index: int, seed: int, two_relevant: float = TWO_RELEVANT, *, users: bool = False
+    index: int,
+    seed: int,
+    two_relevant: float = TWO_RELEVANT,
+    *,
+    users: bool = False,
+    section_pages: int | None = None,
 ) -> SyntheticDocument:
     """Document number `index`. It depends only on the seed and its index, not on the number of documents.
 
     `users` adds two users' questions to each catalogue question, one in each wording. It changes nothing else.
+    `section_pages` is the size of each section, at most `MAX_SECTION`; None: 4 to 6 pages, chosen at random.
     """
     rng, users_rng = random.Random(f"{seed}/{index}"), random.Random(f"{seed}/{index}/users")
     organisation, domain = rng.choice(ORGANISATIONS), rng.choice(DOMAINS)
@@ -134,7 +141,7 @@ def make_document(
     questions: list[dict[str, Any]] = []
     for topic in topics:
         first = len(pages)
-        section = make_section(rng, rng.choice(SECTION_SIZES), two_relevant)
+        section = make_section(rng, section_pages or rng.choice(SECTION_SIZES), two_relevant)
         for color, kind in section:
             lines = [s.format(topic=topic) for s in rng.sample(SENTENCES, rng.randint(3, 5))]
             lines = [line[0].upper() + line[1:] for line in lines]

@@ -129,11 +129,11 @@ def run_job(out: Path, seed: int, candidates: int, limit: int) -> Row:
     return {"seed": seed, "candidates": candidates, "training": costs}
 
 
-def read_runs(folder: Path, seed: int) -> list[Run]:
-    """The models of one seed as runs that `compare` can pair."""
+def read_runs(folder: Path, seed: int, names: Sequence[str] = MODELS) -> list[Run]:
+    """The models that `folder/evaluation` evaluated on one seed, as runs that `compare` can pair."""
     runs = []
     timing = json.loads((folder / "evaluation/timing.json").read_text(encoding="utf-8"))
-    for name in MODELS:
+    for name in names:
         rankings = read_records(folder / f"evaluation/rankings/{name}.jsonl", Ranking)
         runs.append(
             Run(

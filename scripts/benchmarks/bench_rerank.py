@@ -14,8 +14,8 @@ them; the result is the median. A page can be a candidate of several questions, 
 so there is a second measurement on questions that share no page.
 
 *Wide* prompts of 20 and 50 pages are measured as in bench_wide.py, with the model of the first seed, and with a
-random one that has the real tokenizer (standin.py). The *server* is measured as in bench_serve.py. Writes
-outputs/bench/rerank.json.
+random one that has the real tokenizer (standin.py). Distillation of rankings of 20 pages is measured as in
+bench_distill.py, and the *server* as in bench_serve.py. Writes outputs/bench/rerank.json.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import bench_distill
 import bench_serve
 import bench_wide
 import torch
@@ -188,14 +189,16 @@ def targets(result: dict[str, Any]) -> list[Row]:
         seconds = {row["system"]: row["seconds_per_question"] for row in quality_of_seed["modes"]}
         share = seconds["adaptive"] / seconds["reason"]
         results.append(at_most(f"time of adaptive as a share of reason, seed {seed}", share, 0.5))
+    results += bench_distill.targets(result["twenty_pages"])
     return results + bench_serve.targets(result["server"])
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--models", type=Path, default=OUTPUT / "rerank", help="folder of the models")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument("--questions", type=int, default=128)
+    parser.add_argument("--limit", type=int, default=300, help="held-out questions with 20 candidates")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=112)
@@ -212,6 +215,7 @@ def main() -> None:
         "quality": {str(seed): quality(folder) for seed, folder in folders.items()},
         "speed": speed(first, args.questions, args.repeats, args.batch_size, args.max_new_tokens),
         "wide": wide(first, args.models),
+        "twenty_pages": bench_distill.measure(args.models.resolve() / "20", args.seeds, args.limit),
         "server": bench_serve.measure(
             str(first / "distill/model"), args.clients, args.seconds, args.malformed, []
         ),

@@ -56,7 +56,7 @@ RUNS: dict[str, tuple[str, int | None, str]] = {
     "default": (
         "the demo's settings",
         None,
-        "reward=gated lr=6e-4 questions=16 group=6 temperature=1 beta=0.04 steps=70 schedule=linear",
+        "reward=true_reasoning lr=6e-4 questions=16 group=6 temperature=1 beta=0.04 steps=70 schedule=linear",
     ),
 }
 

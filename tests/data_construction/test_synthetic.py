@@ -11,6 +11,7 @@ from PIL import Image
 
 from data_construction.corpus.drawing import COLORS, KINDS, PageContent, draw_page
 from data_construction.corpus.synthetic_documents import (
+    MAX_SECTION,
     USERS,
     USERS_UNSEEN,
     WORDINGS,
@@ -144,3 +145,14 @@ def test_wordings_of_training_and_evaluation_share_no_sentence_and_no_other_word
     assert 30 < sum("spreadsheet" in query for query in queries) < 70
     assert 30 < sum("data table" in query for query in queries) < 70
     assert all("red" in query.lower() and "water use" in query.lower() for query in queries)
+
+
+def test_sections_of_many_pages_have_different_pages():
+    document = make_document(0, 1, two_relevant=0, section_pages=MAX_SECTION)
+    assert len(document.pages) == 2 * MAX_SECTION
+    for topic in {page.title for page in document.pages}:
+        looks = [(page.color, page.kind) for page in document.pages if page.title == topic]
+        assert len(set(looks)) == MAX_SECTION
+    assert all(len(question["page_id"]) == 1 for question in document.questions)
+    with pytest.raises(InputError, match=f"section_pages.*{MAX_SECTION}"):
+        compose_stage(SyntheticStage, "synthetic", [f"section_pages={MAX_SECTION + 1}"])

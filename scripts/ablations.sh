@@ -38,9 +38,13 @@ job() { # SEED RECIPE [OVERRIDE…]: runs one recipe, with its output in a log f
     local name=${2:-recommended} folder="$OUT/$1" steps=()
     # size=tiny counts SFT in steps; 230 of them take as long as SFT and GRPO of `recommended`.
     if [[ ${TINY[*]} && $name == sft_continued ]]; then steps=(stages.sft.trainer.max_steps=230); fi
+    # The SFT checkpoint that recipes with GRPO share is evaluated once, as sft_only.
+    if [[ $name != sft_* ]]; then steps+=(stages.evaluate.systems.sft=null); fi
     mkdir -p "$folder"
-    if "$PYTHON" -m mmr5_train.recipe "experiment=[recommended${2:+,$2}]" seed="$1" out="$folder/$name" \
-        shared="$folder/shared" ${LAUNCH:-} "${TINY[@]}" "${steps[@]}" "${@:3}" > "$folder/$name.log" 2>&1; then
+    "$PYTHON" -m mmr5_train.recipe "experiment=[recommended${2:+,$2}]" seed="$1" out="$folder/$name" \
+        shared="$folder/shared" ${LAUNCH:-} "${TINY[@]}" "${steps[@]}" "${@:3}" > "$folder/$name.log" 2>&1 &
+    trap 'kill $! 2> /dev/null || true' EXIT # so that no recipe runs on after an interruption
+    if wait $!; then
         echo "ablations: seed $1, $name: finished after $SECONDS s"
         if [[ -z $2 ]]; then touch "$folder/shared_stages_are_done"; fi
     else

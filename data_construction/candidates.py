@@ -4,8 +4,8 @@
     python -m data_construction.candidates corpus=mmdocir_train corpus.folder=FOLDER exclude=[DATA/documents.jsonl]
     python -m data_construction.candidates corpus=pdf_folder corpus.folder=PDFS corpus.questions=questions.csv
 
-Reads a corpus (config group `corpus`), ranks the pages of each question's document (config group `retriever`),
-and writes into `out`:
+Reads a corpus (config group `corpus`), ranks the pages of each question's document, or with
+`retriever.scope=corpus` those of all documents of its split (config group `retriever`), and writes into `out`:
 
 - pages.jsonl: every page (`Page`), with the path of its image in the page cache;
 - train.jsonl, select.jsonl, heldout.jsonl: `RankingTask` records for SFT, GRPO and evaluation. train and select
@@ -39,8 +39,11 @@ from tqdm import tqdm
 from data_construction.corpus.documents import Document
 from data_construction.corpus.reading import CorpusConfig, read_annotations, read_corpus
 from data_construction.corpus.splits import Draw, Split, SplitName, split_documents
+from data_construction.first_stage.corpus_scope import CorpusRanking, rank_in_corpus
+from data_construction.first_stage.dense import Dense
 from data_construction.first_stage.exclusion import REASONS, exclude_contents, exclude_names, read_excluded
 from data_construction.first_stage.policy import Policy, choose_candidates
+from data_construction.first_stage.ranked_questions import FIRST_STAGE_KS, RankedQuestion, cut_ranking
 from data_construction.first_stage.retriever import RankDocument, RetrieverConfig, open_retriever
 from mmr5_train.common.config import StageConfig, run_stage
 from mmr5_train.common.files import (
@@ -52,20 +55,16 @@ from mmr5_train.common.files import (
     write_records,
 )
 from mmr5_train.evaluation.metrics import macro, micro
-from mmr5_train.ranking.metrics import recall_at_k
 from mmr5_train.ranking.records import (
     SPLITS,
     Candidate,
     Page,
     Question,
     RankingTask,
-    Record,
     Skipped,
     SplitDocument,
     rebase_images,
 )
-
-FIRST_STAGE_KS = (1, 3, 5, 10, 20)
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -102,6 +101,11 @@ class CandidatesStage(StageConfig):
         "them, to train the model on questions that no page answers",
     )
 
+    @property
+    def scope(self) -> Literal["document", "corpus"]:
+        """Which pages a question's candidates come from."""
+        return "document" if isinstance(self.retriever, Dense) else self.retriever.scope
+
     @field_validator("question_types", mode="before")
     @classmethod
     def _lists_keep_all(cls, value: Any) -> Any:
@@ -123,17 +127,6 @@ class CandidatesStage(StageConfig):
         return Random(f"{self.seed}/{question.query_id}/type").random() < share
 
 
-class RankedQuestion(Record):
-    """A question, the part of its ranking that candidates are chosen from, and the recall of the first stage.
-
-    `recall` has one value for each of FIRST_STAGE_KS.
-    """
-
-    question: Question
-    ranked: tuple[Candidate, ...]
-    recall: tuple[float, ...]
-
-
 @dataclass
 class CorpusSummary:
     """Documents without their pages, and a few numbers per question, collected while the documents are read."""
@@ -142,6 +135,7 @@ class CorpusSummary:
     recall: list[tuple[float, ...]] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
     eligible: int = 0
+    unmatched: int = 0  # questions with score 0 for all pages: no word of theirs is on a page
     pages_without_text: int = 0
 
 
@@ -150,26 +144,15 @@ def rank_questions(
 ) -> Iterator[RankedQuestion]:
     """The questions of a document, each with the part of its ranking that candidates are chosen from.
 
-    That part has the first `n_first` pages, every relevant page, and the best `n_irrelevant` irrelevant pages
-    (fewer if the ranking is shorter). `pages` are the document's pages, with image paths relative to the output
-    folder.
+    `pages` are the document's pages, with image paths relative to the output folder.
     """
-    images = {page.page: page.image for page in pages}
-    ids = {page.page: page.id for page in pages}
+    shown = {page.page: page for page in pages}
     for question, ranked in zip(document.questions, rank(document), strict=True):
-        first = [ids[page.page] for page, _ in ranked[: FIRST_STAGE_KS[-1]]]
-        relevant = {page.page for page in question.positives}
-        # The best n_irrelevant irrelevant pages are among the first n_irrelevant + (number of relevant) pages.
-        reach = max(n_first, n_irrelevant + len(question.positives))
-        yield RankedQuestion(
-            question=question,
-            ranked=tuple(
-                Candidate(doc_name=page.doc_name, page=page.page, image=images[page.page], score=score)
-                for i, (page, score) in enumerate(ranked)
-                if i < reach or page.page in relevant
-            ),
-            recall=tuple(recall_at_k(first, question.positives, k) for k in FIRST_STAGE_KS),
-        )
+        candidates = [
+            Candidate(doc_name=page.doc_name, page=page.page, image=shown[page.page].image, score=score)
+            for page, score in ranked
+        ]
+        yield cut_ranking(question, candidates, n_first, n_irrelevant)
 
 
 def make_task(
@@ -212,7 +195,7 @@ def split_task(config: CandidatesStage, split: SplitName, ranked: RankedQuestion
     return make_task(question, candidates, n, require_n=True, keep_missed=config.missed == "keep")
 
 
-def first_stage_results(summary: CorpusSummary, n: int) -> dict[str, Any]:
+def first_stage_results(summary: CorpusSummary | CorpusRanking, n: int) -> dict[str, Any]:
     """Micro and macro recall of the first stage over all questions, and the number of eligible questions.
 
     A question is eligible if at least one of its first `n` pages is relevant.
@@ -222,9 +205,15 @@ def first_stage_results(summary: CorpusSummary, n: int) -> dict[str, Any]:
         "questions": len(summary.recall),
         "candidates": n,
         "eligible": summary.eligible,
+        "unmatched": summary.unmatched,
         "micro": {f"recall@{k}": micro(recall_QK[:, i]) for i, k in enumerate(FIRST_STAGE_KS)},
         "macro": {f"recall@{k}": macro(recall_QK[:, i], summary.domains) for i, k in enumerate(FIRST_STAGE_KS)},
     }
+
+
+def corpus_results(ranking: CorpusRanking, n: int, within_document: dict[str, Any]) -> dict[str, Any]:
+    """The recall over the whole collection, and that within the question's document for comparison."""
+    return {"scope": "corpus", **first_stage_results(ranking, n), "within_document": within_document}
 
 
 def rank_documents(
@@ -243,6 +232,7 @@ def rank_documents(
                 ranked_file.write(ranked.model_dump_json() + "\n")
                 positives = set(ranked.question.positives)
                 summary.eligible += any(candidate.id in positives for candidate in ranked.ranked[:n])
+                summary.unmatched += not any(candidate.score for candidate in ranked.ranked)
                 summary.recall.append(ranked.recall)
                 summary.domains.append(ranked.question.domain)
             summary.documents.append(dataclasses.replace(document, pages=(), questions=()))
@@ -309,7 +299,9 @@ def _no_usable_question(source: Path, skipped: Sequence[Skipped]) -> InputError:
 def main(config: CandidatesStage) -> None:
     skipped: list[Skipped] = []
     excluded = read_excluded(config.exclude)
-    annotations = exclude_names(read_annotations(config.corpus, config.seed, skipped), excluded, skipped)
+    in_corpus = config.scope == "corpus"
+    annotations = read_annotations(config.corpus, config.seed, skipped, several_documents=in_corpus)
+    annotations = exclude_names(annotations, excluded, skipped)
     check_question_types(config, {t for a in annotations for q in a.questions for t in q.question_types})
     rank = open_retriever(
         config.retriever, [q for annotation in annotations for q in annotation.questions], skipped
@@ -325,13 +317,30 @@ def main(config: CandidatesStage) -> None:
             raise _no_usable_question(config.corpus.folder, skipped)
         hashes = {document.doc_name: document.sha256 for document in summary.documents}
         split_of = split_documents(hashes, config.split, config.seed)
+        results = {"scope": "document", **first_stage_results(summary, config.candidates)}
+        if in_corpus:
+            ranking = rank_in_corpus(
+                spool,
+                out / "pages.jsonl",
+                split_of,
+                candidates=config.candidates,
+                n_first=max(config.candidates, config.n_heldout or 0),
+                n_irrelevant=config.policy.max_irrelevant(config.candidates),
+                skipped=skipped,
+            )
+            results = corpus_results(ranking, config.candidates, results)
         splits = write_splits(config, spool, split_of, skipped)
     finally:
         spool.unlink(missing_ok=True)
     write_records(out / "documents.jsonl", [_split_document(d, split_of[d.doc_name]) for d in summary.documents])
     write_records(out / "skipped.jsonl", skipped)
-    results = first_stage_results(summary, config.candidates)
     write_json(out / "first_stage.json", results)
+    if results["unmatched"]:
+        place = "of its split" if in_corpus else "of its document"
+        print(
+            f"candidates: {results['unmatched']} of {results['questions']} questions have score 0 for every page "
+            f"{place}: with BM25, no word of the question is on a page, so its candidates are the first pages"
+        )
     pages = sum(document.n_pages for document in summary.documents)
     counts = {
         "documents": len(summary.documents),

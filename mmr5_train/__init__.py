@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmr5_train.inference.reranker import QueryReranker, Reranker
-    from mmr5_train.ranking.results import RankedResults, Result
+    from mmr5_train.ranking.results import Document, RankedResults, Result
 
-__all__ = ["QueryReranker", "RankedResults", "Reranker", "Result"]
+__all__ = ["Document", "QueryReranker", "RankedResults", "Reranker", "Result"]
 
 # PEFT imports bitsandbytes if it is installed, and on a CPU bitsandbytes warns about a missing CUDA kernel.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
         from mmr5_train.inference import reranker
 
         return getattr(reranker, name)
-    if name in ("RankedResults", "Result"):
+    if name in ("Document", "RankedResults", "Result"):
         from mmr5_train.ranking import results
 
         return getattr(results, name)

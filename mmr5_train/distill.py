@@ -60,7 +60,14 @@ from mmr5_train.training.adapters import lora_config
 from mmr5_train.training.arguments import rejected_settings_as_input_errors, trainer_arguments
 from mmr5_train.training.dataset import prompt_dataset
 from mmr5_train.training.distillation import Collator, DistillTrainer, RankLoss, rows_with_completion
-from mmr5_train.training.run import TrainingStage, finish_run, policy_settings, start_run, train
+from mmr5_train.training.run import (
+    TrainingStage,
+    check_training_pages,
+    finish_run,
+    policy_settings,
+    start_run,
+    train,
+)
 
 NO_VERDICTS = (
     "the reasoning states no verdict on any page, as refined reasoning does not: the verdict loss and the hints "
@@ -93,6 +100,7 @@ class DistillStage(TrainingStage):
 
 def main(config: DistillStage) -> None:
     rankings = read_rankings(config)
+    check_training_pages(config, rankings)
     policy = policy_settings("distill", config)
     sizes = image_sizes((page for ranking in rankings for page in ranking.shown), config.data.parent)
     processor = load_processor(policy.model)

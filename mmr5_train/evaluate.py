@@ -3,6 +3,7 @@
     python -m mmr5_train.evaluate data=outputs/data/heldout.jsonl \\
         'systems={sft:outputs/sft/model,sft+grpo:outputs/grpo/model}' out=outputs/evaluate
     … 'systems={grpo:outputs/grpo/model,direct:{checkpoint:outputs/grpo/model,mode:direct}}'
+    … 'systems={grpo:outputs/grpo/model,qwen:{crossencoder:qwen3_vl_reranker_2b}}'   # a pointwise reranker
     accelerate launch --num_processes 2 -m mmr5_train.evaluate …     # two processes share the questions
 
 The first stage is always included as the baseline. Each system gives one greedy answer per question, which is the
@@ -21,18 +22,16 @@ Rankings contain only the candidates, so recall@k for k above their number is th
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from pydantic import Field, field_serializer, field_validator
+from pydantic import Field
 
 from mmr5_train.chat.dialect import Dialect
-from mmr5_train.common.config import StageConfig, config_path, run_stage
+from mmr5_train.common.config import StageConfig, run_stage
 from mmr5_train.common.files import (
     InputError,
     check_settings,
@@ -47,6 +46,7 @@ from mmr5_train.common.files import (
 from mmr5_train.common.part_times import PartTimes
 from mmr5_train.evaluation.cost import cost
 from mmr5_train.evaluation.scoring import results_table, score_rankings
+from mmr5_train.evaluation.splits import check_split
 from mmr5_train.evaluation.trec import write_trec
 from mmr5_train.inference.fit import check_prompts_fit
 from mmr5_train.inference.options import RankingOptions
@@ -56,15 +56,21 @@ from mmr5_train.inference.processes import (
     run_unfinished,
     start_inference_processes,
 )
-from mmr5_train.inference.remote import RemoteBackend, ServerConfig
 from mmr5_train.inference.reranker import Reranker
+from mmr5_train.inference.systems import (
+    FIRST_STAGE,
+    LoadedSystem,
+    System,
+    SystemsOptions,
+    checkpoint_options,
+    learned_dialect,
+    load_system,
+    ranking_options,
+)
 from mmr5_train.inference.tasks import Batch, batch_seed
-from mmr5_train.models.config import MAX_NEW_TOKENS, BackendOptions, CheckpointOptions
 from mmr5_train.models.lengths import image_sizes
 from mmr5_train.models.loading import load_processor, read_settings
-from mmr5_train.models.pages import load_page
 from mmr5_train.models.settings import Settings, resolve_settings
-from mmr5_train.ranking.prompt import read_prompt
 from mmr5_train.ranking.records import (
     LocalId,
     ModelAnswer,
@@ -76,30 +82,8 @@ from mmr5_train.ranking.records import (
     rebase_images,
 )
 
-FIRST_STAGE = "first_stage"
 PARTIAL = "partial"
 """Folder in the output folder of an unfinished run: its finished batches and its settings."""
-
-
-class System(RankingOptions):
-    """A reranker to evaluate. Options that are not set here have the stage's values."""
-
-    checkpoint: str | None = Field(
-        default=None,
-        description="a folder, a hub id, an adapter, or an option of configs/model, which stands for its path; "
-        "optional with a server",
-    )
-    base: str | None = Field(default=None, description="the checkpoint that an adapter belongs to")
-    server: ServerConfig | None = None
-    prompt: str | None = Field(default=None, description="an option of configs/prompt or a file, for this system")
-
-    @field_validator("checkpoint")
-    @classmethod
-    def _option_of_model(cls, checkpoint: str | None) -> str | None:
-        if checkpoint is None or "/" in checkpoint or Path(checkpoint).exists():
-            return checkpoint
-        option = config_path("model", checkpoint)
-        return str(OmegaConf.select(OmegaConf.load(option), "path")) if option else checkpoint
 
 
 class RankedBatch(Batch):
@@ -112,53 +96,16 @@ class RankedBatch(Batch):
     dialect: Dialect | None = None  # in which a server was asked
 
 
-class EvaluateStage(StageConfig, CheckpointOptions, BackendOptions):
+class EvaluateStage(StageConfig, SystemsOptions):
     """`python -m mmr5_train.evaluate` (configs/evaluate.yaml)."""
 
     data: Path = Field(description="ranking tasks, e.g. heldout.jsonl, with pages.jsonl in the same folder")
-    systems: dict[str, System] = Field(
-        description="name → checkpoint, or {checkpoint: …, mode: …, server: …}, in the order of comparison"
-    )
+    any_split: bool = Field(default=False, description="allow documents of the splits train and select")
     skip: int = Field(default=0, ge=0, description="leave out so many questions at the beginning")
     limit: int | None = Field(default=None, gt=0, description="use only the first questions, at most this many")
     order: Order = Field(default="score", description="order of the candidates in a prompt")
-    constrain: bool = Field(
-        default=False, description="constrain answers to a list of all pages; false: count malformed answers"
-    )
-    batch_size: int = Field(gt=0, description="completions per batch")
     samples: int = Field(default=0, ge=0, description="sampled answers per question, besides the greedy one")
     temperature: float = Field(default=1.0, gt=0, description="of the sampled answers")
-    max_new_tokens: int = Field(default=MAX_NEW_TOKENS, gt=0)
-
-    @field_validator("systems", mode="before")
-    @classmethod
-    def _expand_checkpoint_paths(cls, systems: Any) -> Any:
-        if not isinstance(systems, dict):
-            return {} if systems is None else systems  # the default is null, so that Hydra can add names
-        return {
-            name: {"checkpoint": system} if isinstance(system, str) else system for name, system in systems.items()
-        }
-
-    @field_serializer("systems")
-    def _without_defaults(self, systems: dict[str, System]) -> dict[str, Any]:
-        """Only the fields that were set. The others have the stage's values, not the defaults of `System`."""
-        set_fields = {name: system.model_dump(mode="json", exclude_unset=True) for name, system in systems.items()}
-        return {
-            name: fields["checkpoint"] if fields.keys() == {"checkpoint"} else fields
-            for name, fields in set_fields.items()
-        }
-
-    @field_validator("systems")
-    @classmethod
-    def _names_are_file_names(cls, systems: dict[str, System]) -> dict[str, System]:
-        for name, system in systems.items():
-            if name == FIRST_STAGE or not re.fullmatch(r"\w[\w.+-]*", name):
-                raise ValueError(
-                    f"{name!r} can't name a system: expected letters, digits and _ . + -, and not {FIRST_STAGE}"
-                )
-            if system.checkpoint is None and system.server is None:
-                raise ValueError(f"{name}: give a checkpoint or a server")
-        return systems
 
 
 def main(config: EvaluateStage) -> None:
@@ -166,10 +113,12 @@ def main(config: EvaluateStage) -> None:
     tasks = read_records(config.data, RankingTask)[config.skip :][: config.limit]
     if not tasks:
         raise InputError(f"{config.data}: no questions are left after the first {config.skip} (skip)")
+    documents = (page.doc_name for task in tasks for page in task.candidates)
+    check_split(config.data, documents, training=False, any_split=config.any_split)
     source = config.data.parent
     pages = candidate_pages(tasks, source / "pages.jsonl")
     resolved = {  # checks all systems now, because one may be loaded hours later
-        name: resolve_settings(system.checkpoint, system_options(system, config), base=system.base)
+        name: resolve_settings(system.checkpoint, checkpoint_options(system, config), base=system.base)
         for name, system in config.systems.items()
         if system.checkpoint
     }
@@ -302,58 +251,24 @@ def rank_share(name: str, tasks: Sequence[RankingTask], config: EvaluateStage, d
     run_unfinished(config.out / PARTIAL, name, RankedBatch, range(0, len(tasks), config.batch_size), load)
 
 
-def load_system(system: System, config: EvaluateStage, device: str) -> Reranker:
-    """The reranker of a system."""
-    options = system_options(system, config)
-    return Reranker(
-        system.checkpoint,
-        base=system.base,
-        server=system.server,
-        model=options.model,
-        prompt=options.prompt,
-        override_checkpoint=options.override_checkpoint,
-        device=device,
-        **ranking_options(system, config),
-    )
-
-
-def ranking_options(system: System, config: EvaluateStage) -> dict[str, Any]:
-    """How a system ranks: its own options, and the stage's for those that it does not set."""
-    shared = {"constrain", "max_new_tokens", "batch_size", "backend", "vllm"}
-    options = {"window": None, **config.model_dump(include=shared)}
-    if config.think is not None:
-        options["mode"] = "reason" if config.think else "direct"
-    options |= system.model_dump(include=set(RankingOptions.model_fields), exclude_unset=True)
-    if options["backend"] != "vllm" and not system.vllm:
-        options["vllm"] = {}
-    return options
-
-
-def system_options(system: System, config: EvaluateStage) -> CheckpointOptions:
-    """The stage's settings of checkpoints, with the system's own prompt."""
-    options = CheckpointOptions.model_validate(config.model_dump(include=set(CheckpointOptions.model_fields)))
-    return options.model_copy(update={"prompt": read_prompt(system.prompt)}) if system.prompt else options
-
-
 def rank_batch(
-    name: str, start: int, tasks: Sequence[RankingTask], reranker: Reranker, config: EvaluateStage
+    name: str, start: int, tasks: Sequence[RankingTask], reranker: LoadedSystem, config: EvaluateStage
 ) -> RankedBatch:
     """Ranks a batch of tasks with a system: greedy answers, then samples. `start` is the first task's index."""
     prompted = [task.in_prompt_order(config.order, config.seed) for task in tasks]
-    queries, folder, backend = [task.query for task in tasks], config.data.parent, reranker.backend
+    queries, folder = [task.query for task in tasks], config.data.parent
     greedy_start, times = time.monotonic(), PartTimes()
     with times.part("open"):
         images = [
-            [load_page(folder / page.image, backend.limits) for page in prompted_task.shown]
-            for prompted_task in prompted
+            [reranker.open_page(folder / page.image) for page in prompted_task.shown] for prompted_task in prompted
         ]
     greedy = [ranked.merged_answer() for ranked in reranker.rank_images(queries, images, times=times)]
     sampling_start = time.monotonic()
     samples: list[list[ModelAnswer]] = [[] for _ in tasks]
-    if config.samples and reranker.mode in ("reason", "direct"):
+    if config.samples and isinstance(reranker, Reranker) and reranker.mode in ("reason", "direct"):
         size = max(1, config.batch_size // config.samples)
         for i in range(0, len(tasks), size):
-            samples[i : i + size] = backend.generate(
+            samples[i : i + size] = reranker.backend.generate(
                 queries[i : i + size],
                 images[i : i + size],
                 samples=config.samples,
@@ -366,7 +281,7 @@ def rank_batch(
         sampling_seconds=time.monotonic() - sampling_start,
         parts=times.seconds,
         rankings=tuple(_ranking(name, *row) for row in zip(prompted, greedy, samples, strict=True)),
-        dialect=backend.dialect if isinstance(backend, RemoteBackend) else None,
+        dialect=learned_dialect(reranker),
     )
 
 

@@ -51,7 +51,14 @@ from mmr5_train.training.arguments import (
 )
 from mmr5_train.training.callbacks import AlarmCallback, FiniteGRPOTrainer, FiniteSharedGRPOTrainer
 from mmr5_train.training.dataset import prompt_dataset
-from mmr5_train.training.run import TrainingStage, finish_run, policy_settings, start_run, train
+from mmr5_train.training.run import (
+    TrainingStage,
+    check_training_pages,
+    finish_run,
+    policy_settings,
+    start_run,
+    train,
+)
 from mmr5_train.training.shared_grpo import unsupported
 from mmr5_train.training.sharing import sharing_of
 from mmr5_train.training.vllm_rollouts import check_rollouts, engine_arguments, memory_share
@@ -84,6 +91,7 @@ class GrpoStage(TrainingStage):
 
 def main(config: GrpoStage) -> None:
     tasks = read_records(config.data, RankingTask)[: config.limit]
+    check_training_pages(config, tasks)
     prompted = [task.in_prompt_order(config.order, config.seed) for task in tasks]
     policy = policy_settings("grpo", config)
     policy = policy if policy.think else replace(policy, verdicts=False)

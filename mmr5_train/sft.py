@@ -39,6 +39,7 @@ from mmr5_train.training.callbacks import FiniteSFTTrainer
 from mmr5_train.training.dataset import prompt_dataset
 from mmr5_train.training.run import (
     TrainingStage,
+    check_training_pages,
     finish_run,
     normalize_loss_by_tokens,
     policy_settings,
@@ -56,6 +57,7 @@ class SftStage(TrainingStage):
 
 def main(config: SftStage) -> None:
     traces = read_records(config.data, Trace)[: config.limit]
+    check_training_pages(config, traces)
     policy = policy_settings("sft", config)
     sizes = image_sizes((page for trace in traces for page in trace.shown), config.data.parent)
     processor = load_processor(policy.model)

@@ -6,7 +6,8 @@
 Reads results.json from evaluate folders. `evaluations` maps the name of a first stage to its folder; the first
 stage is compared with the published one of the same name. `rows` maps each other system to the published row that
 it is compared with. The remaining systems are listed without a comparison. Writes tables.md and tables.html: every
-published row, followed by the measured rows and their differences from it.
+published row, followed by the measured rows and their differences from it; then the tables of other papers, whose
+first stages differ.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pydantic import Field, field_validator
 
 from mmr5_train.common.config import StageConfig, run_stage
 from mmr5_train.common.files import atomic_write, open_output, write_manifest
-from mmr5_train.evaluation.paper_table import markdown, measured_rows, paper_table
+from mmr5_train.evaluation.paper_table import markdown, measured_rows, other_tables_markdown, paper_table
 from mmr5_train.reporting.paper import tables_page
 from mmr5_train.reporting.views import read_results
 
@@ -48,8 +49,9 @@ def main(config: TablesStage) -> None:
     measured = measured_rows(results, config.rows)
     blocks = paper_table(measured)
     out = open_output(config.out, config.overwrite, inputs=config.evaluations.values())
+    text = f"{markdown(blocks)}\n{other_tables_markdown()}"
     with atomic_write(out / "tables.md") as stream:
-        stream.write(markdown(blocks))
+        stream.write(text)
     with atomic_write(out / "tables.html") as stream:
         stream.write(tables_page(blocks))
     compared = sum(row.published is not None for row in measured)
@@ -60,7 +62,7 @@ def main(config: TablesStage) -> None:
         inputs=[folder / "results.json" for folder in config.evaluations.values()],
         counts={"measured": len(measured), "beside_published": compared},
     )
-    print(markdown(blocks))
+    print(text)
     counts = f"{len(measured)} measured rows, {compared} with a published counterpart"
     print(f"tables: {counts}, in {out / 'tables.html'}")
 

@@ -17,7 +17,7 @@ from PIL import Image
 from mmr5_train.common.cancelling import raise_if_cancelled
 from mmr5_train.common.files import InputError
 from mmr5_train.ranking.records import ModelAnswer
-from mmr5_train.ranking.results import RankedResults, build_results
+from mmr5_train.ranking.results import Document, RankedResults, build_results
 from mmr5_train.serving.batching import Ranker
 from mmr5_train.serving.server import Server, listen
 from mmr5_train.serving.settings import ServeConfig
@@ -74,7 +74,13 @@ class FakeRanker:
         scores = [redness[i] for i in order]
         reasoning = "\n".join(notes.values())
         return build_results(
-            query, pages, order, scores=scores, notes=notes, reasoning=reasoning, answers=[answer]
+            query,
+            [Document(page) for page in pages],
+            order,
+            scores=scores,
+            notes=notes,
+            reasoning=reasoning,
+            answers=[answer],
         )
 
 

@@ -50,7 +50,7 @@ def make_document(
     readable = {page.page for page in pages}
     questions = []
     for question in annotation.questions:
-        relevant = [page.page for page in question.positives]
+        relevant = [page.page for page in question.positives if page.doc_name == annotation.doc_name]
         beyond = [page + annotation.first_page for page in relevant if page >= n_pages]
         unreadable = [page + annotation.first_page for page in relevant if page not in readable]
         if beyond:

@@ -19,10 +19,15 @@ from mmr5_train.ranking.records import Skipped
 CorpusConfig = Annotated[EvaluationSet | TrainingSet | PdfFolder, Field(discriminator="format")]
 
 
-def read_annotations(corpus: CorpusConfig, seed: int, skipped: list[Skipped]) -> list[Annotation]:
-    """The documents of a corpus with their questions; no page is read yet."""
+def read_annotations(
+    corpus: CorpusConfig, seed: int, skipped: list[Skipped], *, several_documents: bool = False
+) -> list[Annotation]:
+    """The documents of a corpus with their questions; no page is read yet.
+
+    `several_documents`: keep questions of MMDocIR's training set whose relevant pages are in several documents.
+    """
     if isinstance(corpus, TrainingSet):
-        return read_training_annotations(corpus, seed, skipped)
+        return read_training_annotations(corpus, seed, skipped, several_documents)
     if isinstance(corpus, PdfFolder):
         return read_pdf_folder_annotations(corpus, skipped)
     return read_evaluation_annotations(corpus, skipped)

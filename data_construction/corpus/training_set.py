@@ -8,8 +8,8 @@ It has seven subsets, each with a file of questions and a page parquet:
 
 The questions are in memory, the pages are not: a document is yielded when its last row has been read. Query ids
 repeat across subsets, and document names may too, so both start with the subset here: `Wiki-ss/train_54030`. Page
-numbers are those of the files. A question with relevant pages in several documents is skipped, since the first
-stage searches within one document. The negative passages are not used, since the first stage finds negatives.
+numbers are those of the files. A question with relevant pages in several documents is skipped if the first stage
+searches within one document. The negative passages are not used, since the first stage finds negatives.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class _Line(BaseModel):
     positive_passages: list[_Passage] = Field(min_length=1)
 
 
-def read_training_annotations(corpus: TrainingSet, seed: int, skipped: list[Skipped]) -> list[Annotation]:
+def read_training_annotations(
+    corpus: TrainingSet, seed: int, skipped: list[Skipped], several_documents: bool = False
+) -> list[Annotation]:
     """The documents of the questions, subset by subset. Adds unusable questions to `skipped`.
 
     If a subset has more than `corpus.questions` usable questions, that many are sampled; the sample depends on the
@@ -97,18 +99,22 @@ def read_training_annotations(corpus: TrainingSet, seed: int, skipped: list[Skip
         raise InputError(f"{corpus.folder}: no such folder; set corpus.folder=… to the folder of the training set")
     annotations = []
     for subset in corpus.subsets:
-        questions = list(_subset_questions(corpus.questions_path(subset), subset, skipped))
+        questions = list(_subset_questions(corpus.questions_path(subset), subset, skipped, several_documents))
         if corpus.questions is not None and len(questions) > corpus.questions:
             sample = random.Random(f"{seed}/{subset}").sample(range(len(questions)), corpus.questions)
             questions = [questions[i] for i in sorted(sample)]
         by_document: dict[str, list[Question]] = {}
         for question in questions:
             by_document.setdefault(question.doc_name, []).append(question)
+        for page in (page for question in questions for page in question.positives):
+            by_document.setdefault(page.doc_name, [])  # a second document of a question
         annotations += [Annotation(name, subset, tuple(group)) for name, group in by_document.items()]
     return annotations
 
 
-def _subset_questions(path: Path, subset: str, skipped: list[Skipped]) -> Iterator[Question]:
+def _subset_questions(
+    path: Path, subset: str, skipped: list[Skipped], several_documents: bool
+) -> Iterator[Question]:
     seen: dict[str, tuple[int, int]] = {}  # query id → line, hash of its content
     for number, value in read_json_lines(path):
         try:
@@ -127,18 +133,20 @@ def _subset_questions(path: Path, subset: str, skipped: list[Skipped]) -> Iterat
             skipped.append(Skipped(file=str(path), reason=reason, detail=detail))
             continue
         names = {passage.doc_name for passage in line.positive_passages}
-        if len(names) > 1:
+        if len(names) > 1 and not several_documents:
             detail = ", ".join(sorted(names))
             skipped.append(Skipped(query_id=query_id, reason="relevant pages in several documents", detail=detail))
             continue
-        doc_name = f"{subset}/{names.pop()}"
-        pages = dict.fromkeys(passage.page_id for passage in line.positive_passages)
+        pages = dict.fromkeys(
+            PageId(doc_name=f"{subset}/{passage.doc_name}", page=passage.page_id)
+            for passage in line.positive_passages
+        )
         yield Question(
             query_id=query_id,
             query=line.query,
-            doc_name=doc_name,
+            doc_name=next(iter(pages)).doc_name,
             domain=subset,
-            positives=tuple(PageId(doc_name=doc_name, page=page) for page in pages),
+            positives=tuple(pages),
         )
 
 

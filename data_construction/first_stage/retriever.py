@@ -2,7 +2,7 @@
 
 The config group `retriever` has three options: BM25 over page texts (`bm25.py`), a visual retriever (`dense.py`),
 and scores of any other retriever from files (`score_files.py`). As in MMDocIR, retrieval is within one document,
-so each document is its own index.
+so each document is its own index; `corpus_scope.py` ranks the pages of all documents.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ class Retriever(BaseModel):
     file: Path | None = Field(
         default=None, description="for `scores`: JSON Lines, a TREC run, or MM-R5's score JSON"
     )
+    scope: Literal["document", "corpus"] = Field(
+        default="document",
+        description="bm25: rank the pages of the question's document, or of all documents of its split",
+    )
 
     @model_validator(mode="after")
     def _file_fits_name(self) -> Self:
@@ -43,6 +47,8 @@ class Retriever(BaseModel):
             raise ValueError("retriever=scores needs retriever.file=…")
         if self.name == "bm25" and self.file is not None:
             raise ValueError("retriever.file is only for retriever=scores")
+        if self.name == "scores" and self.scope == "corpus":
+            raise ValueError("retriever.scope=corpus is only for retriever=bm25")
         return self
 
     @property

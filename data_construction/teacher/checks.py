@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from data_construction.teacher.languages import other_language
+from data_construction.corpus.languages import other_language
 from data_construction.teacher.replies import PageNote
 from mmr5_train.ranking.answer import parse_answer
 from mmr5_train.ranking.prompt import neutralize, render_completion

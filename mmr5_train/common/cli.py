@@ -24,8 +24,8 @@ COMMANDS: dict[str, dict[str, str]] = {
         "data-report": "data_construction.report",
     },
     "train": {name: f"mmr5_train.{name}" for name in ("sft", "select", "grpo", "distill", "calibrate")},
-    "evaluate": {name: f"mmr5_train.{name}" for name in ("evaluate", "report", "compare", "tables")},
-    "use": {name: f"mmr5_train.{name}" for name in ("recipe", "demo", "plan", "publish", "serve")},
+    "evaluate": {name: f"mmr5_train.{name}" for name in ("evaluate", "mteb", "report", "compare", "tables")},
+    "use": {name: f"mmr5_train.{name}" for name in ("recipe", "demo", "plan", "publish", "serve", "mcp")},
 }
 MODULES = {command: module for group in COMMANDS.values() for command, module in group.items()}
 

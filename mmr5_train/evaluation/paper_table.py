@@ -11,7 +11,7 @@ from typing import Any
 
 from mmr5_train.common.files import InputError
 from mmr5_train.evaluation.metrics import Difference, Interval
-from mmr5_train.evaluation.published import FIGURES, PUBLISHED, QUESTIONS, SOURCE
+from mmr5_train.evaluation.published import FIGURES, OTHER_TABLES, PUBLISHED, QUESTIONS, SOURCE
 
 RERANKERS = tuple(dict.fromkeys(name.partition(" + ")[2] for name in PUBLISHED if " + " in name))
 """The published rerankers, over all first stages: "SFT only", "MM-R5", …"""
@@ -129,6 +129,17 @@ def markdown(blocks: Sequence[Sequence[Row]]) -> str:
                 cells = [_with_interval(measured.differences[figure], "{:+.4f}") for figure in FIGURES]
                 lines.append(_line("", "difference", "", *cells))
     return "\n".join([*lines, "", SOURCE, NOTE, ""])
+
+
+def other_tables_markdown() -> str:
+    """The published tables of other rerankers, which are not comparable with MM-R5's, as Markdown."""
+    lines = []
+    for table in OTHER_TABLES:
+        lines += [f"## {table.title}", "", _line("", *table.columns), "|" + "---|" * (1 + len(table.columns))]
+        for name, values in table.rows.items():
+            lines.append(_line(name, *("–" if value is None else f"{value:g}" for value in values)))
+        lines += ["", table.source, ""]
+    return "\n".join(lines)
 
 
 def _line(*cells: str) -> str:

@@ -1,10 +1,13 @@
-"""Published results on MMDocIR page retrieval: MM-R5, arXiv 2506.12364v2, tables 1 and 2.
+"""Published results: MM-R5's tables 1 and 2 (arXiv 2506.12364v2), and those of other rerankers.
 
-The set has 1,658 questions. Macro is the mean over domains, micro the mean over questions. The candidates come
-from the first stage in each row's name.
+MMDocIR page retrieval has 1,658 questions. Macro is the mean over domains, micro the mean over questions. In
+MM-R5's tables the candidates come from the first stage in each row's name. The tables of other papers are kept
+apart, because their first stages, candidates or questions differ.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 FIGURES = (
     "macro recall@1",
@@ -49,3 +52,48 @@ PUBLISHED: dict[str, dict[str, float]] = {
 
 RECIPES = {"sft_only": "ColQwen + SFT only", "rl_only": "ColQwen + RL only", "mm_r5": "ColQwen + MM-R5"}
 """Recipe of this project → the published row it reproduces."""
+
+
+class OtherTable(NamedTuple):
+    """Published figures that can't be compared with MM-R5's tables."""
+
+    title: str
+    source: str
+    columns: tuple[str, ...]
+    rows: dict[str, tuple[float | None, ...]]
+
+
+OTHER_TABLES = (
+    OtherTable(
+        "ZipRerank on MMDocIR, 20 candidates of ColQwen",
+        "Published: ZipRerank (arXiv 2605.11864), seconds on one GPU. Its first stage ColQwen has a macro "
+        "recall@1 of 0.604, MM-R5's 0.648: the first stages differ, so rows of the two papers must not be mixed.",
+        ("macro recall@1", "macro recall@3", "seconds per question"),
+        {
+            "ColQwen": (0.604, 0.790, None),
+            "ColQwen + Qwen3-VL-8B": (0.298, 0.739, 2.47),
+            "ColQwen + LamRA, list-wise": (0.654, 0.820, 0.55),
+            "ColQwen + MM-R5": (0.685, 0.830, 3.74),
+            "ColQwen + ZipRerank": (0.661, 0.849, 0.36),
+            "ColQwen + GPT-5-mini": (0.709, 0.886, 24.7),
+        },
+    ),
+    OtherTable(
+        "DocReranker on MMDocIR, 5 candidates of ColQwen2",
+        "Published: DocReranker, a reproduction of MM-R5's recipe with another teacher, 7,200 SFT examples and "
+        "768 GRPO questions, at 512 visual tokens per page, on all 1,658 questions.",
+        ("macro recall@1",),
+        {"base model": (0.6109,), "SFT": (0.6389,), "SFT + GRPO": (0.6572,)},
+    ),
+    OtherTable(
+        "Pointwise rerankers on ViDoRe V3 and JinaVDR",
+        "Published by the models' authors (arXiv 2601.04720 and the model cards); nDCG × 100 with each author's "
+        "own first stage. `python -m mmr5_train.mteb` measures any reranker on ViDoRe V3 with fixed candidates.",
+        ("ViDoRe V3", "JinaVDR"),
+        {
+            "Qwen3-VL-Reranker-2B": (60.8, 80.9),
+            "Qwen3-VL-Reranker-8B": (66.7, 83.6),
+            "jina-reranker-m0": (57.8, 82.2),
+        },
+    ),
+)

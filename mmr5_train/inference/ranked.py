@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mmr5_train.ranking.answer import parse_answer
 from mmr5_train.ranking.notes import split_notes
 from mmr5_train.ranking.records import LocalId, ModelAnswer
-from mmr5_train.ranking.results import RankedResults, build_results
+from mmr5_train.ranking.results import Document, RankedResults, build_results
 
 
 class WindowAnswer(NamedTuple):
@@ -62,7 +62,7 @@ def ranked_images_of(order: list[int], windows: list[WindowAnswer]) -> RankedIma
 
 
 def results_of(
-    query: str, documents: list[Any], ranked: RankedImages, *, timing: Mapping[str, float], top_k: int | None
+    query: str, documents: list[Document], ranked: RankedImages, *, timing: Mapping[str, float], top_k: int | None
 ) -> RankedResults:
     thoughts: list[str] = []
     notes: dict[int, str] = {}  # by index; if several windows have a note on a page, the last one counts

@@ -16,12 +16,12 @@ This file uses these names for the pages:
     images     the prepared page images that the model sees, one per page; a PDF becomes several
     indices    positions in `images`, from 0; a window is a list of indices
     local ids  positions in one prompt, from 1; they appear only in a `ModelAnswer`
-    documents  the pages as results return them (`Result.document`)
+    documents  the pages with what results return for them (`Result.document`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Event
 from typing import Any, Literal, NamedTuple
@@ -31,6 +31,7 @@ from pydantic import ValidationError
 
 from mmr5_train.common.files import InputError, validation_message
 from mmr5_train.common.part_times import PartTimes
+from mmr5_train.inference.documents import PagesInput, documents_of_pages, to_documents
 from mmr5_train.inference.local import LocalBackend, load_backend
 from mmr5_train.inference.options import RankingOptions, window_size
 from mmr5_train.inference.ranked import RankedImages, WindowAnswer, ranked_images_of, results_of
@@ -44,11 +45,12 @@ from mmr5_train.models.config import (
 )
 from mmr5_train.models.loading import read_settings
 from mmr5_train.models.page_features import PageCache
-from mmr5_train.models.pages import PageInput, open_pages, page_list
+from mmr5_train.models.pages import PageInput, load_page, open_pages
 from mmr5_train.models.settings import resolve_mode, resolve_settings
+from mmr5_train.ranking.notes import read_verdict
 from mmr5_train.ranking.prompt import Prompt, read_prompt
 from mmr5_train.ranking.records import Mode, ModelAnswer
-from mmr5_train.ranking.results import RankedResults
+from mmr5_train.ranking.results import DocId, Document, RankedResults
 from mmr5_train.ranking.windows import fuse_orders, make_plan
 
 
@@ -143,25 +145,48 @@ class Reranker:
     def rank(
         self,
         query: str,
-        pages: Iterable[PageInput] | PageInput,
+        pages: PagesInput | None = None,
         top_k: int | None = None,
         *,
+        docs: PagesInput | None = None,
+        doc_ids: Sequence[DocId] | None = None,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
         cancel: Event | None = None,
     ) -> RankedResults:
         """Ranks `pages`: all results, or the first `top_k`, with scores, reasoning and any defects.
 
         `pages` is one page, a list or any other iterable. A page is a path or file:// URL of an image, its bytes,
-        a file opened in binary mode, or a PIL image. A PDF, or a TIFF with several pages, stands for all of its
-        pages, "report.pdf#page=3" for the third. `Result.doc_id` counts pages from 0, each page of a PDF
-        separately. If another thread sets `cancel`, the call ends within a decoding step with `RankingCancelled`.
-        Raises `InputError` for an empty list of pages, an empty query, or a page that can't be read.
+        a file opened in binary mode, a PIL image, or a `Document`. A PDF, or a TIFF with several pages, stands for
+        all of its pages, "report.pdf#page=3" for the third. `docs` is another name for `pages`. Results have the
+        `doc_ids` and `metadata` of their pages, or else count pages from 0, each page of a PDF separately. If
+        another thread sets `cancel`, the call ends within a decoding step with `RankingCancelled`. Raises
+        `InputError` for an empty list of pages, an empty query, or a page that can't be read.
         """
-        return self.rank_many([query], [pages], top_k, cancel=cancel)[0]
+        if (pages is None) == (docs is None):
+            raise InputError("pages: give the pages to rank, as pages or as docs")
+        documents = to_documents(docs if pages is None else pages, doc_ids, metadata)  # type: ignore[arg-type]
+        return self.rank_many([query], [documents], top_k, cancel=cancel)[0]
+
+    def score(self, query: str, page: PageInput | Document) -> float:
+        """The model's verdict on one page by itself: 1 if its reasoning says that the page helps, else 0.
+
+        A list-wise model compares pages, so only mode reason judges a page alone. Raises `InputError` in other
+        modes, and if the reasoning states no verdict.
+        """
+        if self.mode != "reason":
+            raise InputError(f"score: a single page has no score in mode {self.mode}; use mode reason, or rank")
+        ranked = self.rank(query, [page])
+        if len(ranked) > 1:
+            raise InputError(f"score: expected one page, found {len(ranked)}")
+        verdict = read_verdict(ranked[0].note)
+        if verdict is None:
+            raise InputError("score: the reasoning states no verdict on the page; use rank")
+        return float(verdict)
 
     def rank_many(
         self,
         queries: Sequence[str],
-        pages: Sequence[Iterable[PageInput] | PageInput],
+        pages: Sequence[PagesInput],
         top_k: int | None = None,
         *,
         cancel: Event | None = None,
@@ -170,22 +195,27 @@ class Reranker:
 
         A page that appears in several lists is opened once, and the vision tower reads it once.
         """
-        if top_k is not None and top_k < 1:
-            raise InputError(f"top_k: expected at least 1, found {top_k}")
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise InputError(f"top_k: expected a number of pages from 1, found {top_k!r}")
         if len(queries) != len(pages):
             raise InputError(f"pages: expected a list for each of {len(queries)} queries, found {len(pages)}")
         times = PartTimes()
         for query in queries:
             if not isinstance(query, str):
                 raise InputError(f"query: expected text, found {type(query).__name__}; rank_many takes several")
-        opened = open_pages([page_list(row) for row in pages], self.backend.limits, times)
+        rows = [to_documents(row) for row in pages]
+        opened = open_pages([[document.page for document in row] for row in rows], self.backend.limits, times)
         images = [[page.image for page in opened_pages] for opened_pages in opened]
-        documents = [[page.document for page in opened_pages] for opened_pages in opened]
+        documents = [documents_of_pages(*row) for row in zip(rows, opened, strict=True)]
         ranked = self.rank_images(queries, images, times=times, cancel=cancel)
         return [
             results_of(*row, timing=times.seconds, top_k=top_k)
             for row in zip(queries, documents, ranked, strict=True)
         ]
+
+    def open_page(self, path: Path) -> Image.Image:
+        """The page image of a data set as the model sees it."""
+        return load_page(path, self.backend.limits)
 
     def rank_images(
         self,

@@ -67,9 +67,11 @@ class OpenedPage(NamedTuple):
     """One page, ready for the model."""
 
     document: Any
-    """`Result.document` of the page: the user's input, or "<path>#page=<number>" for a page of a whole PDF."""
+    """`Result.page`: the user's input, or "<path>#page=<number>" for a page of a whole PDF."""
     image: Image.Image
     """The prepared image."""
+    input: int = 0
+    """Index of the user's input, from 0, that the page comes from."""
 
 
 class PageLimits(NamedTuple):
@@ -193,7 +195,10 @@ def open_pages(
 
     with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while it decodes and resizes
         opened = dict(zip(distinct, pool.map(open_and_prepare, distinct.values()), strict=True))
-    return [[opened_page for page in pages for opened_page in opened[_page_key(page)]] for pages in page_lists]
+    return [
+        [found._replace(input=index) for index, page in enumerate(pages) for found in opened[_page_key(page)]]
+        for pages in page_lists
+    ]
 
 
 def page_list(pages: Iterable[PageInput] | PageInput) -> list[PageInput]:

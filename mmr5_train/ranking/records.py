@@ -223,7 +223,8 @@ class ModelAnswer(Record):
     )
     visual_tokens: int = Field(default=0, ge=0, description="number of visual tokens of the prompt's pages")
     scores: tuple[float, ...] = Field(
-        default=(), description="the model's score of each page of `order` (mode `logits`), else empty"
+        default=(),
+        description="the model's scores by rank (mode `logits`, cross-encoders and endpoints), else empty",
     )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from mmr5_train.common.config import StageConfig
 from mmr5_train.common.files import InputError
-from mmr5_train.evaluate import EvaluateStage, system_options
+from mmr5_train.evaluate import EvaluateStage
+from mmr5_train.inference.systems import checkpoint_options
 from mmr5_train.models.config import CheckpointOptions
 from mmr5_train.models.loading import read_settings
 from mmr5_train.models.settings import RECORDED_MODEL_FIELDS, contradictions, stated_settings
@@ -63,7 +64,7 @@ def checkpoints(stage: CheckpointOptions) -> list[tuple[str, CheckpointOptions]]
     """The checkpoints that a stage runs, each with the settings that the stage has for it."""
     if isinstance(stage, EvaluateStage):
         systems = stage.systems.values()
-        return [(s.checkpoint, system_options(s, stage)) for s in systems if s.checkpoint]
+        return [(s.checkpoint, checkpoint_options(s, stage)) for s in systems if s.checkpoint]
     if isinstance(stage, SelectStage):
         checkpoint = stage.difficulty and stage.difficulty.checkpoint
         return [(checkpoint, stage)] if checkpoint else []

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmr5_train.common.files import code_version
 from mmr5_train.evaluation.paper_table import NOTE, Row
-from mmr5_train.evaluation.published import FIGURES, SOURCE
+from mmr5_train.evaluation.published import FIGURES, OTHER_TABLES, SOURCE
 from mmr5_train.reporting.page import render_page
 
 
@@ -24,6 +24,7 @@ def tables_page(blocks: Sequence[Sequence[Row]]) -> str:
         title="Measured and published results",
         first_stages=list(stages),
         table=paper_view(blocks),
+        other_tables=OTHER_TABLES,
         code=code_version(),
         pictures={},
     )

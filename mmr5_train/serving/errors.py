@@ -1,4 +1,7 @@
-"""Error responses, always as JSON: {"error": {"message", "type", "param", "code"}}."""
+"""Error responses, always as JSON: {"error": {"message", "type", "param", "code"}, "message", "detail"}.
+
+The message is repeated where the clients of Cohere ("message") and of Jina and Voyage ("detail") look for it.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,8 @@ class RequestError(Exception):
         elif self.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             kind = "server_error"
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return JSONResponse({"error": error}, self.status, self.headers)
+        body = {"error": error, "message": self.message, "detail": self.message}
+        return JSONResponse(body, self.status, self.headers)
 
 
 def short_repr(value: Any) -> str:

@@ -24,6 +24,9 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 LONGEST_PATH = 1024
+SHORTEST_BASE64 = 64
+# How the base64 of the formats begins: PNG, JPEG, WebP and other RIFF, GIF, TIFF of both byte orders, BMP.
+BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD", "SUkqA", "TU0AK", "Qk")
 
 _DATA_URL = re.compile(
     r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]*)*(?P<base64>;base64)?,", re.I | re.A
@@ -83,23 +86,43 @@ def _has_second_frame(image: Image.Image) -> bool:
 
 
 def _image_reference(document: Any, where: str) -> tuple[str, dict[str, Any]]:
-    """The data URL or path of a document's image, and the document reduced to that field."""
+    """The data URL, base64 or path of a document's image, and the document reduced to that field.
+
+    The second also has an empty `text`, which some clients require in a returned document.
+    """
     if isinstance(document, str):
-        return _non_empty_string(document, where), {"image": document}
-    if isinstance(document, dict):
-        if "image" in document:
-            image = _non_empty_string(document["image"], f"{where}.image")
-            return image, {"image": image}
-        if "image_url" in document:
-            inner = document["image_url"]
-            if not isinstance(inner, dict) or "url" not in inner:
-                raise _invalid(f"{where}.image_url", f'expected {{"url": "data:…"}}, found {short_repr(inner)}')
-            url = _non_empty_string(inner["url"], f"{where}.image_url.url")
-            return url, {"image_url": {"url": url}}
-        if "text" in document:
-            raise _invalid(where, f"contains text; {_EXPECTED}", "not_a_picture")
-        raise _invalid(where, f"expected the key image or image_url, found {short_repr(sorted(document))}")
-    raise _invalid(where, f"expected a string or an object, found {_json_type(document)}")
+        return _non_empty_string(document, where), {"image": document, "text": ""}
+    if not isinstance(document, dict):
+        raise _invalid(where, f"expected a string or an object, found {_json_type(document)}")
+    if "content" in document:
+        return _part_with_image(document["content"], f"{where}.content")
+    if "image" in document:
+        image = _non_empty_string(document["image"], f"{where}.image")
+        return image, {"image": image, "text": ""}
+    if "image_url" in document:
+        inner = document["image_url"]
+        if isinstance(inner, str):
+            return _non_empty_string(inner, f"{where}.image_url"), {"image_url": inner, "text": ""}
+        if not isinstance(inner, dict) or "url" not in inner:
+            raise _invalid(f"{where}.image_url", f'expected {{"url": "data:…"}}, found {short_repr(inner)}')
+        url = _non_empty_string(inner["url"], f"{where}.image_url.url")
+        return url, {"image_url": {"url": url}, "text": ""}
+    text = document.get("text")
+    if isinstance(text, str) and _DATA_URL.match(text):  # Cohere's client sends every document as a text
+        return text, {"text": text}
+    if "text" in document:
+        raise _invalid(where, f"contains text; {_EXPECTED}", "not_a_picture")
+    raise _invalid(where, f"expected the key image, image_url or content, found {short_repr(sorted(document))}")
+
+
+def _part_with_image(parts: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """The image of a document in the form of chat content: a list with one image."""
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+        raise _invalid(where, f"expected a list of parts, found {short_repr(parts)}")
+    images = [part for part in parts if "image_url" in part or "image" in part]
+    if len(images) != 1 or len(parts) != 1:
+        raise _invalid(where, f"expected one image and nothing else, found {len(images)} of {len(parts)} parts")
+    return _image_reference(images[0], f"{where}[0]")
 
 
 def _non_empty_string(value: Any, where: str) -> str:
@@ -115,6 +138,10 @@ def _read_reference(reference: str, where: str, limits: Limits, folder: Path | N
     scheme = match["scheme"].lower() if match else ""
     if scheme == "data":
         return _decode_data_url(reference, where)
+    if (data := _bare_base64(reference)) is not None:
+        return data
+    if folder is None and any(character.isspace() for character in reference):
+        raise _invalid(where, f"{short_repr(reference)} is a text; {_EXPECTED}", "not_a_picture")
     if scheme == "file" and folder is not None:
         path = unquote(reference[len("file:") :])
         return _read_from_folder(path.removeprefix("//"), where, limits, folder)
@@ -124,6 +151,16 @@ def _read_reference(reference: str, where: str, limits: Limits, folder: Path | N
     if folder is None or len(reference) > LONGEST_PATH or any(ord(character) < 32 for character in reference):
         raise _invalid(where, f"{short_repr(reference)} is not an image; {_EXPECTED}", "not_a_picture")
     return _read_from_folder(reference, where, limits, folder)
+
+
+def _bare_base64(text: str) -> bytes | None:
+    """The bytes of base64 without a data URL, as Jina's clients send it; None if the text is something else."""
+    if len(text) < SHORTEST_BASE64 or not text.startswith(BASE64_STARTS):
+        return None
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        return None
 
 
 def _decode_data_url(url: str, where: str) -> bytes:

@@ -9,15 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mmr5_train.ranking.results import RankedResults
 from mmr5_train.serving.errors import RequestError, short_repr
 from mmr5_train.serving.pictures import read_document
 from mmr5_train.serving.settings import MB, Limits
 
-# Fields of other services for truncating text or identifying the user. They are accepted and ignored.
-IGNORED_FIELDS = ("max_chunks_per_doc", "max_tokens_per_doc", "priority", "truncate_prompt_tokens", "user")
+# Optional fields of other services (Cohere, Jina, Voyage, vLLM, LiteLLM) that mean nothing here. They are ignored,
+# and the response says so in `warnings`.
+IGNORED_FIELDS = (
+    "activation", "add_special_tokens", "additional_data", "cache_salt", "chat_template", "chat_template_kwargs",
+    "client_name", "encoding_format", "max_chunks_per_doc", "max_tokens_per_doc", "mm_processor_kwargs",
+    "priority", "rank_fields", "raw_scores", "request_id", "softmax", "truncate", "truncate_prompt_tokens",
+    "truncation", "truncation_side", "use_activation", "user",
+)  # fmt: skip
 
 # A JSON escape of a surrogate. A pair of them encodes one character; an unpaired one is invalid.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -32,8 +38,16 @@ class RerankRequest(BaseModel):
     documents: list[Any] = Field(min_length=1)
     model: str | None = None
     top_n: int | None = Field(default=None, ge=1)
-    return_documents: bool = False
+    top_k: int | None = Field(default=None, ge=1)
+    """Voyage's name of `top_n`; the response then also has its list `data`."""
+    return_documents: bool | None = False
     return_reasoning: bool = False
+
+    @field_validator("documents", mode="before")
+    @classmethod
+    def _list_of_parts(cls, documents: Any) -> Any:
+        """vLLM takes one object with a part for each document."""
+        return documents["content"] if isinstance(documents, dict) and set(documents) == {"content"} else documents
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,9 @@ class RankingJob:
     documents: list[dict[str, Any]] | None
     """The documents to return, if the request has `return_documents`."""
     return_reasoning: bool
+    warnings: tuple[str, ...] = ()
+    with_data: bool = False
+    """Whether the response repeats the results under `data`, where Voyage's client looks."""
 
 
 def read_job(body: bytes, limits: Limits, model_name: str, folder: Path | None) -> RankingJob:
@@ -54,7 +71,7 @@ def read_job(body: bytes, limits: Limits, model_name: str, folder: Path | None) 
 
     Decodes every image to check it. This is slow, so it must not run on the event loop.
     """
-    request = parse_request(body, limits, model_name)
+    request, warnings = parse_request(body, limits, model_name)
     pages, documents = [], []
     for i, document in enumerate(request.documents):
         data, returned_document = read_document(document, f"documents[{i}]", limits, folder)
@@ -66,19 +83,22 @@ def read_job(body: bytes, limits: Limits, model_name: str, folder: Path | None) 
     return RankingJob(
         query=request.query,
         pages=pages,
-        top_n=request.top_n or len(pages),
+        top_n=request.top_n or request.top_k or len(pages),
         documents=documents if request.return_documents else None,
         return_reasoning=request.return_reasoning,
+        warnings=warnings,
+        with_data=request.top_k is not None,
     )
 
 
-def parse_request(body: bytes, limits: Limits, model_name: str) -> RerankRequest:
-    """Parses a request without reading its documents. Raises `RequestError`."""
+def parse_request(body: bytes, limits: Limits, model_name: str) -> tuple[RerankRequest, tuple[str, ...]]:
+    """Parses a request without reading its documents. Returns it with warnings. Raises `RequestError`."""
     values = parse_json(body)
     if not isinstance(values, dict):
         raise RequestError(422, "invalid_request", f"expected a JSON object, found {short_repr(values)}")
+    given = {name: value for name, value in values.items() if name not in IGNORED_FIELDS}
     try:
-        request = RerankRequest.model_validate({k: v for k, v in values.items() if k not in IGNORED_FIELDS})
+        request = RerankRequest.model_validate(given)
     except ValidationError as error:
         raise _field_error(error) from None
     if request.model not in (None, model_name):
@@ -92,7 +112,9 @@ def parse_request(body: bytes, limits: Limits, model_name: str) -> RerankRequest
     if len(request.documents) > limits.pages:
         message = f"documents: expected at most {limits.pages} pages, found {len(request.documents)}"
         raise RequestError(422, "too_many_documents", message, param="documents")
-    return request
+    return request, tuple(
+        f"{name}: ignored; it has no meaning for page images" for name in values if name not in given
+    )
 
 
 def parse_json(body: bytes) -> Any:
@@ -143,9 +165,9 @@ def response_body(job: RankingJob, ranked: RankedResults, model_name: str) -> di
     """The JSON response to a rerank request."""
     results = []
     for result in ranked.top_k(job.top_n):
-        entry: dict[str, Any] = {"index": result.doc_id, "relevance_score": result.score}
+        entry: dict[str, Any] = {"index": result.index, "relevance_score": result.score}
         if job.documents is not None:
-            entry["document"] = job.documents[result.doc_id]
+            entry["document"] = job.documents[result.index]
         if job.return_reasoning:
             entry["reasoning"] = result.note
         results.append(entry)
@@ -157,4 +179,6 @@ def response_body(job: RankingJob, ranked: RankedResults, model_name: str) -> di
         "usage": {"total_tokens": sum(answer.tokens or 0 for answer in ranked.answers)},
         "reasoning": ranked.reasoning if job.return_reasoning else None,
         "defects": list(ranked.defects),
+        "warnings": list(job.warnings),
+        **({"object": "list", "data": results} if job.with_data else {}),
     }

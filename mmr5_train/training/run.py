@@ -11,6 +11,7 @@ Each stage calls them in this order:
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -25,11 +26,13 @@ from trl.trainer import utils as trl_utils
 from mmr5_train.common.config import StageConfig
 from mmr5_train.common.environment import is_first_process
 from mmr5_train.common.files import InputError, run_settings, write_manifest, write_records
+from mmr5_train.evaluation.splits import check_split
 from mmr5_train.models.config import SETTINGS, CheckpointOptions
 from mmr5_train.models.lengths import Fitting, check_all_fit, context_limit, count_tokens, image_sizes
 from mmr5_train.models.loading import read_settings
 from mmr5_train.models.settings import Settings, resolve_settings
 from mmr5_train.ranking.prompt import Prompt, read_prompt
+from mmr5_train.ranking.records import Candidate, Ranking, RankingTask, Trace
 from mmr5_train.training.adapters import (
     count_trainable_parameters,
     keep_float32_weights,
@@ -61,6 +64,7 @@ class TrainingStage(StageConfig, CheckpointOptions):
         description="largest share of examples that are left out because they have too many tokens; with more, "
         "the stage stops before it loads the model",
     )
+    any_split: bool = Field(default=False, description="allow training on documents of the split heldout")
     heldout: HeldOutConfig | None = None
     trainer: dict[str, Any]
 
@@ -85,6 +89,16 @@ class TrainingRun:
     checkpoint: Path | None  # the checkpoint to resume from
     held_out: HeldOutCallback | None
     fitting: Fitting  # the examples that are not too long
+
+
+def check_training_pages(config: TrainingStage, records: Iterable[RankingTask | Trace | Ranking]) -> None:
+    """Raises `InputError` if a record is about a held-out document, unless the config allows it."""
+    documents = (page.doc_name for record in records for page in pages_of(record))
+    check_split(config.data, documents, training=True, any_split=config.any_split)
+
+
+def pages_of(record: RankingTask | Trace | Ranking) -> Sequence[Candidate]:
+    return record.candidates if isinstance(record, RankingTask) else record.shown
 
 
 def policy_settings(stage: str, config: TrainingStage) -> Settings:

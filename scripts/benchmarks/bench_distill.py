@@ -56,6 +56,12 @@ def finished(folder: Path, stage: str) -> bool:
     return (folder / MANIFEST).is_file() and not is_unfinished(folder, stage)
 
 
+def run_stage(stage: str, folder: Path, arguments: Sequence[str], name: str = "") -> None:
+    """Runs a stage, whose output goes to a log file in `folder`."""
+    name = name or stage
+    run_with_log([sys.executable, "-m", f"mmr5_train.{stage}", *arguments], folder / f"{name}.log", name)
+
+
 def pretrain(out: Path) -> None:
     """Continues the pretraining of the shipped model on prompts of up to `PAGES` pages."""
     if finished(out, "tiny"):
@@ -69,15 +75,28 @@ def pretrain(out: Path) -> None:
 
 def train(folder: Path, base: Path, seed: int) -> None:
     """SFT on traces about `PAGES` pages, and the SFT model's rankings of other questions."""
-    overrides = [
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = [
         "experiment=recommended", "size=tiny", f"seed={seed}", f"out={folder}",
-        "leave_out=[select,grpo,distill,calibrate,evaluate,modes,report]",
+        "leave_out=[sft,select,grpo,teach,distill,calibrate,evaluate,modes,report]",
         "stages.corpus.documents=60", f"+stages.corpus.section_pages={PAGES}",
-        f"stages.candidates.candidates={PAGES}", f"stages.sft.model.path={base}",
-        f"stages.teach.systems={{teacher:{folder}/sft/model}}", "+stages.teach.limit=500",
-        f"stages.teach.max_new_tokens={COMPLETION}", "stages.teach.batch_size=32",
+        f"stages.candidates.candidates={PAGES}",
     ]  # fmt: skip
-    run_with_log([sys.executable, "-m", "mmr5_train.recipe", *overrides], folder.with_suffix(".log"), str(folder))
+    run_stage("recipe", folder, recipe)
+    sft = [
+        f"data={folder}/traces/traces.jsonl", f"model.path={base}", f"out={folder}/sft", f"seed={seed}",
+        "model.lora={r:16,alpha:32}", "trainer.per_device_train_batch_size=16", "trainer.max_steps=60",
+        "trainer.learning_rate=4.0e-3", "trainer.warmup_steps=5",
+    ]  # fmt: skip
+    if not finished(folder / "sft", "sft"):
+        run_stage("sft", folder, sft)
+    teach = [
+        f"data={folder}/data/select.jsonl", "any_split=true", f"systems={{teacher:{folder}/sft/model}}",
+        f"out={folder}/teach", "order=shuffled", "limit=500", f"seed={seed}", "batch_size=32",
+        f"max_new_tokens={COMPLETION}",
+    ]  # fmt: skip
+    if not finished(folder / "teach", "evaluate"):
+        run_stage("evaluate", folder, teach, "teach")
 
 
 def distill(folder: Path, name: str, seed: int) -> None:
@@ -89,7 +108,7 @@ def distill(folder: Path, name: str, seed: int) -> None:
         f"seed={seed}", "subsets=3", "trainer.per_device_train_batch_size=4",
         "trainer.gradient_accumulation_steps=4", *LOSSES[name],
     ]  # fmt: skip
-    run_with_log([sys.executable, "-m", "mmr5_train.distill", *arguments], folder / f"{name}.log", name)
+    run_stage("distill", folder, arguments, name)
 
 
 def evaluate(folder: Path, seed: int, limit: int) -> None:
@@ -99,7 +118,7 @@ def evaluate(folder: Path, seed: int, limit: int) -> None:
         f"data={folder}/data/heldout.jsonl", f"systems={{{','.join(systems)}}}", f"out={folder}/evaluation",
         f"limit={limit}", f"seed={seed}", "batch_size=32", f"max_new_tokens={COMPLETION}", "overwrite=true",
     ]  # fmt: skip
-    run_with_log([sys.executable, "-m", "mmr5_train.evaluate", *arguments], folder / "evaluation.log", "evaluate")
+    run_stage("evaluate", folder, arguments, "evaluation")
 
 
 def table_rows(runs: Sequence[Run]) -> list[Row]:

@@ -127,7 +127,7 @@ def _documents_without_images() -> list[Malformed]:
         Malformed("object without an image", 422, "documents[0]", _body_with([{"page": 3}])),
         Malformed("number as document", 422, "documents[1]", _body_with([document, 3])),
         Malformed("null as image", 422, "documents[0].image", _body_with([{"image": None}])),
-        Malformed("string as image_url", 422, "documents[0].image_url", _body_with([{"image_url": document}])),
+        Malformed("number as image_url", 422, "documents[0].image_url", _body_with([{"image_url": 3}])),
         Malformed("http URL", 422, "documents[0]: is a URL", _body_with([http_url])),
         Malformed("ftp URL", 422, "does not fetch", _body_with([ftp_url])),
         Malformed("file URL", 422, "documents[0]", _body_with(["file:///etc/passwd"])),

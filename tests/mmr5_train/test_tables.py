@@ -47,6 +47,19 @@ def test_markdown_and_html_hold_measured_and_published_figures(folder, tmp_path,
     assert page.text.endswith("This file is self-contained and needs no network.")
 
 
+def test_tables_of_other_papers_stand_apart(folder, tmp_path):
+    run(folder, tmp_path / "out")
+    text = (tmp_path / "out/tables.md").read_text()
+    page = Reader((tmp_path / "out/tables.html").read_text())
+    own, *others = text.split("\n## ")
+    assert "ColQwen + ZipRerank" not in own
+    assert [part.partition(" ")[0] for part in others] == ["ZipRerank", "DocReranker", "Pointwise"]
+    assert "| ColQwen + ZipRerank | 0.661 | 0.849 | 0.36 |" in others[0]
+    assert "| ColQwen | 0.604 | 0.79 | – |" in others[0]
+    assert "must not be mixed" in others[0]
+    assert "ColQwen + ZipRerank published 0.661 0.849 0.36" in page.text
+
+
 def test_output_is_deterministic(folder, tmp_path):
     for name in ("one", "two"):
         run(folder, tmp_path / name)

@@ -65,7 +65,7 @@ EVALUATION = ("rankings/untrained.jsonl", "results.json", "pages.jsonl", "trec/u
 
 
 def evaluate_in(folder, out):
-    overrides = ["systems={untrained:tiny}", "samples=2", "batch_size=2", "max_new_tokens=4"]
+    overrides = ["systems={untrained:tiny}", "samples=2", "batch_size=2", "max_new_tokens=4", "any_split=true"]
     overrides += [f"data={folder / 'data/select.jsonl'}", f"out={folder / out}"]
     evaluate.main(compose_stage(evaluate.EvaluateStage, "evaluate", overrides))
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_construction.corpus.documents import Document
-from data_construction.first_stage.bm25 import rank_by_bm25, split_unspaced
+from data_construction.first_stage.bm25 import rank_by_bm25
+from data_construction.first_stage.words import languages_of, normalize, split_unspaced, stop_words
 from mmr5_train.ranking.records import Page, PageId, Question
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -62,12 +63,45 @@ JAPANESE = [
         (JAPANESE, "従業員の研修はどこに書かれていますか。", 2),
         (["회사의 역사", "매출액이 증가했다", "직원 교육"], "매출액은 어디에 있습니까?", 1),
         (["water use", "ｶﾀｶﾅ", "land"], "カタカナ", 1),  # of half width
+        (["ประวัติบริษัท", "รายได้เพิ่มขึ้น", "พนักงาน"], "รายได้อยู่หน้าไหน", 1),
     ],
 )
 def test_words_without_spaces_between_them_are_found(texts: list[str], query: str, gold: int) -> None:
     (ranked,) = rank_by_bm25(document(texts, query))
     assert ranked[0][0].page == gold
     assert ranked[0][1] > ranked[1][1]
+
+
+@pytest.mark.parametrize(
+    ("texts", "query", "gold"),
+    [
+        (["the ﬁgures of ﬂow", "other figs", "third"], "FIGURES of flow?", 0),  # ligatures, as PDFs have them
+        (["история", "новый самолёт", "люди"], "Где самолет?", 1),
+        (["تاريخ الشركة", "زِيَادَة الإيرادات", "الموظفون"], "اين زيادة الايرادات", 1),
+        (["कंपनी का इतिहास", "बिक्री में वृद्धि", "कर्मचारी"], "बिक्री कहाँ है?", 1),
+        (["STRASSE und Haus", "die Straße", "der Wald"], "strasse", 1),
+    ],
+)
+def test_forms_of_the_same_letter_match(texts: list[str], query: str, gold: int) -> None:
+    (ranked,) = rank_by_bm25(document(texts, query))
+    assert ranked[0][0].page == gold
+    assert ranked[0][1] > 0
+
+
+def test_stop_words_are_those_of_the_texts_languages() -> None:
+    german = ["Die Einnahmen der Gesellschaft sind im letzten Jahr um acht Prozent gestiegen." for _ in range(5)]
+    english = ["The revenue of the company has increased by eight percent in the last year." for _ in range(5)]
+    assert languages_of(german) == ["en", "de"]
+    assert languages_of(english) == languages_of(["", " "]) == languages_of([]) == ["en"]
+    assert languages_of(english + german) == ["en", "de"]
+    assert {"the", "die", "für"} <= set(stop_words(("en", "de")))
+    assert "die" not in stop_words(("en",))
+    (ranked,) = rank_by_bm25(document([*german, "Es gibt Wald"], "Wo ist der Wald?"))
+    assert [score > 0 for _, score in ranked] == [True, *[False] * 5], "only Wald counts"
+
+
+def test_normalize_changes_letters_only() -> None:
+    assert normalize("Where are the 17 % Panels?") == "where are the 17 % panels?"
 
 
 def test_texts_in_other_scripts_are_not_changed() -> None:

@@ -34,7 +34,7 @@ def paths(page_folder):
 def test_files_bytes_and_pil_images_give_the_same_order(reranker, paths):
     query = "Which page is green?"
     from_files = reranker.rank(query, paths)
-    assert [result.document for result in from_files] == [paths[i] for i in from_files.order]
+    assert [result.page for result in from_files] == [paths[i] for i in from_files.order]
     for pages in ([path.read_bytes() for path in paths], [Image.open(path) for path in paths]):
         assert reranker.rank(query, pages).order == from_files.order
     assert reranker.rank(query, paths, top_k=1).order == from_files.order[:1]

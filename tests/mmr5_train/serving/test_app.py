@@ -19,8 +19,10 @@ MALFORMED = malformed_requests()
 
 
 def error_of(response: httpx.Response) -> dict[str, str]:
-    error = response.json()["error"]
+    body = response.json()
+    error = body["error"]
     assert set(error) == {"message", "type", "param", "code"}
+    assert body["message"] == body["detail"] == error["message"], "where other clients look"
     return error
 
 
@@ -33,7 +35,11 @@ def test_results_are_ordered_by_score(server, route):
     scores = [result["relevance_score"] for result in response["results"]]
     assert scores == sorted(scores, reverse=True)
     documents = [result["document"] for result in response["results"]]
-    assert documents == [{"image": RED}, {"image_url": {"url": GREEN}}, {"image": BLUE}]
+    assert documents == [
+        {"image": RED, "text": ""},
+        {"image_url": {"url": GREEN}, "text": ""},
+        {"image": BLUE, "text": ""},
+    ]
     assert response["results"][0]["reasoning"].startswith("<b>page 1</b>")
     assert response["reasoning"].count("\n") == 2
     assert (response["model"], response["usage"], response["defects"]) == (
@@ -116,7 +122,7 @@ def test_images_may_be_paths_inside_the_folder_only(tmp_path):
         response = folder_server.rerank("red?", documents, return_documents=True)
         assert response.status_code == 200, response.text
         assert {result["index"] for result in response.json()["results"][:2]} == {1, 2}
-        assert response.json()["results"][0]["document"] == {"image": "doc/page 1.png"}
+        assert response.json()["results"][0]["document"] == {"image": "doc/page 1.png", "text": ""}
         for path in (
             "../outside.png",
             "link.png",

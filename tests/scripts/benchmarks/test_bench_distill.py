@@ -12,6 +12,7 @@ from mmr5_train.compare import Run
 from mmr5_train.distill import DistillStage
 from mmr5_train.evaluate import EvaluateStage
 from mmr5_train.recipe import RecipeStage, compose_stages, stage_overrides
+from mmr5_train.sft import SftStage
 from scripts import pretrain_tiny
 
 
@@ -30,15 +31,19 @@ def arguments(command):
 def test_each_command_composes(commands, tmp_path):
     bench_distill.pretrain(tmp_path / "base")
     bench_distill.train(tmp_path / "10", tmp_path / "base", 10)
-    (pretraining, recipe) = commands.values()
+    pretraining, recipe, sft, teach = commands.values()
     phases = compose_stage(pretrain_tiny.TinyStage, "tiny", arguments(pretraining)).phases
     assert max(phases["wider"].pages) == bench_distill.PAGES
     stages = compose_stages(stage_overrides(compose_stage(RecipeStage, "recipe", arguments(recipe))))
-    assert list(stages) == ["corpus", "candidates", "traces", "sft", "teach"]
+    assert list(stages) == ["corpus", "candidates", "traces"]
     assert isinstance(stages["corpus"], SyntheticStage)
     assert stages["corpus"].section_pages == stages["candidates"].candidates == bench_distill.PAGES
-    assert stages["teach"].systems["teacher"].checkpoint == str(tmp_path / "10/sft/model")
-    assert stages["sft"].model.path == str(tmp_path / "base")
+    trained = compose_stage(SftStage, "sft", arguments(sft))
+    assert trained.model.path == str(tmp_path / "base")
+    assert trained.data == stages["traces"].out / "traces.jsonl"
+    teaching = compose_stage(EvaluateStage, "evaluate", arguments(teach))
+    assert teaching.systems["teacher"].checkpoint == str(trained.out / "model")
+    assert teaching.data == stages["candidates"].out / "select.jsonl"
 
     commands.clear()
     bench_distill.distill(tmp_path / "10", "ranknet", 10)

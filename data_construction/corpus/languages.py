@@ -1,4 +1,4 @@
-"""Detects that a text is not in the language of a question.
+"""Detects the language of a text, and that it is not in the language of a question.
 
 The detector is py3langid: 140 languages, offline, its model ships inside the package and loads in about a second.
 """
@@ -18,6 +18,12 @@ MAX_TEXT_PROBABILITY = 0.005
 @cache
 def _identifier() -> LanguageIdentifier:
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def language_of(text: str) -> str | None:
+    """The ISO 639 code of the language of a text; None if it is unsure."""
+    language, probability = _identifier().classify(text)
+    return str(language) if probability >= MIN_QUESTION_PROBABILITY else None
 
 
 def other_language(text: str, question: str) -> str | None:

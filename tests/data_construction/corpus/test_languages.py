@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from data_construction.teacher.languages import other_language
+from data_construction.corpus.languages import other_language
 
 QUESTION = "What is the sum of the years?"
 
@@ -61,7 +61,7 @@ def test_same_or_uncertain_language_is_accepted(text: str, question: str):
 
 def test_model_is_loaded_only_when_needed():
     code = (
-        "import sys, data_construction.teacher.languages as languages\n"
+        "import sys, data_construction.corpus.languages as languages\n"
         "print(languages._identifier.cache_info().currsize, 'torch' in sys.modules)"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

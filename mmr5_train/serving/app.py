@@ -1,4 +1,4 @@
-"""The HTTP routes: POST /v1/rerank and its aliases, POST /pages, GET /, GET /health and GET /v1/models."""
+"""The HTTP routes: POST /v1/rerank and its aliases, POST /pages, GET /, /health, /metrics and /v1/models."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from mmr5_train.common.files import InputError
 from mmr5_train.ranking.results import RankedResults
 from mmr5_train.serving.batching import Batcher, StoppingError
 from mmr5_train.serving.errors import RequestError, install_error_handlers, internal_error, short_repr
+from mmr5_train.serving.metrics import Metrics, Observed
 from mmr5_train.serving.page import web_page
 from mmr5_train.serving.pdf import PdfError, render_pdf
 from mmr5_train.serving.requests import RankingJob, read_job, response_body
@@ -42,6 +43,7 @@ class Service:
         self.config, self.limits, self.batcher = config, config.limits, batcher
         self.key = key.encode() if key else None
         self.requests = 0
+        self.metrics = Metrics(lambda: batcher.waiting)
         self.started = time.time()
         self.decoders = ThreadPoolExecutor(DECODERS, "decoder")
         self.renderers = asyncio.Semaphore(RENDERERS)
@@ -65,7 +67,9 @@ class Service:
             read = partial(read_job, body, self.limits, name, self.config.folder)
             job = await asyncio.get_running_loop().run_in_executor(self.decoders, read)
             del body, read  # free the base64 text while the job waits; the job holds the decoded bytes
-            return response_body(job, await self.rank(job), name)
+            ranked = await self.rank(job)
+            self.metrics.add_ranked(ranked, len(job.pages))
+            return response_body(job, ranked, name)
 
         return await self.admit(request, self.limits.body_mb, work)
 
@@ -77,6 +81,7 @@ class Service:
         try:
             return await asyncio.wrap_future(queued.future)
         except asyncio.CancelledError:  # the client is gone, or its time is over
+            self.metrics.abandoned.inc()
             self.batcher.abandon(queued)
             raise
         except StoppingError:
@@ -138,9 +143,13 @@ class Service:
             "mode": self.batcher.mode,
             "requests": self.requests,
             "waiting": self.batcher.waiting,
+            "ranking": self.batcher.ranking,
             "uptime_s": round(time.time() - self.started, 1),
         }
         return JSONResponse(body, 200 if state == "ready" else 503)
+
+    async def report_metrics(self) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def models(self) -> JSONResponse:
         model = {"id": self.config.model_name, "object": "model", "created": int(self.started)}
@@ -168,6 +177,8 @@ def make_app(config: ServeConfig, batcher: Batcher, key: str | None) -> FastAPI:
     app.add_api_route("/pages", service.pages, methods=["POST"], dependencies=key_required)
     app.add_api_route("/v1/models", service.models, methods=["GET"], dependencies=key_required)
     app.add_api_route("/health", service.health, methods=["GET"])
+    app.add_api_route("/metrics", service.report_metrics, methods=["GET"], dependencies=key_required)
+    app.add_middleware(Observed, metrics=service.metrics)
 
     @app.get("/")
     async def page() -> HTMLResponse:

@@ -67,6 +67,7 @@ class Batcher:
         self._load, self._batch_size, self._wait_s = load, batch_size, wait_s
         self._jobs: deque[Job] = deque()
         self._running: list[Job] = []
+        self._running_since = 0.0
         self._cancel = threading.Event()
         self._changed = threading.Condition()
         # A daemon thread, so that a forward pass that hangs does not keep the process alive.
@@ -78,6 +79,16 @@ class Batcher:
     @property
     def waiting(self) -> int:
         return len(self._jobs)
+
+    @property
+    def ranking(self) -> dict[str, float] | None:
+        """The batch that is being ranked: its requests, pages and seconds so far; None if there is none."""
+        with self._changed:
+            if not self._running:
+                return None
+            pages = sum(len(job.pages) for job in self._running)
+            seconds = round(time.monotonic() - self._running_since, 1)
+            return {"requests": len(self._running), "pages": pages, "seconds": seconds}
 
     def submit(self, query: str, pages: list[bytes]) -> Job:
         """Queues a request. Raises `StoppingError`."""
@@ -155,7 +166,7 @@ class Batcher:
     def _rank(self, ranker: Ranker, batch: list[Job]) -> None:
         """Ranks a batch and sets the futures of its jobs. If the batch fails, ranks each job separately."""
         with self._changed:
-            self._running = batch
+            self._running, self._running_since = batch, time.monotonic()
             self._cancel.clear()
             if all(job.abandoned for job in batch):
                 self._cancel.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import uvicorn
 from mmr5_train.common.files import InputError
 from mmr5_train.serving.app import make_app
 from mmr5_train.serving.batching import Batcher, Ranker
+from mmr5_train.serving.metrics import log
 from mmr5_train.serving.settings import API_KEY, ServeConfig
 
 
@@ -26,6 +28,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: ServeConfig, load: Callable[[], Ranker], key: str | None = None) -> None:
         self.batcher = Batcher(load, config.batch_size, config.wait_ms / 1000)
         app = make_app(config, self.batcher, key)
+        set_request_log(config.request_log)
         super().__init__(
             uvicorn.Config(
                 app,
@@ -61,6 +64,13 @@ def run(config: ServeConfig, load: Callable[[], Ranker]) -> None:
     if server.batcher.failure is not None:
         raise server.batcher.failure
     print("serve: stopped")
+
+
+def set_request_log(level: str) -> None:
+    """Writes the lines of requests to stderr, if the level is INFO."""
+    log.setLevel(level)
+    if level == "INFO" and not log.handlers:
+        log.addHandler(logging.StreamHandler())
 
 
 def _ignore_signal(number: int, frame: object) -> None:

@@ -56,6 +56,9 @@ class ServeConfig(BaseModel):
     batch_size: int = Field(default=8, ge=1, description="requests ranked in one batch")
     wait_ms: float = Field(default=20, ge=0, description="how long a request waits for others to share its batch")
     shutdown_s: float = Field(default=30, ge=0, description="time to finish the current batch on shutdown")
+    request_log: Literal["INFO", "WARNING"] = Field(
+        default="WARNING", description="INFO: write one JSON line for each request to stderr"
+    )
     limits: Limits = Limits()
 
     @model_validator(mode="after")

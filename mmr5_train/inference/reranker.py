@@ -45,7 +45,7 @@ from mmr5_train.models.config import (
 )
 from mmr5_train.models.loading import read_settings
 from mmr5_train.models.page_features import PageCache
-from mmr5_train.models.pages import PageInput, load_page, open_pages
+from mmr5_train.models.pages import PageInput, PageLimits, load_page, open_pages
 from mmr5_train.models.settings import resolve_mode, resolve_settings
 from mmr5_train.ranking.notes import read_verdict
 from mmr5_train.ranking.prompt import Prompt, read_prompt
@@ -212,6 +212,11 @@ class Reranker:
             results_of(*row, timing=times.seconds, top_k=top_k)
             for row in zip(queries, documents, ranked, strict=True)
         ]
+
+    @property
+    def page_limits(self) -> PageLimits:
+        """The sizes of a page that the model sees."""
+        return self.backend.limits
 
     def open_page(self, path: Path) -> Image.Image:
         """The page image of a data set as the model sees it."""

@@ -64,7 +64,7 @@ class Service:
         name = self.config.model_name
 
         async def work(body: bytes) -> dict[str, Any]:
-            read = partial(read_job, body, self.limits, name, self.config.folder)
+            read = partial(read_job, body, self.limits, name, self.config.folder, self.batcher.page_limits)
             job = await asyncio.get_running_loop().run_in_executor(self.decoders, read)
             del body, read  # free the base64 text while the job waits; the job holds the decoded bytes
             ranked = await self.rank(job)

@@ -2,7 +2,7 @@
 
 A request that is abandoned while it waits is never ranked. When all requests of the batch that is being ranked are
 abandoned, ranking stops within a decoding step. If a batch fails, its requests are ranked one by one, so that only
-the request that causes the failure fails.
+the request that causes the failure fails. Requests with few pages come before those with many (`take_batch`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from mmr5_train.common.cancelling import RankingCancelled
+from mmr5_train.models.pages import PageLimits
 from mmr5_train.ranking.results import RankedResults
 
 log = logging.getLogger(__name__)
+
+PAGES_PER_SECOND = 2.0
+"""How much a second of waiting counts, in pages: a request of 50 pages is overtaken for less than 25 seconds."""
 
 State = Literal["loading", "ready", "stopping", "failed"]
 
@@ -52,6 +56,28 @@ class Job:
     pages: list[bytes]
     future: Future[RankedResults] = field(default_factory=Future)
     abandoned: bool = False
+    submitted: float = field(default_factory=time.monotonic)
+
+
+def take_batch(jobs: deque[Job], size: int, max_pages: int, now: float) -> list[Job]:
+    """Removes from `jobs` the requests of the next batch, at most `size` with at most `max_pages` pages in all.
+
+    The first has the fewest pages, less what it has waited (`PAGES_PER_SECOND`). The others are the next ones with
+    at most twice its pages, because all of them are finished at the same time. A single request may have more than
+    `max_pages`.
+    """
+    by_urgency = sorted(jobs, key=lambda job: len(job.pages) - PAGES_PER_SECOND * (now - job.submitted))
+    batch: list[Job] = []
+    pages = 0
+    for job in by_urgency:
+        n = len(job.pages)
+        if batch and (len(batch) == size or n > 2 * len(batch[0].pages) or pages + n > max_pages):
+            continue
+        batch.append(job)
+        pages += n
+    for job in batch:
+        jobs.remove(job)
+    return batch
 
 
 class Batcher:
@@ -60,11 +86,13 @@ class Batcher:
     `failure` is the exception that `load` raised, if any. `mode` is the ranker's mode, or None until it is loaded.
     """
 
-    def __init__(self, load: Callable[[], Ranker], batch_size: int, wait_s: float) -> None:
+    def __init__(self, load: Callable[[], Ranker], batch_size: int, wait_s: float, batch_pages: int = 64) -> None:
         self.state: State = "loading"
         self.failure: BaseException | None = None
         self.mode: str | None = None
-        self._load, self._batch_size, self._wait_s = load, batch_size, wait_s
+        self.page_limits: PageLimits | None = None
+        """The page sizes of the model, from which the visual tokens of a request follow; None: unknown."""
+        self._load, self._batch_size, self._wait_s, self._batch_pages = load, batch_size, wait_s, batch_pages
         self._jobs: deque[Job] = deque()
         self._running: list[Job] = []
         self._running_since = 0.0
@@ -132,7 +160,7 @@ class Batcher:
             self.failure = error
             self.state = "failed"
             return
-        self.mode = ranker.mode
+        self.mode, self.page_limits = ranker.mode, getattr(ranker, "page_limits", None)
         with self._changed:
             if self.state == "loading":
                 self.state = "ready"
@@ -149,10 +177,8 @@ class Batcher:
                 if self.state == "stopping":
                     return []
                 self._wait_for_more()
-                while self._jobs and len(batch) < self._batch_size:
-                    job = self._jobs.popleft()
-                    if job.future.set_running_or_notify_cancel():
-                        batch.append(job)
+                taken = take_batch(self._jobs, self._batch_size, self._batch_pages, time.monotonic())
+                batch = [job for job in taken if job.future.set_running_or_notify_cancel()]
         return batch
 
     def _wait_for_more(self) -> None:

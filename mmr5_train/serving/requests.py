@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from mmr5_train.common.pictures import seen_size
+from mmr5_train.models.pages import PageLimits, visual_tokens
 from mmr5_train.ranking.results import RankedResults
 from mmr5_train.serving.errors import RequestError, short_repr
 from mmr5_train.serving.pictures import read_document
@@ -66,8 +71,10 @@ class RankingJob:
     """Whether the response repeats the results under `data`, where Voyage's client looks."""
 
 
-def read_job(body: bytes, limits: Limits, model_name: str, folder: Path | None) -> RankingJob:
-    """Parses a request and reads its images. Raises `RequestError`.
+def read_job(
+    body: bytes, limits: Limits, model_name: str, folder: Path | None, page_limits: PageLimits | None = None
+) -> RankingJob:
+    """Parses a request and reads its images. Raises `RequestError`. With `page_limits`, counts visual tokens.
 
     Decodes every image to check it. This is slow, so it must not run on the event loop.
     """
@@ -80,6 +87,8 @@ def read_job(body: bytes, limits: Limits, model_name: str, folder: Path | None) 
         if sum(map(len, pages)) > limits.body_mb * MB:  # a small body can name large files in the folder
             message = f"documents: the first {i + 1} images exceed {limits.body_mb:g} MB; send fewer"
             raise RequestError(422, "pictures_too_large", message, param="documents")
+    if page_limits is not None:
+        check_visual_tokens(pages, limits, page_limits)
     return RankingJob(
         query=request.query,
         pages=pages,
@@ -89,6 +98,18 @@ def read_job(body: bytes, limits: Limits, model_name: str, folder: Path | None) 
         warnings=warnings,
         with_data=request.top_k is not None,
     )
+
+
+def check_visual_tokens(pages: Sequence[bytes], limits: Limits, page_limits: PageLimits) -> None:
+    """Raises `RequestError` if the pages have more visual tokens than allowed."""
+    tokens = 0
+    for number, data in enumerate(pages, 1):
+        with Image.open(io.BytesIO(data)) as image:  # the header only
+            tokens += visual_tokens(*seen_size(image), page_limits)
+        if tokens > limits.visual_tokens:
+            message = f"documents: the first {number} pages have {tokens:,} visual tokens, more than the "
+            message += f"{limits.visual_tokens:,} that are allowed; send fewer or smaller pages"
+            raise RequestError(422, "too_many_visual_tokens", message, param="documents")
 
 
 def parse_request(body: bytes, limits: Limits, model_name: str) -> tuple[RerankRequest, tuple[str, ...]]:

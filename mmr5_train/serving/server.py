@@ -16,6 +16,7 @@ from mmr5_train.common.files import InputError
 from mmr5_train.serving.app import make_app
 from mmr5_train.serving.batching import Batcher, Ranker
 from mmr5_train.serving.metrics import log
+from mmr5_train.serving.protocol import HeaderTimeoutProtocol
 from mmr5_train.serving.settings import API_KEY, ServeConfig
 
 
@@ -26,12 +27,13 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, config: ServeConfig, load: Callable[[], Ranker], key: str | None = None) -> None:
-        self.batcher = Batcher(load, config.batch_size, config.wait_ms / 1000)
+        self.batcher = Batcher(load, config.batch_size, config.wait_ms / 1000, config.batch_pages)
         app = make_app(config, self.batcher, key)
         set_request_log(config.request_log)
         super().__init__(
             uvicorn.Config(
                 app,
+                http=HeaderTimeoutProtocol,
                 log_level="warning",
                 access_log=False,
                 server_header=False,

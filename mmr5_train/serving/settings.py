@@ -24,6 +24,9 @@ class Limits(BaseModel):
     pdf_mb: float = Field(default=50, gt=0, description="megabytes of a PDF")
     pages: int = Field(default=50, ge=1, description="pages in a request, and pages rendered from a PDF")
     megapixels: float = Field(default=40, gt=0, le=120, description="of one page image, checked before decoding")
+    visual_tokens: int = Field(
+        default=65_536, ge=1, description="of all pages of a request, as the model reads them"
+    )
     query_chars: int = Field(default=2000, ge=1)
     requests: int = Field(default=64, ge=1, description="largest number of requests in progress")
     seconds: float = Field(
@@ -54,6 +57,9 @@ class ServeConfig(BaseModel):
     port: int = Field(default=8000, ge=0, le=65535, description="0: any free port")
     folder: Path | None = Field(default=None, description="requests may name image files inside this folder")
     batch_size: int = Field(default=8, ge=1, description="requests ranked in one batch")
+    batch_pages: int = Field(
+        default=64, ge=1, description="pages in one batch, which are in memory together; one request may have more"
+    )
     wait_ms: float = Field(default=20, ge=0, description="how long a request waits for others to share its batch")
     shutdown_s: float = Field(default=30, ge=0, description="time to finish the current batch on shutdown")
     request_log: Literal["INFO", "WARNING"] = Field(

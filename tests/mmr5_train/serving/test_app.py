@@ -290,6 +290,24 @@ def test_too_many_requests_are_rejected_at_once():
         assert full.rerank("three", [RED]).status_code == 200
 
 
+@pytest.mark.parametrize("first", ["", "GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_half_sent_headers_time_out(monkeypatch, first):
+    """Also those of a second request on the same connection."""
+    monkeypatch.setattr("mmr5_train.serving.protocol.HEADER_SECONDS", 0.3)
+    with (
+        run_server() as quick,
+        socket.create_connection(("127.0.0.1", httpx.URL(quick.url).port), timeout=5) as raw,
+    ):
+        if first:
+            raw.sendall(first.encode())
+            assert b"200" in raw.recv(4096).splitlines()[0]
+        start = time.monotonic()
+        raw.sendall(b"POST /rerank HTTP/1.1\r\nHost: x\r\n")
+        assert raw.recv(4096) == b"", "the server closes the connection"
+        assert time.monotonic() - start < 3
+        assert quick.rerank("afterwards", [RED]).status_code == 200
+
+
 def test_slow_body_times_out():
     with run_server(limits={"seconds": 0.3}) as quick:
         with socket.create_connection(("127.0.0.1", httpx.URL(quick.url).port), timeout=10) as raw:

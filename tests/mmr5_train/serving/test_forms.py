@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 from malformed_requests import data_url, encode_image
+from rerank_server import FakeRanker, run_server
+
+from mmr5_train.models.pages import PageLimits, visual_tokens
 
 RED, GREEN = (data_url(encode_image("PNG", color=c)) for c in ("red", "green"))
 JPEG = data_url(encode_image("JPEG", color="red"))
@@ -99,3 +102,16 @@ def test_shared_cases(server):
             assert all("text" in result["document"] for result in response.json()["results"]), case["client"]
         if "names `documents`" in wanted and response.status_code == 422:
             assert "documents" in response.json()["error"]["message"], case["client"]
+
+
+def test_requests_are_limited_by_visual_tokens():
+    ranker = FakeRanker()
+    ranker.page_limits = PageLimits(28, 784, 1_003_520)
+    page = data_url(encode_image("PNG", (560, 840), color="red"))
+    tokens = visual_tokens(560, 840, ranker.page_limits)
+    assert tokens == 600
+    with run_server(ranker, wait_ms=0, limits={"visual_tokens": 2 * tokens}) as server:
+        assert post(server, {"documents": [page, page]}).status_code == 200
+        rejected = post(server, {"documents": [page, page, page]})
+    assert (rejected.status_code, rejected.json()["error"]["code"]) == (422, "too_many_visual_tokens")
+    assert "the first 3 pages have 1,800 visual tokens, more than the 1,200" in rejected.json()["detail"]

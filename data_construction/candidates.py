@@ -37,6 +37,7 @@ from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from data_construction.corpus.documents import Document
+from data_construction.corpus.ocr import Ocr, add_text
 from data_construction.corpus.reading import CorpusConfig, read_annotations, read_corpus
 from data_construction.corpus.splits import Draw, Split, SplitName, split_documents
 from data_construction.first_stage.corpus_scope import CorpusRanking, rank_in_corpus
@@ -74,6 +75,7 @@ class CandidatesStage(StageConfig):
 
     corpus: CorpusConfig
     retriever: RetrieverConfig
+    ocr: Ocr | None = Field(default=None, description="reads pages without text, such as scans; {}: with defaults")
     exclude: tuple[Path, ...] = Field(
         default=(),
         description="documents.jsonl or MMDocIR annotations: their held-out documents are excluded",
@@ -137,6 +139,8 @@ class CorpusSummary:
     eligible: int = 0
     unmatched: int = 0  # questions with score 0 for all pages: no word of theirs is on a page
     pages_without_text: int = 0
+    pages_by_ocr: int = 0
+    textless: list[str] = field(default_factory=list)  # names of documents without any text
 
 
 def rank_questions(
@@ -228,6 +232,9 @@ def rank_documents(
             for page in pages:
                 pages_file.write(page.model_dump_json() + "\n")
                 summary.pages_without_text += not page.text.strip()
+                summary.pages_by_ocr += page.text_source == "ocr"
+            if pages and not any(page.text.strip() for page in pages):
+                summary.textless.append(document.doc_name)
             for ranked in rank_questions(document, pages, rank, first, config.policy.max_irrelevant(n)):
                 ranked_file.write(ranked.model_dump_json() + "\n")
                 positives = set(ranked.question.positives)
@@ -307,6 +314,8 @@ def main(config: CandidatesStage) -> None:
         config.retriever, [q for annotation in annotations for q in annotation.questions], skipped
     )
     documents = exclude_contents(read_corpus(config.corpus, annotations, skipped), excluded, skipped)
+    if config.ocr is not None:
+        documents = add_text(documents, config.ocr, config.corpus.page_cache / "ocr")
     sources = [*config.corpus.inputs, *config.retriever.inputs, *config.exclude]
     out = open_output(config.out, config.overwrite, inputs=[config.corpus.folder, *sources])
     spool = out / ".ranked.jsonl"
@@ -335,6 +344,12 @@ def main(config: CandidatesStage) -> None:
     write_records(out / "documents.jsonl", [_split_document(d, split_of[d.doc_name]) for d in summary.documents])
     write_records(out / "skipped.jsonl", skipped)
     write_json(out / "first_stage.json", results)
+    if summary.textless:
+        names = ", ".join(summary.textless[:5]) + (", …" if len(summary.textless) > 5 else "")
+        print(
+            f"candidates: {len(summary.textless)} documents have no text: {names}; BM25 can't search them, and the "
+            "offline teacher can't explain them; ocr={} reads them"
+        )
     if results["unmatched"]:
         place = "of its split" if in_corpus else "of its document"
         print(
@@ -351,6 +366,8 @@ def main(config: CandidatesStage) -> None:
         },
         "pages": pages,
         "pages_without_text": summary.pages_without_text,
+        "pages_by_ocr": summary.pages_by_ocr,
+        "documents_without_text": summary.textless,
         "questions": {split: count.total() for split, count in splits.questions.items()},
         "questions_by_domain": splits.questions,
         "questions_of_other_types": splits.other_types,

@@ -77,6 +77,7 @@ def make_page(annotation: Annotation, number: int, image: PageImage, text: str, 
         source_width=image.source_width,
         source_height=image.source_height,
         text=text,
+        text_source="corpus" if text.strip() else None,
         description=description,
     )
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from data_construction.teacher.calls import TeacherFailure
 from data_construction.teacher.replies import PageNote
 from mmr5_train.common.bm25s_import import STOPWORDS
 from mmr5_train.ranking.notes import remove_verdict
@@ -46,8 +47,6 @@ class ExtractiveConfig(BaseModel):
     partly: str
     near: str
     unrelated: str
-    no_text_helps: str
-    no_text: str
 
 
 class ExtractiveTeacher:
@@ -65,13 +64,14 @@ class ExtractiveTeacher:
     ) -> PageNote:
         """A note of at most `words` words, unless the template itself is longer.
 
-        `image` is not used, and a second try returns the same note as the first.
+        `image` is not used, and a second try returns the same note as the first. Raises `TeacherFailure` for a
+        page without text: this teacher can't see it.
         """
         if page.description:
             return PageNote(page.description, helps)
         lines = _lines(page.text)
         if not lines:
-            return PageNote(self.config.no_text_helps if helps else self.config.no_text, helps)
+            raise TeacherFailure("page without text", f"page {page.id}; read it with ocr={{}} in candidates")
         query_terms, page_terms = _terms(query), _terms(page.text)
         best = _best_line(lines, query_terms)
         passage, heading = _passage(lines, best), _heading(lines, best)

@@ -41,7 +41,10 @@ def to_documents(
 
 
 def documents_of_pages(documents: Sequence[Document], opened: Sequence[OpenedPage]) -> list[Document]:
-    """The document of each opened page. Those of a whole PDF have its id, if it has one, with "#page=<number>"."""
+    """The document of each opened page. Those of a whole PDF have its id with "#page=<number>".
+
+    Without an id, the id is the index of the page.
+    """
     pages_of = Counter(page.input for page in opened)
     numbers: Counter[int] = Counter()
     of_pages = []
@@ -49,7 +52,9 @@ def documents_of_pages(documents: Sequence[Document], opened: Sequence[OpenedPag
         document = documents[page.input]
         numbers[page.input] += 1
         doc_id = document.doc_id
-        if doc_id is not None and pages_of[page.input] > 1:
+        if doc_id is None:
+            doc_id = len(of_pages)
+        elif pages_of[page.input] > 1:
             doc_id = f"{doc_id}#page={numbers[page.input]}"
         of_pages.append(Document(page.document, doc_id, document.text, document.metadata))
     return of_pages

@@ -65,6 +65,11 @@ class Page(PageId):
     text: str = Field(
         default="", description="text layer or OCR of the page, which BM25 searches; empty for a scan without OCR"
     )
+    text_source: Literal["corpus", "ocr"] | None = Field(
+        default=None,
+        description="`corpus`: the text is a PDF's text layer or comes with the corpus; `ocr`: recognized by "
+        "`candidates`; null: no text, or a file of an earlier version",
+    )
     description: str = Field(
         default="",
         description="what the page shows, if the corpus states it exactly (synthetic corpus), else empty",

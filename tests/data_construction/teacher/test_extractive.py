@@ -8,6 +8,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_construction.teacher.calls import TeacherFailure
 from data_construction.teacher.extractive import ExtractiveConfig, ExtractiveTeacher, image_names, join_words
 from mmr5_train.common.config import CONFIGS
 from mmr5_train.ranking.notes import join_notes, read_verdict, remove_verdict
@@ -64,11 +65,12 @@ def test_relevant_page_without_shared_words_gets_a_note_that_it_helps():
     assert explain("Where do zebras graze?", REPORT).endswith("and shows what is asked, so it helps.")
 
 
-def test_page_without_text_gets_a_note_that_says_so():
-    for text in ("", " \n\x00 \n", "…\n--\n•"):
-        assert explain("What is it?", text).startswith("The page has no text to read")
-        assert read_verdict(explain("What is it?", text, helps=True)) is True
-        assert read_verdict(explain("What is it?", text, helps=False)) is False
+@pytest.mark.parametrize("text", ["", " \n\x00 \n", "…\n--\n•"])
+def test_a_page_without_text_is_not_explained(text):
+    for helps in (True, False):
+        with pytest.raises(TeacherFailure, match="page without text: page d#0"):
+            explain("What is it?", text, helps=helps)
+    assert explain("What is it?", text, description="a red bar chart") == "a red bar chart, so it helps."
 
 
 def test_long_passage_is_cut_around_the_query_terms():

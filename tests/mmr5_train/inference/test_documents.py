@@ -69,6 +69,7 @@ def test_documents_of_this_project_and_of_rerankers_rank_alike(reranker, paths):
         assert [(r.doc_id, r.text, r.metadata) for r in ranked] == [
             (f"id-{i}", f"text {i}", {"i": i}) for i in plain.order
         ], name
+    assert [result.document.doc_id for result in plain] == [result.doc_id for result in plain] == plain.order
     [only] = reranker.rank("Which is green?", inputs["ours"][0])
     assert only.doc_id == "id-0"
 

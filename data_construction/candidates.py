@@ -347,8 +347,8 @@ def main(config: CandidatesStage) -> None:
     if summary.textless:
         names = ", ".join(summary.textless[:5]) + (", …" if len(summary.textless) > 5 else "")
         print(
-            f"candidates: {len(summary.textless)} documents have no text: {names}; BM25 can't search them, and the "
-            "offline teacher can't explain them; ocr={} reads them"
+            f"candidates: {len(summary.textless)} documents have no text: {names}; BM25 can't search them, and "
+            "the offline teacher can't explain them; ocr={} reads them"
         )
     if results["unmatched"]:
         place = "of its split" if in_corpus else "of its document"

@@ -3,8 +3,8 @@
     python -m data_construction.candidates … ocr={}          # pip install 'mmr5-train[ocr]'
 
 The engine is RapidOCR, whose models (PP-OCRv6: Chinese, Japanese, English and 46 other languages in Latin script)
-come with its package. Pages are read in processes without keys and tokens. The text is cached by the content of the
-page image, so a second run reads no page again.
+come with its package. Pages are read in processes without keys and tokens. The text is cached by the content of
+the page image, so a second run reads no page again.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def _add_text(documents: Iterable[Document], options: Ocr, cache: Path) -> Itera
                 texts = dict(zip((page.page for page in scans), read, strict=True))
             except BrokenProcessPool:
                 raise InputError(
-                    f"ocr: a process of the engine ended while it read {document.doc_name}; check ocr.language, and "
-                    "that there is memory for ocr.workers processes"
+                    f"ocr: a process of the engine ended while it read {document.doc_name}; check ocr.language, "
+                    "and that there is memory for ocr.workers processes"
                 ) from None
             pages = tuple(_with_text(page, texts.get(page.page, "")) for page in document.pages)
             yield dataclasses.replace(document, pages=pages)

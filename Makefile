@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= disabled
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo demo-modes test test-long test-vllm bench-demo bench-reasoning bench-grpo bench-constrained bench-pages bench-pass bench-gpu bench-data bench-amounts bench-train bench-serve bench-rerank rehearsal test-wheel lint format lock clean
+.PHONY: help setup demo demo-modes test test-long test-vllm bench-demo bench-reasoning bench-grpo bench-constrained bench-pages bench-pass bench-gpu bench-data bench-corpora bench-amounts bench-train bench-serve bench-rerank rehearsal test-wheel lint format lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make bench-pass     measure mode logits over many pages on a GPU; writes outputs/bench/pass.json"
 	@echo "make bench-gpu      measure the 3B and 7B shapes on a GPU, next to the plan; writes outputs/bench/gpu.json"
 	@echo "make bench-data     measure the data stages, also with faults and kills; writes outputs/bench/data.json"
+	@echo "make bench-corpora MMDOCIR_SLICE=folder  measure the first stage: scopes, OCR, a million pages; writes outputs/bench/corpora.json"
 	@echo "make bench-amounts  count the examples of recipe mm_r5 on full-size files; writes outputs/bench/amounts.json"
 	@echo "make bench-train    compare SFT to a plain TRL script, and two processes to one; writes outputs/bench/train.json"
 	@echo "make bench-serve    measure the server under load and malformed requests; writes outputs/bench/serve.json"
@@ -96,6 +97,9 @@ bench-gpu: setup
 
 bench-data: setup
 	$(BIN)/python scripts/benchmarks/bench_data.py
+
+bench-corpora: setup
+	MMDOCIR_SLICE='$(MMDOCIR_SLICE)' $(BIN)/python scripts/benchmarks/bench_retrieval.py
 
 bench-amounts: setup
 	$(BIN)/python scripts/benchmarks/bench_amounts.py

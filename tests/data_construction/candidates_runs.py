@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sample_corpora import line, question, write_lines, write_pdf
+
 from data_construction.candidates import CandidatesStage, main
 from mmr5_train.common.config import validate
 
@@ -26,3 +28,15 @@ def run_candidates(folder: Path, name: str = "data", pages: str = "documents", *
     out = folder / name
     main(validate(CandidatesStage, {"out": out, **settings}))
     return out
+
+
+def write_orchard(folder: Path) -> Path:
+    """Two PDFs: one of seven pages, each about its own fruit; one of two pages."""
+    write_lines(
+        folder,
+        line("fruit.pdf", 7, *(question(f"Where are the {word}?", [i]) for i, word in enumerate(WORDS))),
+        line("small.pdf", 2, question("Where are the pears?", [0, 1]), question("Where are the nuts?", [1])),
+    )
+    write_pdf(folder / "documents/fruit.pdf", [f"A page about {word}" for word in WORDS])
+    write_pdf(folder / "documents/small.pdf", ["pears", "walnuts"])
+    return folder

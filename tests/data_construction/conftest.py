@@ -9,8 +9,7 @@ from typing import Any
 
 import pypdfium2
 import pytest
-from candidates_runs import WORDS
-from sample_corpora import line, question, write_lines, write_pdf
+from candidates_runs import write_orchard
 
 
 @pytest.fixture
@@ -39,13 +38,4 @@ def no_render(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 @pytest.fixture
 def orchard(tmp_path: Path) -> Path:
-    """Two PDFs: one of seven pages, each about its own fruit; one of two pages."""
-    folder = tmp_path / "orchard"
-    write_lines(
-        folder,
-        line("fruit.pdf", 7, *(question(f"Where are the {word}?", [i]) for i, word in enumerate(WORDS))),
-        line("small.pdf", 2, question("Where are the pears?", [0, 1]), question("Where are the nuts?", [1])),
-    )
-    write_pdf(folder / "documents/fruit.pdf", [f"A page about {word}" for word in WORDS])
-    write_pdf(folder / "documents/small.pdf", ["pears", "walnuts"])
-    return folder
+    return write_orchard(tmp_path / "orchard")

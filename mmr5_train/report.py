@@ -58,6 +58,9 @@ class ReportStage(StageConfig):
 
 
 def main(config: ReportStage) -> None:
+    for name, folder in (("sft", config.sft), ("grpo", config.grpo)):
+        if folder is not None:
+            check_stage(name, folder)
     results, rankings, pages = read_evaluation(config.evaluation)
     html, unreadable = render(config, results, rankings, pages)
     folders = (config.evaluation, config.sft, config.grpo, config.modes, *config.data)
@@ -83,6 +86,13 @@ def main(config: ReportStage) -> None:
     )
     problem = f"; {unreadable} page pictures could not be read" if unreadable else ""
     print(f"report: {', '.join(rankings)} on {results['questions']} questions in {out / 'report.html'}{problem}")
+
+
+def check_stage(name: str, folder: Path) -> None:
+    """Raises `InputError` if another stage wrote the folder."""
+    stage = read_manifest(folder).get("stage")
+    if stage != name:
+        raise InputError(f"{name}: {folder} is a folder of the stage {stage}; give one of {name}")
 
 
 def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, list[Ranking]], list[Page]]:

@@ -116,7 +116,7 @@ FILTERS = {
 
 
 def headline(results: Results) -> dict[str, str]:
-    """Title, headline and lede. The headline claims a difference only if its interval excludes zero."""
+    """Title, headline and lede. The headline claims a difference only if it is significant (`is_significant`)."""
     first, last = results["rows"][0], results["rows"][-1]
     questions = f"{results['questions']:,} held-out questions"
     before, after = figure(first["recall@1"]), figure(last["recall@1"])
@@ -125,7 +125,7 @@ def headline(results: Results) -> dict[str, str]:
     else:
         gain = find_difference(results, last["system"], first["system"])["recall@1"]
         name, base = label(last["system"]), label(first["system"]).lower()
-        if gain["low"] <= 0 <= gain["high"]:
+        if not is_significant(gain):
             text = (
                 f"{name} and the {base} don’t differ significantly on {questions}: recall@1 {after} and {before}"
             )
@@ -192,14 +192,24 @@ def _step(results: Results, index: int) -> dict[str, Any] | None:
     if index == 0:
         return None
     system, baseline = (results["rows"][i]["system"] for i in (index, index - 1))
-    return {"baseline": baseline, **find_difference(results, system, baseline)["recall@1"]}
+    difference = find_difference(results, system, baseline)["recall@1"]
+    return {"baseline": baseline, **difference, "significant": is_significant(difference)}
+
+
+def is_significant(difference: Mapping[str, Any]) -> bool:
+    """Whether the interval excludes zero, and the corrected p-value, if there is one, is below 0.05."""
+    return not difference["low"] <= 0 <= difference["high"] and difference.get("p_holm", 0.0) < 0.05
 
 
 def forest(results: Results) -> dict[str, Any]:
     """All differences with their intervals, and their positions, 0 to 1, on a common axis that includes zero."""
     groups = []
     for difference in results["differences"]:
-        items = [{"metric": m, **difference[m]} for m in COMPARED if m in difference]
+        items = [
+            {"metric": m, **difference[m], "significant": is_significant(difference[m])}
+            for m in COMPARED
+            if m in difference
+        ]
         groups.append({"system": difference["system"], "baseline": difference["baseline"], "items": items})
     all_items = [item for group in groups for item in group["items"]]
     left = min(-0.05, *(math.floor(item["low"] * 20) / 20 for item in all_items), 0)

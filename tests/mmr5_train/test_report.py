@@ -302,6 +302,34 @@ def test_folder_without_an_evaluation_is_an_error(tmp_path: Path) -> None:
         write(tmp_path / "nowhere", tmp_path / "out")
 
 
+def test_a_colour_never_contradicts_the_corrected_p_value(copy: Path) -> None:
+    path = copy / "evaluate/results.json"
+    results = json.loads(path.read_text())
+    for difference in results["differences"]:
+        for value in difference.values():
+            if isinstance(value, dict):
+                value.update({"mean": 0.2, "low": 0.1, "high": 0.3, "p_holm": 0.125})
+    write_json(path, results)
+    unsure = write(copy, copy / "unsure")
+    assert '<li class="up">' not in unsure
+    assert "delta sure" not in unsure
+    assert "differ significantly" in Reader(unsure).text.split("Results")[0]
+    for difference in results["differences"]:
+        for value in difference.values():
+            if isinstance(value, dict):
+                value["p_holm"] = 0.01
+    write_json(path, results)
+    sure = write(copy, copy / "sure")
+    assert '<li class="unsure">' not in sure
+    assert '<li class="up">' in sure
+
+
+def test_a_folder_of_another_stage_is_refused(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"sft: .*/grpo is a folder of the stage grpo; give one of sft"):
+        write(folders, tmp_path / "out", f"sft={folders / 'grpo'}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_rankings_of_different_questions_are_an_error(copy: Path) -> None:
     path = copy / "evaluate/rankings/sft.jsonl"
     write_records(path, read_records(path, Ranking)[1:])

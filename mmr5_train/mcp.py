@@ -5,7 +5,7 @@
 
 With transport=stdio, the assistant starts this command and talks to it over stdin and stdout; with http, the
 server is at http://127.0.0.1:8765/mcp. The tools are `rank_pages` and `find_page`. They read files in `folder`:
-PDFs and images. Nothing is written or fetched. docs/reranker.md has the configuration of an assistant.
+PDFs and images. Nothing is written or fetched. docs/serving.md has the configuration of an assistant.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     MMR5_API_KEY=… python -m mmr5_train.serve checkpoint=… host=0.0.0.0 port=8080 folder=outputs/data/pages
 
 It writes no files. The API is compatible with hosted rerank services. /health already responds while the model
-loads. The server ranks concurrent requests in batches. docs/reranker.md describes the API, limits and errors.
+loads. The server ranks concurrent requests in batches. docs/serving.md describes the API, limits and errors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Unmodified clients of rerank services against the running server; docs/reranker.md has the table."""
+"""Unmodified clients of rerank services against the running server; docs/serving.md has the table."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ import litellm
 GREEN, RED = (data_url(encode_image("PNG", color=c)) for c in ("green", "red"))
 PAGES = [GREEN, RED]
 QUERY = "Which page is red?"
-DOCS = Path(__file__).resolve().parents[3] / "docs/reranker.md"
+DOCS = Path(__file__).resolve().parents[3] / "docs/serving.md"
 
 
 def with_litellm(provider, **fields):

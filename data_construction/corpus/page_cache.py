@@ -29,7 +29,14 @@ from pydantic import Field
 
 from mmr5_train.common.files import InputError, atomic_write
 from mmr5_train.common.pictures import as_seen, orientation, seen_size
-from mmr5_train.models.pages import IMAGE_ERRORS, one_line, render_pdf_page, shrink_factor
+from mmr5_train.models.pages import (
+    IMAGE_ERRORS,
+    MAX_ASPECT_RATIO,
+    MAX_DECODED_PIXELS,
+    one_line,
+    render_pdf_page,
+    shrink_factor,
+)
 
 JPEG_QUALITY = 90
 UNCHANGED_SUFFIX = {"JPEG": ".jpg", "PNG": ".png"}  # formats that are not re-encoded
@@ -90,8 +97,10 @@ class PageCache:
         """The cached image of a page. If it is not cached, `make` returns its bytes.
 
         `source` identifies what the image is made from, and `source_size` is its width and height. Raises the
-        errors of `make`, and `InputError` if the folder can't be written.
+        errors of `make`, `UnreadablePageError` for a strip that no model accepts, and `InputError` if the folder
+        can't be written.
         """
+        check_shape(*source_size)
         libraries = f"pypdfium2 {pypdfium2.version.PYPDFIUM_INFO} pillow {PIL.__version__}"
         versions = f"{libraries} quality {JPEG_QUALITY} shown 2"  # shown: of `as_seen`
         key = _short_hash(f"{source} dpi {self.dpi} max_side {self.max_side} {versions}")
@@ -108,6 +117,7 @@ class PageCache:
                     "corpus.page_cache=…"
                 ) from None
             size = Image.open(io.BytesIO(data)).size
+        check_shape(*size)  # shrinking rounds the shorter side
         return PageImage(path.absolute(), *size, *source_size)
 
     def from_bytes(self, doc_name: str, page: int, data: bytes) -> PageImage:
@@ -123,6 +133,8 @@ class PageCache:
                 suffix = UNCHANGED_SUFFIX.get(image.format or "") if fits else None
         except IMAGE_ERRORS as error:
             raise UnreadablePageError(f"its bytes are not an image ({one_line(error)})") from None
+        if size[0] * size[1] > MAX_DECODED_PIXELS:
+            raise UnreadablePageError(f"it has {size[0]} × {size[1]} pixels, more than {MAX_DECODED_PIXELS:,}")
         source = f"image {hashlib.sha256(data).hexdigest()}"
 
         def make() -> bytes:
@@ -143,6 +155,14 @@ class PageCache:
 
         width, height = (math.ceil(points * self.dpi / 72 * (1 - 1e-9)) for points in page.get_size())
         return self.image(doc_name, number, f"pdf {pdf_hash} page {number}", (width, height), ".jpg", make)
+
+
+def check_shape(width: int, height: int) -> None:
+    """Raises `UnreadablePageError` for an aspect ratio above `MAX_ASPECT_RATIO`."""
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise UnreadablePageError(
+            f"it is a strip of {width} × {height} pixels, an aspect ratio above {MAX_ASPECT_RATIO}:1"
+        )
 
 
 def page_text(page: pypdfium2.PdfPage) -> str:

@@ -147,3 +147,21 @@ def test_folder_names_are_safe_and_distinct(first: str, second: str) -> None:
     assert Path(folder_name(first)).name == folder_name(first)
     assert not folder_name(first).startswith(".")
     assert (folder_name(first) == folder_name(second)) == (first == second)
+
+
+def test_strips_and_images_of_too_many_pixels_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No later stage could show them to a model."""
+    cache = cache_in(tmp_path)
+    with pytest.raises(UnreadablePageError, match=r"a strip of 2100 × 10 pixels, an aspect ratio above 200:1"):
+        cache.from_bytes("a", 0, image_bytes("red", size=(2100, 10)))
+    with pytest.raises(UnreadablePageError, match="a strip of 500 × 2 pixels"):  # rounded when it was shrunk
+        cache.from_bytes("a", 1, image_bytes("red", size=(5000, 26)))
+    assert cache.from_bytes("a", 2, image_bytes("red", size=(490, 3))).width == 490
+    write_pdf(tmp_path / "a.pdf", ["one"], size=(10, 2400))
+    with pytest.raises(UnreadablePageError, match="a strip of 10 × 2400 pixels"):
+        render(cache, tmp_path / "a.pdf")
+    monkeypatch.setattr("data_construction.corpus.page_cache.MAX_DECODED_PIXELS", 5_000)
+    with pytest.raises(UnreadablePageError, match="it has 100 × 60 pixels, more than 5,000"):
+        cache.from_bytes("a", 3, image_bytes("red", size=(100, 60)))

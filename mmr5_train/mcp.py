@@ -72,11 +72,12 @@ def main(config: McpConfig) -> None:
 def load_reranker(config: McpConfig) -> Ranker:
     from mmr5_train.inference.reranker import Reranker  # a slow import; the assistant sees the tools before
 
+    mode: dict[str, Any] = {"mode": config.mode} if config.mode else {}
     return Reranker(
         config.checkpoint,
         prompt=config.prompt,
         override_checkpoint=config.override_checkpoint,
-        **({"mode": config.mode} if config.mode else {}),
+        **mode,
     )
 
 

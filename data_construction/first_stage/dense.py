@@ -71,14 +71,18 @@ def load_encoder(config: Dense) -> Encoder:
             "in the checkout, pip install '.[dense]'"
         ) from None
     try:
-        model = (MultiVectorEncoder if config.multi_vector else SentenceTransformer)(config.model)
+        model: Any = (MultiVectorEncoder if config.multi_vector else SentenceTransformer)(config.model)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"retriever.model {config.model}: can't be loaded ({error})") from None
 
     def vectors(encoded: Sequence[Any]) -> list[Vectors]:
         return [np.atleast_2d(np.asarray(output, dtype=np.float32)) for output in encoded]
 
-    options = {"batch_size": config.batch_size, "convert_to_numpy": True, "show_progress_bar": False}
+    options: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "convert_to_numpy": True,
+        "show_progress_bar": False,
+    }
     return Encoder(
         pages=lambda paths: vectors(model.encode_document([{"image": str(path)} for path in paths], **options)),
         questions=lambda texts: vectors(model.encode_query(list(texts), **options)),

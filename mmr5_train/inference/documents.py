@@ -6,7 +6,7 @@ import base64
 import binascii
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from mmr5_train.common.files import InputError
 from mmr5_train.models.pages import OpenedPage, PageInput, page_list
@@ -24,7 +24,7 @@ def to_documents(
 
     Raises `InputError` for a document with text only, and if `doc_ids` or `metadata` has another length.
     """
-    given = [pages] if _is_document(pages) else page_list(pages)
+    given: Sequence[Any] = [pages] if _is_document(pages) else page_list(cast("Iterable[PageInput]", pages))
     documents = [_to_document(page, index) for index, page in enumerate(given)]
     for name, values in (("doc_ids", doc_ids), ("metadata", metadata)):
         if values is not None and len(values) != len(documents):
@@ -47,7 +47,7 @@ def documents_of_pages(documents: Sequence[Document], opened: Sequence[OpenedPag
     """
     pages_of = Counter(page.input for page in opened)
     numbers: Counter[int] = Counter()
-    of_pages = []
+    of_pages: list[Document] = []
     for page in opened:
         document = documents[page.input]
         numbers[page.input] += 1

@@ -177,7 +177,7 @@ def load_cross_encoder(options: CrossEncoderOptions, device: str | None) -> Any:
             "crossencoder: needs sentence-transformers: pip install 'mmr5-train[crossencoder]'"
         ) from None
     hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    sizes = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
+    sizes: dict[str, Any] = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
     processor = {name: value for name, value in sizes.items() if value is not None}
     model = {"dtype": getattr(torch, options.dtype)}
     try:
@@ -195,8 +195,10 @@ def load_cross_encoder(options: CrossEncoderOptions, device: str | None) -> Any:
             config_kwargs=hub,
             tokenizer_name_or_path=options.processor,
         )
-        ids = [single_token(transformer.tokenizer, token) for token in (options.true_token, options.false_token)]
-        return CrossEncoder(modules=[transformer, LogitScore(*ids)], device=device)
+        true, false = (
+            single_token(transformer.tokenizer, token) for token in (options.true_token, options.false_token)
+        )
+        return CrossEncoder(modules=[transformer, LogitScore(true, false)], device=device)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"crossencoder: {options.path} can't be loaded: {' '.join(str(error).split())}") from None
 

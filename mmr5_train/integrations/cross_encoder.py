@@ -36,7 +36,7 @@ class ListwiseCrossEncoder:
         Further arguments of `CrossEncoder.predict`, such as `batch_size`, are ignored: `Reranker` has its own.
         """
         if len(inputs) == 2 and isinstance(inputs[0], str):  # a single pair
-            return self.predict([(inputs[0], inputs[1])])[0]  # type: ignore[list-item,return-value]
+            return self.predict([(inputs[0], inputs[1])])[0]
         rows: dict[str, list[int]] = {}
         for index, (query, _page) in enumerate(inputs):
             rows.setdefault(query, []).append(index)

@@ -44,13 +44,13 @@ def page_of(metadata: Mapping[str, Any], *, content: str = "", first_page: int, 
         )
     if not str(file).lower().endswith((".pdf", ".tif", ".tiff")):
         return str(file)
-    key = next((key for key in PAGE_KEYS if metadata.get(key) is not None), None)
-    if key is None:
+    page_key = next((key for key in PAGE_KEYS if metadata.get(key) is not None), None)
+    if page_key is None:
         raise InputError(f"{name}: no page number of {file} in its metadata; expected {', '.join(PAGE_KEYS)}")
-    number = str(metadata[key])
+    number = str(metadata[page_key])
     if not number.isdecimal():
-        raise InputError(f"{name}: {key} of {file}: expected a page number, found {number!r}")
-    return f"{file}#page={int(number) + (1 - first_page if key == 'page' else 0)}"
+        raise InputError(f"{name}: {page_key} of {file}: expected a page number, found {number!r}")
+    return f"{file}#page={int(number) + (1 - first_page if page_key == 'page' else 0)}"
 
 
 def data_uri(text: str, name: str) -> bytes:

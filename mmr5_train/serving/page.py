@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from pathlib import PurePath
 
 from markupsafe import Markup
 
@@ -22,7 +23,7 @@ def web_page(model: str, limits: Limits) -> tuple[str, dict[str, str]]:
         "serve.html.j2",
         style=Markup(style),
         script=Markup(script),
-        model=model,
+        model=shown_name(model),
         pages=limits.pages,
         pdf_bytes=int(limits.pdf_mb * MB),
         query_chars=limits.query_chars,
@@ -42,6 +43,12 @@ def web_page(model: str, limits: Limits) -> tuple[str, dict[str, str]]:
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
     }
+
+
+def shown_name(model: str) -> str:
+    """The model's name as the page shows it: of an absolute path, the last two parts."""
+    path = PurePath(model)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else model
 
 
 def _csp_hash(text: str) -> str:

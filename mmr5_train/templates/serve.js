@@ -3,6 +3,18 @@
 const byId = (id) => document.getElementById(id);
 const maxPages = Number(document.body.dataset.pages);
 const maxPdfBytes = Number(document.body.dataset.pdfBytes);
+const modelName = document.body.dataset.model;
+const DEFECTS = {
+  no_think: "it has no closed reasoning",
+  no_answer: "it has no list of pages",
+  not_a_list: "its list can't be read",
+  not_integers: "its list has entries that are no page numbers",
+  empty: "its list is empty",
+  duplicates: "its list names a page twice",
+  out_of_range: "its list names a page that does not exist",
+  missing_ids: "its list leaves out pages, which follow in their given order",
+  cut_off: "its reasoning became too long and was cut off before the list",
+};
 let pages = [];          // {name, shortName, image}: `image` is a data URL
 let running = null;      // the AbortController of the current task, or null
 
@@ -61,23 +73,35 @@ const readDataUrl = (file) => new Promise((resolve, reject) => {
 async function addFiles(files) {
   if (running) return;
   const notes = [];
+  const problems = [];  // one for each file that can't be added; the others are added
   await runTask(async (showStep, signal) => {
     for (const file of files) {
+      const isPdf = file.type === "application/pdf" || /\.pdf$/i.test(file.name);
       const room = maxPages - pages.length;
       if (room <= 0) { notes.push(`${file.name} was not added: the limit is ${pageCount(maxPages)}`); continue; }
-      if (file.type === "application/pdf" || /\.pdf$/i.test(file.name)) {
-        if (file.size > maxPdfBytes) throw new Error(`${file.name}: larger than ${maxPdfBytes / 1e6} MB`);
+      if (file.type === "image/tiff" || /\.tiff?$/i.test(file.name)) {
+        problems.push(`${file.name}: browsers can't show TIFF; save it as PDF or PNG`);
+      } else if (isPdf) {
+        if (file.size > maxPdfBytes) { problems.push(`${file.name}: larger than ${maxPdfBytes / 1e6} MB`); continue; }
         showStep("Rendering " + file.name);
-        const pdf = await post("/pages", "application/pdf", file, signal);
+        let pdf;
+        try {
+          pdf = await post("/pages", "application/pdf", file, signal);
+        } catch (error) {
+          if (error.name === "AbortError" || error instanceof TypeError) throw error;
+          problems.push(`${file.name}: ${error.message.replace(/^body: /, "")}`);
+          continue;
+        }
         const added = pdf.pages.slice(0, room);
         if (added.length < pdf.n_pages) notes.push(`${file.name} has ${pageCount(pdf.n_pages)}; only the first ${added.length} were added`);
         for (const page of added) pages.push({ name: `${file.name}, page ${page.number}`, shortName: "page " + page.number, image: page.image });
       } else if (file.type.startsWith("image/")) {
         pages.push({ name: file.name, shortName: file.name, image: await readDataUrl(file) });
       } else {
-        throw new Error(`${file.name}: neither a PDF nor an image`);
+        problems.push(`${file.name}: neither a PDF nor an image`);
       }
     }
+    if (problems.length) throw new Error(problems.join(". "));
   });
   showSelection();
   setStatus(notes.join(". "));
@@ -140,17 +164,22 @@ function resultCard(result, rank, page, hasScores) {
   bar.setAttribute("aria-hidden", "true");
   meter.append(bar, newElement("span", "", `score ${result.relevance_score.toFixed(3)}${hasScores ? "" : ", from the rank only"}`));
   text.append(newElement("h3", "", page.name), meter);
-  if (result.reasoning) text.append(newElement("p", "page-reasoning", result.reasoning));
+  if (result.reasoning) {
+    const verdict = /, so it (helps|does not help)\.$/.exec(result.reasoning);
+    const note = newElement("p", "page-reasoning", result.reasoning);
+    if (verdict) note.prepend(newElement("b", verdict[1] === "helps" ? "verdict helps" : "verdict", verdict[1]), " ");
+    text.append(note);
+  }
   card.append(button, text);
   return card;
 }
 
 function showResults(response, query, rankedPages, seconds) {
   byId("results-query").textContent = query;
-  byId("timing").textContent = `${pageCount(rankedPages.length)} in ${seconds.toFixed(1)} s · ${response.usage.total_tokens} tokens generated · ${response.model}`;
+  byId("timing").textContent = `${pageCount(rankedPages.length)} in ${seconds.toFixed(1)} s · ${response.usage.total_tokens} tokens generated · ${modelName}`;
   byId("ranked").replaceChildren(...response.results.map((result, i) => resultCard(result, i + 1, rankedPages[result.index], response.has_scores)));
   byId("defects").hidden = response.defects.length === 0;
-  byId("defect-list").replaceChildren(...response.defects.map((defect) => newElement("li", "", defect.replaceAll("_", " "))));
+  byId("defect-list").replaceChildren(...response.defects.map((defect) => newElement("li", "", DEFECTS[defect] || defect.replaceAll("_", " "))));
   byId("reasoning").textContent = response.reasoning || "";
   byId("reasoning-details").hidden = !response.reasoning;
   byId("results").hidden = false;

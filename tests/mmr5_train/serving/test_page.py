@@ -8,6 +8,8 @@ from html_reader import Reader
 from malformed_requests import encode_image
 from rerank_server import blank_pdf, run_server
 
+from mmr5_train.serving.page import shown_name
+
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 INJECTION = "<img src=x onerror=document.title='hacked'>"
 
@@ -30,6 +32,13 @@ def test_page_loads_no_other_resources(server):
 def test_model_name_is_escaped():
     with run_server(name="<script>alert(1)</script>") as named:
         assert "<script>alert" not in named.client.get("/").text
+
+
+def test_folders_above_a_model_are_not_shown():
+    assert shown_name("/home/ada/runs/demo/grpo") == "demo/grpo"
+    assert shown_name("i2vec/MM-R5") == "i2vec/MM-R5"
+    with run_server(name="/home/ada/runs/demo/grpo") as named:
+        assert "/home/ada" not in named.client.get("/").text
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +80,7 @@ def test_ranks_a_pdf_and_an_image(browser, files, server):
     assert texts(browser, "#ranked .rank") == ["1", "2", "3"]
     assert texts(browser, "#ranked .page-reasoning")[0].startswith("<b>page 2</b> is")
     assert texts(browser, "#results-query") == [f"Which page is red? {INJECTION}"]
-    assert texts(browser, "#defect-list li") == ["no think"]
+    assert texts(browser, "#defect-list li") == ["it has no closed reasoning"]
     assert "3 pages in" in texts(browser, "#timing")[0]
     assert texts(browser, "#reasoning")[0].count("<b>page") == 3
     assert browser.run("document.activeElement.id") == "results"
@@ -107,6 +116,21 @@ def test_errors_are_shown(browser, files):
         assert small.ranker.entered.acquire(timeout=10)
         browser.run("document.getElementById('stop').click()")
         browser.wait_until("document.getElementById('problem').textContent === 'Stopped.'")
+
+
+@needs_browser
+def test_a_file_that_cannot_be_added_stops_no_other(browser, files, server, tmp_path):
+    broken = tmp_path / "broken.pdf"
+    broken.write_bytes(b"%PDF-1.7 but nothing else")
+    scan = tmp_path / "scan.tif"
+    scan.write_bytes(encode_image("TIFF"))
+    browser.open(server.url)
+    browser.choose_files("#files", [broken, scan, files[2], files[0], files[1]])
+    browser.wait_until("document.querySelectorAll('#pages img').length === 3")
+    problem = texts(browser, "#problem")[0]
+    for name in ("broken.pdf", "scan.tif", "notes.txt"):
+        assert f"{name}: " in problem
+    assert "browsers can't show TIFF" in problem
 
 
 @needs_browser

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import pypdfium2
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from mmr5_train.common.config import run_stage
 from mmr5_train.common.files import InputError
@@ -46,13 +46,6 @@ class McpConfig(BaseModel):
     transport: Literal["stdio", "http"] = "stdio"
     host: str = "127.0.0.1"
     port: int = Field(default=8765, ge=0, le=65535)
-
-    @field_validator("folder")
-    @classmethod
-    def _is_a_folder(cls, folder: Path) -> Path:
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder; create it, or give another one")
-        return folder.resolve()
 
 
 class Ranker(Protocol):
@@ -87,17 +80,20 @@ def make_server(config: McpConfig, load: Callable[[], Ranker]) -> Any:
         from mcp.server.mcpserver import MCPServer
         from mcp.server.mcpserver.exceptions import ToolError
     except ImportError:
-        raise InputError("mcp needs the MCP SDK: pip install 'mmr5-train[mcp]'") from None
+        raise InputError("mcp needs the MCP SDK: in the checkout, pip install '.[mcp]'") from None
+    folder = config.folder.resolve()
+    if not folder.is_dir():
+        raise InputError(f"folder: {config.folder} is not a folder; create it, or give another one")
     server = MCPServer("mmr5", instructions=INSTRUCTIONS)
     model = SharedRanker(load)
 
     def rank(query: str, files: Sequence[str], top_k: int) -> list[dict[str, Any]]:
         try:
-            paths = allowed_pages(config.folder, files, config.pages)
+            paths = allowed_pages(folder, files, config.pages)
             ranked = model.rank(query, paths, top_k)
         except InputError as error:
-            raise ToolError(str(error).replace(f"{config.folder}/", "")) from None
-        return [shown(result, config.folder) for result in ranked]
+            raise ToolError(str(error).replace(f"{folder}/", "")) from None
+        return [shown(result, folder) for result in ranked]
 
     @server.tool()
     def rank_pages(query: str, files: list[str], top_k: int = 5) -> list[dict[str, Any]]:

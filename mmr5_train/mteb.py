@@ -97,7 +97,7 @@ def import_mteb() -> Any:
     try:
         import mteb
     except ImportError:
-        raise InputError("mteb is not installed: pip install 'mmr5-train[mteb]'") from None
+        raise InputError("mteb is not installed: in the checkout, pip install '.[mteb]'") from None
     return mteb
 
 

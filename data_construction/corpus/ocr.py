@@ -1,6 +1,6 @@
 """Reads the text of pages that have none, such as scans, with optical character recognition (OCR).
 
-    python -m data_construction.candidates … ocr={}          # pip install 'mmr5-train[ocr]'
+    python -m data_construction.candidates … ocr={}          # pip install '.[ocr]'
 
 The engine is RapidOCR, whose models (PP-OCRv6: Chinese, Japanese, English and 46 other languages in Latin script)
 come with its package. Pages are read in processes without keys and tokens. The text is cached by the content of
@@ -54,7 +54,7 @@ def add_text(documents: Iterable[Document], options: Ocr, cache: Path) -> Iterat
     try:
         import rapidocr  # noqa: F401
     except ImportError:
-        raise InputError("ocr needs RapidOCR: pip install 'mmr5-train[ocr]'") from None
+        raise InputError("ocr needs RapidOCR: in the checkout, pip install '.[ocr]'") from None
     return _add_text(documents, options, cache)
 
 

@@ -174,7 +174,7 @@ def load_cross_encoder(options: CrossEncoderOptions, device: str | None) -> Any:
         from sentence_transformers.cross_encoder.modules import LogitScore
     except ImportError:
         raise InputError(
-            "crossencoder: needs sentence-transformers: pip install 'mmr5-train[crossencoder]'"
+            "crossencoder: needs sentence-transformers: in the checkout, pip install '.[crossencoder]'"
         ) from None
     hub = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     sizes: dict[str, Any] = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}

@@ -1,4 +1,4 @@
-"""The reranker as a ranker component of Haystack (`pip install mmr5-train[haystack]`).
+"""The reranker as a ranker component of Haystack (`pip install '.[haystack]'`).
 
 from mmr5_train import Reranker
 from mmr5_train.integrations.haystack import PageRanker

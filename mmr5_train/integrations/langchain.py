@@ -1,4 +1,4 @@
-"""The reranker as a document compressor of LangChain (`pip install mmr5-train[langchain]`).
+"""The reranker as a document compressor of LangChain (`pip install '.[langchain]'`).
 
 from langchain.retrievers import ContextualCompressionRetriever
 from mmr5_train import Reranker

@@ -1,4 +1,4 @@
-"""The reranker as a node postprocessor of LlamaIndex (`pip install mmr5-train[llama-index]`).
+"""The reranker as a node postprocessor of LlamaIndex (`pip install '.[llama-index]'`).
 
 from mmr5_train import Reranker
 from mmr5_train.integrations.llama_index import RerankerPostprocessor

@@ -1,4 +1,4 @@
-"""The reranker as a search model of MTEB, for its two-stage evaluation (`pip install mmr5-train[mteb]`).
+"""The reranker as a search model of MTEB, for its two-stage evaluation (`pip install '.[mteb]'`).
 
 import mteb
 from mmr5_train import Reranker

@@ -14,7 +14,20 @@ from document_checks.project import ROOT, DocumentError
 from mmr5_train.common.cli import MODULES
 
 # Documents may use these programs. Their arguments are not checked, except those of pip and sbatch.
-EXTERNAL_PROGRAMS = ("curl", "export", "cd", "git", "pip", "trl", "source", ".", "sbatch", "python3", "trec_eval")
+EXTERNAL_PROGRAMS = (
+    "curl",
+    "docker",
+    "export",
+    "cd",
+    "git",
+    "pip",
+    "trl",
+    "source",
+    ".",
+    "sbatch",
+    "python3",
+    "trec_eval",
+)
 # A script passes these variables on to the stages, so its source does not mention them.
 STAGE_VARIABLES = ("OPENAI_API_KEY", "OPENAI_BASE_URL")
 _ASSIGNMENT = re.compile("[A-Z_][A-Z0-9_]*=")

@@ -122,7 +122,7 @@ def test_locations_are_absolute_and_keep_their_page(folder):
 
 def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(InputError, match=r"folder: .* is not a folder"):
-        config(tmp_path / "absent")
+        make_server(config(tmp_path / "absent"), Reddest)
 
 
 def test_an_assistant_starts_the_server_and_finds_a_page(folder):

@@ -24,6 +24,7 @@ since the splits depend on which documents are equal.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -44,7 +45,12 @@ from data_construction.first_stage.corpus_scope import CorpusRanking, rank_in_co
 from data_construction.first_stage.dense import Dense
 from data_construction.first_stage.exclusion import REASONS, exclude_contents, exclude_names, read_excluded
 from data_construction.first_stage.policy import Policy, choose_candidates
-from data_construction.first_stage.ranked_questions import FIRST_STAGE_KS, RankedQuestion, cut_ranking
+from data_construction.first_stage.ranked_questions import (
+    FIRST_STAGE_KS,
+    RankedQuestion,
+    cut_ranking,
+    notes_for_user,
+)
 from data_construction.first_stage.retriever import RankDocument, RetrieverConfig, open_retriever
 from mmr5_train.common.config import StageConfig, run_stage
 from mmr5_train.common.files import (
@@ -344,18 +350,8 @@ def main(config: CandidatesStage) -> None:
     write_records(out / "documents.jsonl", [_split_document(d, split_of[d.doc_name]) for d in summary.documents])
     write_records(out / "skipped.jsonl", skipped)
     write_json(out / "first_stage.json", results)
-    if summary.textless:
-        names = ", ".join(summary.textless[:5]) + (", …" if len(summary.textless) > 5 else "")
-        print(
-            f"candidates: {len(summary.textless)} documents have no text: {names}; BM25 can't search them, and "
-            "the offline teacher can't explain them; ocr={} reads them"
-        )
-    if results["unmatched"]:
-        place = "of its split" if in_corpus else "of its document"
-        print(
-            f"candidates: {results['unmatched']} of {results['questions']} questions have score 0 for every page "
-            f"{place}: with BM25, no word of the question is on a page, so its candidates are the first pages"
-        )
+    for note in notes_for_user(results, summary.textless, "split" if in_corpus else "document"):
+        print(f"candidates: {note}", file=sys.stderr)
     pages = sum(document.n_pages for document in summary.documents)
     counts = {
         "documents": len(summary.documents),

@@ -1,4 +1,4 @@
-"""Runs a task of MTEB with several systems: the score is MTEB's own, with paired intervals beside it.
+"""Runs a task of MTEB with several systems, with its score and paired intervals.
 
     python -m mmr5_train.mteb task=Vidore3HrBM25sReranking.v2 subsets=[english] \\
         'systems={grpo:outputs/grpo/model,qwen:{crossencoder:qwen3_vl_reranker_2b}}' out=outputs/mteb

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from mmr5_train.ranking.metrics import recall_at_k
 from mmr5_train.ranking.records import Candidate, Question, Record
@@ -41,3 +42,18 @@ def cut_ranking(
         ranked=tuple(page for i, page in enumerate(ranked) if i < n or page.id in relevant),
         recall=tuple(recall_at_k(first, question.positives, k) for k in FIRST_STAGE_KS),
     )
+
+
+def notes_for_user(results: Mapping[str, Any], textless: Sequence[str], place: str) -> Iterator[str]:
+    """What the user should know of a first stage. `textless` are documents without any text."""
+    if textless:
+        names = ", ".join(textless[:5]) + (", …" if len(textless) > 5 else "")
+        yield (
+            f"documents without text: {len(textless)} ({names}); BM25 can't search them, and the offline teacher "
+            "can't explain them; ocr={} reads them"
+        )
+    if results["unmatched"]:
+        yield (
+            f"{results['unmatched']} of {results['questions']} questions have score 0 for every page of their "
+            f"{place}: with BM25, no word of the question is on a page, so its candidates are the first pages"
+        )

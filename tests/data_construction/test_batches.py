@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -169,7 +171,7 @@ def test_a_killed_run_continues_with_its_batches(make_server: MakeServer, tmp_pa
     """
     server = make_server(delay=1.0)
     data = make_data(tmp_path / "data", questions=12)
-    rng, sent_when_stored = random.Random(0), dict[str, int]()
+    rng, sent_when_stored, killed = random.Random(0), dict[str, int](), 0
     for moment in ("file", "batch", "random", "answer"):
         stage = start_stage(data, tmp_path / "out")
         counted: Any = {"file": server.files, "batch": server.batches, "answer": server.answers}.get(moment)
@@ -180,12 +182,16 @@ def test_a_killed_run_continues_with_its_batches(make_server: MakeServer, tmp_pa
             while len(counted) <= before and stage.poll() is None and time.monotonic() < end:
                 time.sleep(0.002)
         stage.kill()
-        stage.wait()
+        killed += stage.wait() == -signal.SIGKILL
         stored = stored_texts(tmp_path / "out.answers.sqlite")
         sent_when_stored = {text: server.answers[text] for text in stored} | sent_when_stored
-    stage = start_stage(data, tmp_path / "out")
-    _, stderr = stage.communicate(timeout=120)
-    assert stage.returncode == 0, stderr[-2000:]
+    assert killed >= 3
+    if not json.loads((tmp_path / "out" / "manifest.json").read_text())[
+        "finished"
+    ]:  # a fast machine may finish it
+        stage = start_stage(data, tmp_path / "out")
+        _, stderr = stage.communicate(timeout=120)
+        assert stage.returncode == 0, stderr[-2000:]
     assert max(server.batched.values()) == 1
     assert {text: server.answers[text] for text in sent_when_stored} == sent_when_stored
     assert len(server.answers) == 12 * 5

@@ -143,11 +143,15 @@ def test_all_questions_of_the_mmdocir_slice_get_traces(tmp_path: Path, slice_fol
                                          candidates=tuple(shown), positives=positives))  # fmt: skip
     write_records(tmp_path / "train.jsonl", tasks)
     write_records(tmp_path / "pages.jsonl", pages.values())
+    readable = [t.query_id for t in tasks if all(pages[c.id].text.strip() for c in t.candidates)]
     for refine in ("false", "true"):
         traces = run(tmp_path / "train.jsonl", tmp_path / refine, f"refine={refine}")
-        assert len(traces) == len(tasks) == 178
+        assert len(tasks) == 178
+        assert [trace.query_id for trace in traces] == readable
         assert max(len(remove_verdict(note).split()) for trace in traces for note in trace.notes) <= 40
-        assert (tmp_path / refine / "skipped.jsonl").read_text() == ""
+        others = skipped(tmp_path / refine)
+        assert {s.query_id for s in others} == {task.query_id for task in tasks} - set(readable)
+        assert {s.reason for s in others} == {"page without text"}
 
 
 # --- invalid input

@@ -51,7 +51,7 @@ def recall(out: Path) -> float:
 def test_scans_are_found_after_ocr(scans: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = run(scans, "plain")
     assert recall(plain) == pytest.approx(1 / 3), "pages stay in page order"
-    assert "1 documents have no text: scan.pdf; BM25 can't search them" in capsys.readouterr().out
+    assert "documents without text: 1 (scan.pdf); BM25 can't search them" in capsys.readouterr().err
     assert read_manifest(plain)["counts"]["documents_without_text"] == ["scan.pdf"]
     assert {page.text_source for page in read_records(plain / "pages.jsonl", Page, unique="id")} == {None}
 
@@ -62,7 +62,7 @@ def test_scans_are_found_after_ocr(scans: Path, capsys: pytest.CaptureFixture[st
     assert recall(out) == 1
     counts = read_manifest(out)["counts"]
     assert (counts["pages_by_ocr"], counts["pages_without_text"]) == (3, 0)
-    assert "have no text" not in capsys.readouterr().out
+    assert "without text: 1" not in capsys.readouterr().err
     first, *_ = read_records(out / "heldout.jsonl", RankingTask)
     assert first.candidates[0].page == 0
     texts = sorted((scans / "cache/ocr").glob("*.txt"))

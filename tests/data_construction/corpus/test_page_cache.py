@@ -156,8 +156,8 @@ def test_strips_and_images_of_too_many_pixels_are_left_out(
     cache = cache_in(tmp_path)
     with pytest.raises(UnreadablePageError, match=r"a strip of 2100 × 10 pixels, an aspect ratio above 200:1"):
         cache.from_bytes("a", 0, image_bytes("red", size=(2100, 10)))
-    with pytest.raises(UnreadablePageError, match="a strip of 500 × 2 pixels"):  # rounded when it was shrunk
-        cache.from_bytes("a", 1, image_bytes("red", size=(5000, 26)))
+    with pytest.raises(UnreadablePageError, match="a strip of 440 × 2 pixels"):  # rounded when it was shrunk
+        cache_in(tmp_path, max_side=440).from_bytes("a", 1, image_bytes("red", size=(4400, 22)))
     assert cache.from_bytes("a", 2, image_bytes("red", size=(490, 3))).width == 490
     write_pdf(tmp_path / "a.pdf", ["one"], size=(10, 2400))
     with pytest.raises(UnreadablePageError, match="a strip of 10 × 2400 pixels"):

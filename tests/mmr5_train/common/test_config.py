@@ -247,7 +247,7 @@ def test_every_entry_config_composes_and_writes_no_hydra_files(entry):
         config = compose(entry, return_hydra_config=True)
     assert config.hydra.output_subdir is None
     assert config.hydra.job.chdir is False
-    if entry not in ("download", "publish", "serve"):  # these add to a folder, or write none
+    if entry not in ("download", "mcp", "publish", "serve"):  # these add to a folder, or write none
         assert {"out", "overwrite", "seed"} <= set(config)
 
 

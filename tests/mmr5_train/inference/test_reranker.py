@@ -262,7 +262,7 @@ def test_unusable_queries_and_pages_are_errors(reranker, paths, tmp_path):
         reranker.rank("Which?", [])
     with pytest.raises(InputError, match="query: is empty"):
         reranker.rank("  ", paths)
-    with pytest.raises(InputError, match="top_k: expected at least 1, found 0"):
+    with pytest.raises(InputError, match="top_k: expected a number of pages from 1, found 0"):
         reranker.rank("Which?", paths, top_k=0)
     (tmp_path / "broken.png").write_bytes(paths[0].read_bytes()[:50])
     with pytest.raises(InputError, match=r"broken\.png: not a readable page image"):

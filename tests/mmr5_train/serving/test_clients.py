@@ -93,7 +93,7 @@ def test_client_ranks_the_pages(server, client):
 def test_errors_reach_the_clients_user(server):
     with pytest.raises(cohere.core.ApiError, match="pages must be images"):
         cohere.ClientV2("x", base_url=server.url).rerank(model="fake", query=QUERY, documents=["a text"])
-    with pytest.raises(voyageai.error.InvalidRequestError, match="pages must be images"):
+    with pytest.raises(voyageai.error.MalformedRequestError, match="pages must be images"):
         voyageai.Client("x", base_url=f"{server.url}/v1").rerank(QUERY, ["a text"], model="fake")
 
 

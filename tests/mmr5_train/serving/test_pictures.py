@@ -78,7 +78,10 @@ def test_small_file_with_many_pixels_is_rejected():
 def test_returned_document_contains_only_the_image():
     image = encode_image("PNG")
     url = data_url(image)
-    assert read_document({"image": url, "more": 1}, "documents[0]", LIMITS, None) == (image, {"image": url})
+    assert read_document({"image": url, "more": 1}, "documents[0]", LIMITS, None) == (
+        image,
+        {"image": url, "text": ""},
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,4 +89,4 @@ def test_returned_document_contains_only_the_image():
 )
 def test_data_url_header_variants_are_accepted(head):
     url = head + "," + data_url(encode_image("PNG")).partition(",")[2]
-    assert read_document(url, "documents[0]", LIMITS, None)[1] == {"image": url}
+    assert read_document(url, "documents[0]", LIMITS, None)[1] == {"image": url, "text": ""}

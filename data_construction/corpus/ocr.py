@@ -116,10 +116,8 @@ def _read_page(task: tuple[str, float, Path, str]) -> str:
     data = Path(image).read_bytes()
     digest = hashlib.sha256(settings.encode() + data).hexdigest()
     path = cache / f"{digest[:32]}.txt"
-    try:
+    if path.exists():
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        pass  # not read yet
     result = _engine(data)
     lines = zip(result.txts or (), result.scores or (), strict=True)
     text = "\n".join(line for line, confidence in lines if confidence >= min_confidence)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sample_corpora import write_pdf
@@ -52,8 +54,20 @@ def test_few_documents_are_rendered_ahead(tmp_path: Path, annotations: list[Anno
     renderers.close()
 
 
-def test_an_unfinished_reader_ends_its_processes(tmp_path: Path, annotations: list[Annotation]) -> None:
+def test_an_unfinished_reader_ends_its_processes(
+    tmp_path: Path, annotations: list[Annotation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*args: Any, **options: Any) -> subprocess.Popen[str]:
+        started.append(popen(*args, **options))
+        return started[-1]
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", start)
     cache = PageCache(tmp_path / "cache", 50, None)
     documents = read_pdf_documents(tmp_path, cache, annotations, [], workers=2)
     next(documents)
     documents.close()  # type: ignore[attr-defined]
+    assert started
+    assert all(process.poll() is not None for process in started)
